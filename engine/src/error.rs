@@ -1,0 +1,85 @@
+//! What can go wrong in the engine, and what to do about it.
+
+use std::path::PathBuf;
+
+/// The result of everything in this crate.
+pub type Result<T> = std::result::Result<T, Error>;
+
+/// What went wrong.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// A model file that is missing.
+    #[error("{}: no such model file; {help}", path.display())]
+    MissingModel {
+        /// Where it was looked for.
+        path: PathBuf,
+        /// What to do.
+        help: String,
+    },
+    /// A model file that is damaged or not of the expected kind.
+    #[error("{file}: {reason}")]
+    BadModel {
+        /// The file, or the tensor within it.
+        file: String,
+        /// What was expected and what was got.
+        reason: String,
+    },
+    /// A picture that cannot be used.
+    #[error("{what}: {reason}")]
+    BadImage {
+        /// Which picture.
+        what: String,
+        /// What was expected and what was got.
+        reason: String,
+    },
+    /// A request that cannot be carried out as it stands.
+    #[error("{0}")]
+    BadRequest(String),
+    /// A model that does not fit.
+    #[error(
+        "{stage} needs {need_bytes} bytes of memory on {device}, {free_bytes} are free; {help}"
+    )]
+    NotEnoughMemory {
+        /// What was to be loaded or run.
+        stage: String,
+        /// The device.
+        device: String,
+        /// What it takes.
+        need_bytes: u64,
+        /// What there is.
+        free_bytes: u64,
+        /// What to do.
+        help: String,
+    },
+    /// The caller cancelled the work.
+    #[error("cancelled")]
+    Cancelled,
+    /// A file that could not be read or written.
+    #[error("{}: {source}", path.display())]
+    Io {
+        /// The file.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
+    /// A tensor operation failed: a bug of ours, or a device that gave up.
+    #[error(transparent)]
+    Tensor(#[from] candle_core::Error),
+}
+
+impl Error {
+    /// An I/O error with the file it happened to.
+    pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { path, source }
+    }
+
+    /// A damaged or unsuitable model file.
+    pub fn bad_model(file: impl Into<String>, reason: impl Into<String>) -> Self {
+        Self::BadModel {
+            file: file.into(),
+            reason: reason.into(),
+        }
+    }
+}

@@ -89,7 +89,10 @@ impl Graph {
 
     /// The id of a known attribute.
     pub fn attribute_id(&self, name: &str) -> Option<AttributeId> {
-        self.model.attribute_ids.get(name).map(|&id| AttributeId(id))
+        self.model
+            .attribute_ids
+            .get(name)
+            .map(|&id| AttributeId(id))
     }
 
     /// The user's name; "" for an id never given or forgotten.

@@ -383,7 +383,9 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
     Ok(attach2(x, w, &value, move |x, w, _, g| {
         let dtype = wide(x.dtype());
         let (xw, gw) = (x.detach().to_dtype(dtype)?, g.to_dtype(dtype)?);
-        let scale = (xw.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?.recip()?;
+        let scale = (xw.sqr()?.mean_keepdim(D::Minus1)? + eps)?
+            .sqrt()?
+            .recip()?;
         let unit = xw.broadcast_mul(&scale)?;
         let dw = match w.track_op() {
             true => Some(sum_to_last(&(&gw * &unit)?)?.to_dtype(w.dtype())?),
@@ -405,12 +407,7 @@ fn rms_norm_composed(x: &Tensor, w: &Tensor, eps: f64) -> CandleResult<Tensor> {
 
 /// (x - mean) / sqrt(var + eps) over the last dimension, then · w + b where given; computed
 /// in f32 or better.
-pub fn layer_norm(
-    x: &Tensor,
-    w: Option<&Tensor>,
-    b: Option<&Tensor>,
-    eps: f64,
-) -> Result<Tensor> {
+pub fn layer_norm(x: &Tensor, w: Option<&Tensor>, b: Option<&Tensor>, eps: f64) -> Result<Tensor> {
     let n = x.dim(D::Minus1)?;
     let value = {
         let x = x.detach().contiguous()?;
@@ -837,7 +834,12 @@ mod tests {
         let weights = var(out.dims(), 99).as_tensor().detach();
         let loss = |xs: &[Tensor]| -> f64 {
             let y = f(xs).unwrap();
-            (y * &weights).unwrap().sum_all().unwrap().to_scalar().unwrap()
+            (y * &weights)
+                .unwrap()
+                .sum_all()
+                .unwrap()
+                .to_scalar()
+                .unwrap()
         };
         let grads = (&out * &weights).unwrap().sum_all().unwrap();
         let grads = grads.backward().unwrap();
@@ -911,8 +913,7 @@ mod tests {
     #[test]
     fn rope_turns_gradients_back_in_both_layouts() {
         let positions: Vec<f64> = (0..3).map(f64::from).collect();
-        let (cos, sin) =
-            rope_tables(&positions, &rope_frequencies(8, 1e4), &Device::Cpu).unwrap();
+        let (cos, sin) = rope_tables(&positions, &rope_frequencies(8, 1e4), &Device::Cpu).unwrap();
         for layout in [RopeLayout::Halves, RopeLayout::Pairs] {
             check("rope", &[var(&[2, 2, 3, 8], 7)], |t| {
                 rope(&t[0], &cos, &sin, layout)
@@ -923,7 +924,9 @@ mod tests {
     #[test]
     fn attention_gives_gradients_under_every_mask_and_grouping() {
         let hidden = Tensor::from_vec(
-            vec![0f32, -1e9, 0.0, 0.0, 0.0, 0.0, -1e9, 0.0, 0.0, 0.0, -1e9, 0.0],
+            vec![
+                0f32, -1e9, 0.0, 0.0, 0.0, 0.0, -1e9, 0.0, 0.0, 0.0, -1e9, 0.0,
+            ],
             (1, 1, 3, 4),
             &Device::Cpu,
         )
@@ -1029,6 +1032,9 @@ mod tests {
             [-1e4, -std::f32::consts::LN_2, 0.0]
         );
         let g = y.sum_all().unwrap().backward().unwrap();
-        assert_eq!(g.get(&x).unwrap().to_vec1::<f32>().unwrap(), [1.0, 0.5, 0.0]);
+        assert_eq!(
+            g.get(&x).unwrap().to_vec1::<f32>().unwrap(),
+            [1.0, 0.5, 0.0]
+        );
     }
 }

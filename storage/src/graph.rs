@@ -1,8 +1,44 @@
-//! The in-memory index of similar users: registers, postings, names, all copy-on-write.
+//! The in-memory index of similar users: exact, always fresh, and free to take a snapshot of.
+//!
+//! It holds what an answer needs and nothing that can wait on disk: per user the registers,
+//! a few bytes each ([`registers`](Graph::registers)); per attribute and sign who has that
+//! edge, as lists and bitmaps ([`posting`](Graph::posting)); and the names. No overlap is
+//! stored. A question counts, over the postings of the user's attributes, and that is why
+//! an event costs the same whatever the degree of its attribute, and no answer is stale.
+//!
+//! Absent on purpose: disk, clocks, locks. A [`Graph`] is a value; its clone is a snapshot,
+//! made in a few reference counts, and later writes copy what the snapshot still holds, some
+//! kilobytes an event.
+//!
+//! ```
+//! use simpatico_schema::{OverlapMode, Polarity};
+//! use simpatico_storage::graph::{Graph, Register};
+//! let mut graph = Graph::new();
+//! let (ada, bob) = (graph.add_user("ada"), graph.add_user("bob"));
+//! let wood = graph.add_attribute("rustic wood");
+//! let like = Register { polarity: Polarity::Like, at: 1, id: "" };
+//! graph.set(ada, wood, like);
+//! graph.set(bob, wood, like);
+//! assert_eq!(graph.similar(ada, 10, OverlapMode::Shared), [(bob, 1)]);
+//! ```
 
+mod kernel;
+mod names;
+mod pack;
+mod postings;
+mod query;
+mod registers;
+mod tree;
+
+use kernel::Kernel;
+use names::Names;
+use pack::Packs;
+use postings::{Layout, Posting};
+use query::{Counters, Question, Source, Top, chunks};
+use registers::{Edges, FORGOTTEN, Registers, plan};
 use simpatico_schema::{OverlapMode, Polarity, Sign};
-use std::collections::BTreeMap;
-use std::sync::Arc;
+use std::cell::RefCell;
+use tree::Tree;
 
 /// A user's number, dense in order of first appearance and never reused.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -37,108 +73,116 @@ pub enum Change {
     },
 }
 
-#[derive(Clone, Default)]
-struct Model {
-    users: Vec<Option<String>>,
-    attributes: Vec<String>,
-    user_ids: BTreeMap<String, u32>,
-    attribute_ids: BTreeMap<String, u32>,
-    registers: BTreeMap<(u32, u32), (i64, String, Polarity)>,
+/// The index. `clone` is O(1) and is a snapshot: it sees one moment for ever.
+#[derive(Clone)]
+pub struct Graph {
+    users: Names,
+    attributes: Names,
+    /// By user: the record of [`registers`].
+    records: Packs,
+    /// By attribute, then [`Sign::index`].
+    postings: Tree<[Posting; 2], 8>,
+    edge_count: u64,
+    layout: Layout,
+    kernel: Kernel,
+    /// New bytes of a record, kept between events to spare an allocation each.
+    scratch: Vec<u8>,
 }
 
-/// The index. `clone` is O(1) and is a snapshot: it sees one moment for ever.
-#[derive(Clone, Default)]
-pub struct Graph {
-    model: Arc<Model>,
+impl Default for Graph {
+    fn default() -> Self {
+        Self::new()
+    }
 }
 
 impl Graph {
     /// An index with nobody in it.
     pub fn new() -> Self {
-        Self::default()
+        Self::with(Layout::default(), Kernel::best())
+    }
+
+    fn with(layout: Layout, kernel: Kernel) -> Self {
+        Self {
+            users: Names::default(),
+            attributes: Names::default(),
+            records: Packs::default(),
+            postings: Tree::default(),
+            edge_count: 0,
+            layout,
+            kernel,
+            scratch: Vec::new(),
+        }
     }
 
     /// The id of this user, which is new if the name is.
     pub fn add_user(&mut self, name: &str) -> UserId {
-        if let Some(id) = self.user_id(name) {
-            return id;
-        }
-        let model = Arc::make_mut(&mut self.model);
-        let id = model.users.len() as u32;
-        model.users.push(Some(name.into()));
-        model.user_ids.insert(name.into(), id);
-        UserId(id)
+        UserId(self.users.find_or_add(name).0)
     }
 
     /// The id of this attribute, which is new if the name is.
     pub fn add_attribute(&mut self, name: &str) -> AttributeId {
-        if let Some(id) = self.attribute_id(name) {
-            return id;
-        }
-        let model = Arc::make_mut(&mut self.model);
-        let id = model.attributes.len() as u32;
-        model.attributes.push(name.into());
-        model.attribute_ids.insert(name.into(), id);
-        AttributeId(id)
+        AttributeId(self.attributes.find_or_add(name).0)
     }
 
     /// The id of a known user.
     pub fn user_id(&self, name: &str) -> Option<UserId> {
-        self.model.user_ids.get(name).map(|&id| UserId(id))
+        self.users.find(name).map(UserId)
     }
 
     /// The id of a known attribute.
     pub fn attribute_id(&self, name: &str) -> Option<AttributeId> {
-        self.model
-            .attribute_ids
-            .get(name)
-            .map(|&id| AttributeId(id))
+        self.attributes.find(name).map(AttributeId)
     }
 
     /// The user's name; "" for an id never given or forgotten.
     pub fn user_name(&self, user: UserId) -> &str {
-        let name = self.model.users.get(user.0 as usize);
-        name.and_then(Option::as_deref).unwrap_or("")
+        self.users.name(user.0)
     }
 
     /// The attribute's name; "" for an id never given.
     pub fn attribute_name(&self, attribute: AttributeId) -> &str {
-        let name = self.model.attributes.get(attribute.0 as usize);
-        name.map_or("", String::as_str)
+        self.attributes.name(attribute.0)
     }
 
     /// How many user ids were given out, forgotten users included: ids are below this.
     pub fn user_id_end(&self) -> u32 {
-        self.model.users.len() as u32
+        self.users.end()
     }
 
     /// How many users there are.
     pub fn user_count(&self) -> usize {
-        self.model.user_ids.len()
+        self.users.live() as usize
     }
 
     /// How many attributes there are.
     pub fn attribute_count(&self) -> usize {
-        self.model.attributes.len()
+        self.attributes.live() as usize
     }
 
     /// How many edges there are.
     pub fn edge_count(&self) -> u64 {
-        let polarities = self.model.registers.values().map(|r| r.2);
-        polarities.filter(|p| p.sign().is_some()).count() as u64
+        self.edge_count
     }
 
-    /// Offers an event to its register.
+    /// Offers an event to its register. An id never given out, or a forgotten user, takes
+    /// none: `Unchanged`. Costs O(the user's registers), a few bytes each, and nothing that
+    /// grows with the attribute's degree.
     pub fn set(&mut self, user: UserId, attribute: AttributeId, to: Register<'_>) -> Change {
-        let key = (user.0, attribute.0);
-        let old = self.model.registers.get(&key);
-        let new = (to.at, to.id.to_string(), to.polarity);
-        if old.is_some_and(|old| *old >= new) {
+        if user.0 >= self.users.end() || attribute.0 >= self.attributes.end() {
             return Change::Unchanged;
         }
-        let old = old.and_then(|old| old.2.sign());
-        Arc::make_mut(&mut self.model).registers.insert(key, new);
-        let new = to.polarity.sign();
+        let index = user.0 as usize;
+        let record = self.records.get(index);
+        if record == FORGOTTEN {
+            return Change::Unchanged;
+        }
+        let Some(splice) = plan(record, attribute.0, to, &mut self.scratch) else {
+            return Change::Unchanged;
+        };
+        let range = (splice.from, splice.to);
+        self.records.splice(index, range, &self.scratch);
+        let (old, new) = (splice.old, to.polarity.sign());
+        self.move_edge(user.0, attribute.0, old, new);
         Change::Applied { old, new }
     }
 
@@ -151,62 +195,79 @@ impl Graph {
     /// Removes a user's registers and name; the id is never given again.
     /// Returns the edges there were.
     pub fn forget_user(&mut self, user: UserId) -> Vec<(AttributeId, Sign)> {
-        let edges = self.edges(user).collect();
-        let model = Arc::make_mut(&mut self.model);
-        if let Some(name) = model.users.get_mut(user.0 as usize).and_then(Option::take) {
-            model.user_ids.remove(&name);
+        if self.user_name(user).is_empty() {
+            return Vec::new();
         }
-        model.registers.retain(|key, _| key.0 != user.0);
+        let edges: Vec<_> = self.edges(user).collect();
+        for &(attribute, sign) in &edges {
+            self.move_edge(user.0, attribute.0, Some(sign), None);
+        }
+        self.records.put(user.0 as usize, FORGOTTEN);
+        self.users.forget(user.0);
         edges
     }
 
     /// The user's registers, by attribute id rising.
     pub fn registers(&self, user: UserId) -> impl Iterator<Item = (AttributeId, Register<'_>)> {
-        let range = self.model.registers.range((user.0, 0)..=(user.0, u32::MAX));
-        range.map(|(key, (at, id, polarity))| {
-            let (polarity, at) = (*polarity, *at);
-            (AttributeId(key.1), Register { polarity, at, id })
-        })
+        let all = Registers::new(self.records.get(user.0 as usize));
+        all.map(|(attribute, register)| (AttributeId(attribute), register))
     }
 
     /// The user's edges, by attribute id rising.
     pub fn edges(&self, user: UserId) -> impl Iterator<Item = (AttributeId, Sign)> {
-        self.registers(user)
-            .filter_map(|(attribute, register)| Some((attribute, register.polarity.sign()?)))
+        let all = Edges::new(self.records.get(user.0 as usize));
+        all.map(|(attribute, sign)| (AttributeId(attribute), sign))
     }
 
     /// How many users have an edge of this sign to the attribute.
     pub fn degree(&self, attribute: AttributeId, sign: Sign) -> usize {
-        self.posting(attribute, sign).count()
+        let both = self.postings.get(attribute.0 as usize);
+        both.map_or(0, |both| both[sign.index()].count())
     }
 
     /// The users with an edge of this sign to the attribute, by id rising.
     pub fn posting(&self, attribute: AttributeId, sign: Sign) -> impl Iterator<Item = UserId> {
-        let registers = self.model.registers.iter();
-        registers
-            .filter(move |(key, value)| key.1 == attribute.0 && value.2.sign() == Some(sign))
-            .map(|(key, _)| UserId(key.0))
+        let both = self.postings.get(attribute.0 as usize).into_iter();
+        both.flat_map(move |both| both[sign.index()].users(self.layout))
+            .map(UserId)
     }
 
+    fn move_edge(&mut self, user: u32, attribute: u32, old: Option<Sign>, new: Option<Sign>) {
+        if old == new {
+            return;
+        }
+        let (end, layout) = (self.users.end(), self.layout);
+        let postings = self.postings.get_mut(attribute as usize);
+        if let Some(sign) = old {
+            postings[sign.index()].remove(user, end, layout);
+            self.edge_count -= 1;
+        }
+        if let Some(sign) = new {
+            postings[sign.index()].insert(user, end, layout);
+            self.edge_count += 1;
+        }
+    }
+}
+
+/// Similar users.
+impl Graph {
     /// The `k` users with the greatest overlap with `user`, which is positive: overlap
-    /// falling, then name rising by bytes.
+    /// falling, then name rising by bytes. Counts over the postings of the user's
+    /// attributes; see the module for what that costs.
     pub fn similar(&self, user: UserId, k: usize, mode: OverlapMode) -> Vec<(UserId, u32)> {
-        let mine: BTreeMap<_, _> = self.edges(user).collect();
-        let mut all: Vec<_> = (0..self.user_id_end())
-            .filter(|&other| other != user.0)
-            .map(|other| {
-                let agrees = |(a, sign): &(AttributeId, Sign)| match mine.get(a) {
-                    Some(own) => mode == OverlapMode::Shared || own == sign,
-                    None => false,
-                };
-                let overlap = self.edges(UserId(other)).filter(agrees).count() as u32;
-                (UserId(other), overlap)
-            })
-            .filter(|(_, overlap)| *overlap > 0)
-            .collect();
-        all.sort_by_key(|&(other, overlap)| (std::cmp::Reverse(overlap), self.user_name(other)));
-        all.truncate(k);
-        all
+        thread_local! {
+            static COUNTERS: RefCell<Counters> = RefCell::default();
+        }
+        COUNTERS.with_borrow_mut(|counters| {
+            let sources = self.sources(user, mode);
+            let mut top = Top::new(k, user.0, sources.len());
+            let mut question = Question::new(sources);
+            for (chunk, users) in chunks(self.users.end(), self.layout) {
+                let counts = question.count(chunk, users, self.kernel, counters);
+                top.scan((chunk << self.layout.chunk_bits) as u32, counts, self.kernel);
+            }
+            self.finish(top)
+        })
     }
 
     /// [`Self::similar`] for many users, in their order, on `threads` threads.
@@ -217,8 +278,32 @@ impl Graph {
         mode: OverlapMode,
         threads: usize,
     ) -> Vec<Vec<(UserId, u32)>> {
-        let _ = threads;
-        users.iter().map(|&u| self.similar(u, k, mode)).collect()
+        let mut answers = vec![Vec::new(); users.len()];
+        let blocks = users.chunks(QUESTIONS).zip(answers.chunks_mut(QUESTIONS));
+        let blocks = std::sync::Mutex::new(blocks);
+        let work = || {
+            let mut counters = Counters::default();
+            loop {
+                let next = match blocks.lock() {
+                    Ok(mut blocks) => blocks.next(),
+                    Err(_) => None,
+                };
+                let Some((users, answers)) = next else { return };
+                for (answer, found) in answers
+                    .iter_mut()
+                    .zip(self.similar_block(users, k, mode, &mut counters))
+                {
+                    *answer = found;
+                }
+            }
+        };
+        std::thread::scope(|scope| {
+            for _ in 1..threads.max(1) {
+                scope.spawn(work);
+            }
+            work();
+        });
+        answers
     }
 
     /// [`Self::similar`] for everyone, handed to `sink` by user id rising.
@@ -229,18 +314,74 @@ impl Graph {
         threads: usize,
         mut sink: impl FnMut(UserId, &[(UserId, u32)]),
     ) {
-        let _ = threads;
-        for user in (0..self.user_id_end()).map(UserId) {
-            if !self.user_name(user).is_empty() {
-                sink(user, &self.similar(user, k, mode));
+        let step = (QUESTIONS * 4 * threads.max(1)) as u32;
+        for from in (0..self.users.end()).step_by(step as usize) {
+            let to = (from + step).min(self.users.end());
+            let users = (from..to).map(UserId);
+            let users: Vec<_> = users.filter(|u| !self.user_name(*u).is_empty()).collect();
+            let answers = self.similar_many(&users, k, mode, threads);
+            for (user, answer) in users.iter().zip(&answers) {
+                sink(*user, answer);
             }
         }
     }
 
+    /// Several questions at once, chunk by chunk, so that a chunk's postings are fetched from
+    /// memory once for all of them.
+    fn similar_block(
+        &self,
+        users: &[UserId],
+        k: usize,
+        mode: OverlapMode,
+        counters: &mut Counters,
+    ) -> Vec<Vec<(UserId, u32)>> {
+        let ask = |user: &UserId| {
+            let sources = self.sources(*user, mode);
+            let top = Top::new(k, user.0, sources.len());
+            (Question::new(sources), top)
+        };
+        let mut asked: Vec<_> = users.iter().map(ask).collect();
+        for (chunk, users) in chunks(self.users.end(), self.layout) {
+            for (question, top) in &mut asked {
+                let counts = question.count(chunk, users, self.kernel, counters);
+                top.scan((chunk << self.layout.chunk_bits) as u32, counts, self.kernel);
+            }
+        }
+        asked.into_iter().map(|(_, top)| self.finish(top)).collect()
+    }
+
+    fn sources(&self, user: UserId, mode: OverlapMode) -> Vec<Source<'_>> {
+        let edges = Edges::new(self.records.get(user.0 as usize));
+        let mut sources = Vec::with_capacity(64);
+        for (attribute, sign) in edges {
+            if let Some(both) = self.postings.get(attribute as usize) {
+                sources.push(match mode {
+                    OverlapMode::Shared => (&both[0], Some(&both[1])),
+                    OverlapMode::Agreeing => (&both[sign.index()], None),
+                });
+            }
+        }
+        sources
+    }
+
+    fn finish(&self, top: Top) -> Vec<(UserId, u32)> {
+        let best = top.finish(|user| self.users.bytes(user));
+        let with_id = best.into_iter().map(|(user, overlap)| (UserId(user), overlap));
+        with_id.collect()
+    }
+
     /// The greatest overlap of any two users (Eq. 6's denominator); 0 if none overlap.
     pub fn max_overlap(&self, mode: OverlapMode) -> u32 {
-        let users = (0..self.user_id_end()).map(UserId);
-        let best = |u| self.similar(u, 1, mode).first().map_or(0, |n| n.1);
-        users.map(best).max().unwrap_or(0)
+        let mut max = 0;
+        self.similar_all(1, mode, 2, |_, best| {
+            max = max.max(best.first().map_or(0, |n| n.1));
+        });
+        max
     }
 }
+
+/// Questions answered together.
+const QUESTIONS: usize = 256;
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,575 @@
+//! Counting: how many of some postings each user of a chunk is in.
+//!
+//! Bitmaps are added bit-sliced. 512 users at a time, the sum of all bitmaps is kept as
+//! binary digits, one vector per digit; a carry-save adder (Harley and Seal) takes three
+//! vectors of one weight and gives one of that weight and one of the next. That is two
+//! instructions per bitmap and 512 users where AVX-512 has its three-input logic, against
+//! sixteen for adding under a mask. Only the finished digits are spread to one byte a user.
+//! Lists are added to the bytes after that, one increment an entry.
+//!
+//! The same program runs on three kinds of vector: AVX-512, AVX2, and plain u64 words that
+//! every machine has. The best present one is chosen at run time; all give equal counts.
+
+use super::postings::BLOCK_USERS;
+
+/// Words of a bitmap per block.
+const BLOCK_WORDS: usize = BLOCK_USERS / 64;
+/// Binary digits of a sum of at most 255 bitmaps.
+const DIGITS: usize = 8;
+/// The most postings whose sum fits the byte counters.
+pub(crate) const MAX_COUNTED: usize = 255;
+
+/// Which vectors count.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kernel {
+    /// u64 words: every machine.
+    Portable,
+    /// 256-bit vectors.
+    #[cfg(target_arch = "x86_64")]
+    Avx2,
+    /// 512-bit vectors with byte masks.
+    #[cfg(target_arch = "x86_64")]
+    Avx512,
+}
+
+/// Bitmaps to be added: singly, or two that exclude each other (one attribute's likes and
+/// dislikes), which are joined before they are added. Bits past a bitmap's end are 0.
+#[derive(Default)]
+pub(crate) struct Bitmaps<'a> {
+    pub singles: Vec<&'a [u64]>,
+    pub pairs: Vec<(&'a [u64], &'a [u64])>,
+}
+
+impl Kernel {
+    /// The best this machine has.
+    pub fn best() -> Self {
+        *Self::present().last().unwrap_or(&Self::Portable)
+    }
+
+    /// All this machine has, the best last.
+    pub fn present() -> &'static [Self] {
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("avx512f") && is_x86_feature_detected!("avx512bw") {
+                return &[Self::Portable, Self::Avx2, Self::Avx512];
+            }
+            if is_x86_feature_detected!("avx2") {
+                return &[Self::Portable, Self::Avx2];
+            }
+        }
+        &[Self::Portable]
+    }
+
+    /// Sets `counts[user]` to the number of bitmaps with that user's bit, for all of
+    /// `counts`, whose length is a multiple of [`BLOCK_USERS`]. At most [`MAX_COUNTED`]
+    /// bitmaps, a pair being one.
+    #[allow(unsafe_code)]
+    pub fn count(self, bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
+        let end = counts.len() / BLOCK_USERS;
+        let blocks = |words: &[u64]| (words.len() / BLOCK_WORDS).min(end);
+        let singles = bitmaps.singles.iter().copied().map(blocks);
+        let pairs = bitmaps.pairs.iter();
+        let pairs = pairs.flat_map(|(a, b)| [blocks(a), blocks(b)]);
+        // Bitmaps are mostly of one length; where they are not, each stretch between two
+        // lengths has its own set of those that reach over it.
+        let mut ends: Vec<usize> = singles.chain(pairs).collect();
+        ends.sort_unstable();
+        ends.dedup();
+        let mut from = 0;
+        for to in ends {
+            let counts = &mut counts[from * BLOCK_USERS..to * BLOCK_USERS];
+            let stretch = stretch(bitmaps, from * BLOCK_WORDS, to * BLOCK_WORDS);
+            match self {
+                Self::Portable => add_up::<[u64; 8]>(&stretch, counts),
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: this value is only made by `present`, after it found the feature.
+                Self::Avx2 => unsafe { x86::add_up_avx2(&stretch, counts) },
+                #[cfg(target_arch = "x86_64")]
+                // SAFETY: this value is only made by `present`, after it found the features.
+                Self::Avx512 => unsafe { x86::add_up_avx512(&stretch, counts) },
+            }
+            from = to;
+        }
+        counts[from * BLOCK_USERS..].fill(0);
+    }
+
+    /// Calls `found(index, count)` for the counts that are at least `least()`, by index
+    /// rising; `least` may rise meanwhile. The length is a multiple of 64.
+    #[allow(unsafe_code)]
+    pub fn scan(self, counts: &[u8], least: u8, found: &mut impl FnMut(usize, u8) -> u8) {
+        match self {
+            Self::Portable => scan::<[u64; 8]>(counts, least, found),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the feature.
+            Self::Avx2 => unsafe { x86::scan_avx2(counts, least, found) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the features.
+            Self::Avx512 => unsafe { x86::scan_avx512(counts, least, found) },
+        }
+    }
+
+    /// The greatest count in each residue class of the index modulo 64.
+    #[allow(unsafe_code)]
+    pub fn lane_maxima(self, counts: &[u8]) -> [u8; 64] {
+        match self {
+            Self::Portable => lane_maxima(counts),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the feature.
+            Self::Avx2 => unsafe { x86::lane_maxima_avx2(counts) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the features.
+            Self::Avx512 => unsafe { x86::lane_maxima_avx512(counts) },
+        }
+    }
+}
+
+/// Adds the entries of a list to the counters, which wrap past 255.
+pub(crate) fn count_list(ids: &[u16], counts: &mut [u8; 65_536]) {
+    for &id in ids {
+        let count = &mut counts[usize::from(id)];
+        *count = count.wrapping_add(1);
+    }
+}
+
+/// The bitmaps that reach to word `to`, from word `from` on, all cut to that.
+fn stretch<'a>(bitmaps: &Bitmaps<'a>, from: usize, to: usize) -> Bitmaps<'a> {
+    let reaches = |words: &&[u64]| words.len() >= to;
+    let singles = bitmaps.singles.iter().copied().filter(reaches);
+    let mut cut = Bitmaps {
+        singles: singles.map(|words| &words[from..to]).collect(),
+        pairs: Vec::with_capacity(bitmaps.pairs.len()),
+    };
+    for &(a, b) in &bitmaps.pairs {
+        match (a.len() >= to, b.len() >= to) {
+            (true, true) => cut.pairs.push((&a[from..to], &b[from..to])),
+            (true, false) => cut.singles.push(&a[from..to]),
+            (false, true) => cut.singles.push(&b[from..to]),
+            (false, false) => {}
+        }
+    }
+    cut
+}
+
+/// A vector of 512 bits, however the machine makes it up.
+///
+/// # Safety
+/// The methods may only run where the machine has the features of the implementation.
+#[allow(unsafe_code)]
+trait Lanes: Copy {
+    /// All bits 0.
+    unsafe fn zero() -> Self;
+    unsafe fn load(words: &[u64; BLOCK_WORDS]) -> Self;
+    unsafe fn or(self, other: Self) -> Self;
+    unsafe fn xor(self, other: Self) -> Self;
+    unsafe fn and(self, other: Self) -> Self;
+    /// The sum of three bits in each place: (weight one, weight two).
+    unsafe fn add(a: Self, b: Self, c: Self) -> (Self, Self);
+    /// Writes the number with these binary digits for each of the 512 places.
+    unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]);
+    /// Bit i says whether `counts[i]` is at least `least`.
+    unsafe fn at_least(counts: &[u8; 64], least: u8) -> u64;
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+fn add_up<L: Lanes>(bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
+    let total = bitmaps.singles.len() + bitmaps.pairs.len();
+    let digit_count = (usize::BITS - total.leading_zeros()) as usize;
+    let digit_count = digit_count.min(DIGITS);
+    for (block, counts) in counts.as_chunks_mut::<BLOCK_USERS>().0.iter_mut().enumerate() {
+        let at = block * BLOCK_WORDS;
+        // SAFETY: the caller has made sure of the machine's features (trait's contract), and
+        // every slice is as long as `counts` has blocks, by `stretch`.
+        unsafe {
+            let single = |i: usize| L::load(block_at(bitmaps.singles[i], at));
+            let pair = |i: usize| {
+                let (a, b) = bitmaps.pairs[i];
+                L::load(block_at(a, at)).or(L::load(block_at(b, at)))
+            };
+            let mut digits = [L::zero(); DIGITS];
+            add_each::<L>(&mut digits, digit_count, bitmaps.singles.len(), single);
+            add_each::<L>(&mut digits, digit_count, bitmaps.pairs.len(), pair);
+            L::spread(&digits[..digit_count], counts);
+        }
+    }
+}
+
+#[inline(always)]
+fn block_at(words: &[u64], at: usize) -> &[u64; BLOCK_WORDS] {
+    const NONE: &[u64; BLOCK_WORDS] = &[0; BLOCK_WORDS];
+    words
+        .get(at..)
+        .and_then(|w| w.first_chunk())
+        .unwrap_or(NONE)
+}
+
+/// Adds `n` one-bit vectors to the digits.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn add_each<L: Lanes>(
+    digits: &mut [L; DIGITS],
+    digit_count: usize,
+    n: usize,
+    input: impl Fn(usize) -> L,
+) {
+    // SAFETY: as of the caller.
+    unsafe {
+        let mut i = 0;
+        while i + 8 <= n {
+            let (ones, twos_a) = L::add(digits[0], input(i), input(i + 1));
+            let (ones, twos_b) = L::add(ones, input(i + 2), input(i + 3));
+            let (twos, fours_a) = L::add(digits[1], twos_a, twos_b);
+            let (ones, twos_a) = L::add(ones, input(i + 4), input(i + 5));
+            let (ones, twos_b) = L::add(ones, input(i + 6), input(i + 7));
+            let (twos, fours_b) = L::add(twos, twos_a, twos_b);
+            let (fours, eights) = L::add(digits[2], fours_a, fours_b);
+            (digits[0], digits[1], digits[2]) = (ones, twos, fours);
+            carry_into(digits, 3, digit_count, eights);
+            i += 8;
+        }
+        while i + 2 <= n {
+            let (ones, twos) = L::add(digits[0], input(i), input(i + 1));
+            digits[0] = ones;
+            carry_into(digits, 1, digit_count, twos);
+            i += 2;
+        }
+        if i < n {
+            carry_into(digits, 0, digit_count, input(i));
+        }
+    }
+}
+
+/// Adds a one-bit vector of weight `1 << digit`.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn carry_into<L: Lanes>(digits: &mut [L; DIGITS], from: usize, to: usize, mut carry: L) {
+    for digit in &mut digits[from..to.max(from)] {
+        // SAFETY: as of the caller.
+        unsafe {
+            let sum = digit.xor(carry);
+            carry = digit.and(carry);
+            *digit = sum;
+        }
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+fn scan<L: Lanes>(counts: &[u8], mut least: u8, found: &mut impl FnMut(usize, u8) -> u8) {
+    for (block, counts) in counts.as_chunks::<64>().0.iter().enumerate() {
+        // SAFETY: the caller has made sure of the machine's features (trait's contract).
+        let mut hits = unsafe { L::at_least(counts, least) };
+        while hits != 0 {
+            let i = hits.trailing_zeros() as usize;
+            hits &= hits - 1;
+            if counts[i] >= least {
+                least = found(block * 64 + i, counts[i]);
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn lane_maxima(counts: &[u8]) -> [u8; 64] {
+    let mut maxima = [0; 64];
+    for counts in counts.as_chunks::<64>().0 {
+        for (max, count) in maxima.iter_mut().zip(counts) {
+            *max = (*max).max(*count);
+        }
+    }
+    maxima
+}
+
+#[allow(unsafe_code)]
+impl Lanes for [u64; 8] {
+    #[inline(always)]
+    unsafe fn zero() -> Self {
+        [0; 8]
+    }
+
+    #[inline(always)]
+    unsafe fn load(words: &[u64; BLOCK_WORDS]) -> Self {
+        *words
+    }
+
+    #[inline(always)]
+    unsafe fn or(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] | other[i])
+    }
+
+    #[inline(always)]
+    unsafe fn xor(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] ^ other[i])
+    }
+
+    #[inline(always)]
+    unsafe fn and(self, other: Self) -> Self {
+        std::array::from_fn(|i| self[i] & other[i])
+    }
+
+    #[inline(always)]
+    unsafe fn add(a: Self, b: Self, c: Self) -> (Self, Self) {
+        let sum = std::array::from_fn(|i| a[i] ^ b[i] ^ c[i]);
+        let carry = std::array::from_fn(|i| (a[i] & b[i]) | (c[i] & (a[i] ^ b[i])));
+        (sum, carry)
+    }
+
+    #[inline(always)]
+    unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]) {
+        const EACH: u64 = 0x0101_0101_0101_0101;
+        for (eight, counts) in counts.as_chunks_mut::<8>().0.iter_mut().enumerate() {
+            let mut sum = 0;
+            for (weight, digit) in digits.iter().enumerate() {
+                let bits = digit[eight / 8] >> (eight % 8 * 8) & 0xFF;
+                // Byte i keeps bit i only; adding 0x7F carries it to the top of its byte.
+                let picked = (bits * EACH) & 0x8040_2010_0804_0201;
+                let ones = ((picked + EACH * 0x7F) >> 7) & EACH;
+                sum += ones << weight;
+            }
+            *counts = sum.to_le_bytes();
+        }
+    }
+
+    #[inline(always)]
+    unsafe fn at_least(counts: &[u8; 64], least: u8) -> u64 {
+        if counts.iter().all(|c| *c < least) {
+            return 0;
+        }
+        let bit = |(i, c): (usize, &u8)| u64::from(*c >= least) << i;
+        counts.iter().enumerate().map(bit).sum()
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod x86 {
+    use super::{BLOCK_USERS, BLOCK_WORDS, Bitmaps, Lanes};
+    use std::arch::x86_64::*;
+
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    pub fn add_up_avx2(bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
+        super::add_up::<[__m256i; 2]>(bitmaps, counts);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,bmi1,bmi2,popcnt")]
+    pub fn add_up_avx512(bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
+        super::add_up::<__m512i>(bitmaps, counts);
+    }
+
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    pub fn scan_avx2(counts: &[u8], least: u8, found: &mut impl FnMut(usize, u8) -> u8) {
+        super::scan::<[__m256i; 2]>(counts, least, found);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,bmi1,bmi2,popcnt")]
+    pub fn scan_avx512(counts: &[u8], least: u8, found: &mut impl FnMut(usize, u8) -> u8) {
+        super::scan::<__m512i>(counts, least, found);
+    }
+
+    #[target_feature(enable = "avx2")]
+    pub fn lane_maxima_avx2(counts: &[u8]) -> [u8; 64] {
+        super::lane_maxima(counts)
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw")]
+    pub fn lane_maxima_avx512(counts: &[u8]) -> [u8; 64] {
+        let mut maxima = _mm512_setzero_si512();
+        for counts in counts.as_chunks::<64>().0 {
+            // SAFETY: 64 bytes are read from a reference to 64 bytes.
+            let counts = unsafe { _mm512_loadu_si512(counts.as_ptr().cast()) };
+            maxima = _mm512_max_epu8(maxima, counts);
+        }
+        let mut out = [0; 64];
+        // SAFETY: 64 bytes are written to an array of 64 bytes.
+        unsafe { _mm512_storeu_si512(out.as_mut_ptr().cast(), maxima) };
+        out
+    }
+
+    // SAFETY of every block below: the trait's contract gives the features, and all loads and
+    // stores go through references to arrays of exactly the bytes touched.
+    impl Lanes for __m512i {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: see above the impl.
+            unsafe { _mm512_setzero_si512() }
+        }
+
+        #[inline(always)]
+        unsafe fn load(words: &[u64; BLOCK_WORDS]) -> Self {
+            // SAFETY: see above the impl.
+            unsafe { _mm512_loadu_si512(words.as_ptr().cast()) }
+        }
+
+        #[inline(always)]
+        unsafe fn or(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe { _mm512_or_si512(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn xor(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe { _mm512_xor_si512(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn and(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe { _mm512_and_si512(self, other) }
+        }
+
+        #[inline(always)]
+        unsafe fn add(a: Self, b: Self, c: Self) -> (Self, Self) {
+            // 0x96 is the truth table of a ^ b ^ c, 0xE8 that of the majority.
+            // SAFETY: see above the impl.
+            unsafe {
+                (
+                    _mm512_ternarylogic_epi64::<0x96>(a, b, c),
+                    _mm512_ternarylogic_epi64::<0xE8>(a, b, c),
+                )
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]) {
+            let mut masks = [[0_u64; BLOCK_WORDS]; super::DIGITS];
+            for (masks, digit) in masks.iter_mut().zip(digits) {
+                // SAFETY: see above the impl.
+                unsafe { _mm512_storeu_si512(masks.as_mut_ptr().cast(), *digit) };
+            }
+            for (word, counts) in counts.as_chunks_mut::<64>().0.iter_mut().enumerate() {
+                // SAFETY: see above the impl.
+                unsafe {
+                    let mut sum = _mm512_setzero_si512();
+                    for (weight, masks) in masks[..digits.len()].iter().enumerate() {
+                        let value = _mm512_set1_epi8((1_u8 << weight) as i8);
+                        sum = _mm512_mask_add_epi8(sum, masks[word], sum, value);
+                    }
+                    _mm512_storeu_si512(counts.as_mut_ptr().cast(), sum);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn at_least(counts: &[u8; 64], least: u8) -> u64 {
+            // SAFETY: see above the impl.
+            unsafe {
+                let counts = _mm512_loadu_si512(counts.as_ptr().cast());
+                _mm512_cmpge_epu8_mask(counts, _mm512_set1_epi8(least as i8))
+            }
+        }
+    }
+
+    // SAFETY of every block below: as above, for AVX2.
+    impl Lanes for [__m256i; 2] {
+        #[inline(always)]
+        unsafe fn zero() -> Self {
+            // SAFETY: see above the impl.
+            unsafe { [_mm256_setzero_si256(); 2] }
+        }
+
+        #[inline(always)]
+        unsafe fn load(words: &[u64; BLOCK_WORDS]) -> Self {
+            let at = words.as_ptr().cast::<__m256i>();
+            // SAFETY: see above the impl; the second half starts 32 bytes on.
+            unsafe { [_mm256_loadu_si256(at), _mm256_loadu_si256(at.add(1))] }
+        }
+
+        #[inline(always)]
+        unsafe fn or(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe {
+                [
+                    _mm256_or_si256(self[0], other[0]),
+                    _mm256_or_si256(self[1], other[1]),
+                ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn xor(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe {
+                [
+                    _mm256_xor_si256(self[0], other[0]),
+                    _mm256_xor_si256(self[1], other[1]),
+                ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn and(self, other: Self) -> Self {
+            // SAFETY: see above the impl.
+            unsafe {
+                [
+                    _mm256_and_si256(self[0], other[0]),
+                    _mm256_and_si256(self[1], other[1]),
+                ]
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn add(a: Self, b: Self, c: Self) -> (Self, Self) {
+            // SAFETY: as of the caller.
+            unsafe {
+                let half = a.xor(b);
+                (half.xor(c), a.and(b).or(half.and(c)))
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]) {
+            let mut words = [[0_u32; BLOCK_USERS / 32]; super::DIGITS];
+            for (words, digit) in words.iter_mut().zip(digits) {
+                let at = words.as_mut_ptr().cast::<__m256i>();
+                // SAFETY: see above the impl; 64 bytes are written to 16 u32.
+                unsafe {
+                    _mm256_storeu_si256(at, digit[0]);
+                    _mm256_storeu_si256(at.add(1), digit[1]);
+                }
+            }
+            for (word, counts) in counts.as_chunks_mut::<32>().0.iter_mut().enumerate() {
+                // SAFETY: see above the impl.
+                unsafe {
+                    // Byte i of the vector gets byte i / 8 of the word, then keeps bit i % 8.
+                    let to_byte = _mm256_setr_epi64x(
+                        0,
+                        0x0101_0101_0101_0101,
+                        0x0202_0202_0202_0202,
+                        0x0303_0303_0303_0303,
+                    );
+                    let own_bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
+                    let mut sum = _mm256_setzero_si256();
+                    for (weight, words) in words[..digits.len()].iter().enumerate() {
+                        let bytes = _mm256_shuffle_epi8(
+                            _mm256_set1_epi32(words[word] as i32),
+                            to_byte,
+                        );
+                        let is_set =
+                            _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own_bit), own_bit);
+                        let value = _mm256_set1_epi8((1_u8 << weight) as i8);
+                        sum = _mm256_add_epi8(sum, _mm256_and_si256(is_set, value));
+                    }
+                    _mm256_storeu_si256(counts.as_mut_ptr().cast(), sum);
+                }
+            }
+        }
+
+        #[inline(always)]
+        unsafe fn at_least(counts: &[u8; 64], least: u8) -> u64 {
+            let at = counts.as_ptr().cast::<__m256i>();
+            let mut mask = 0;
+            for half in 0..2 {
+                // SAFETY: see above the impl; halves are 32 bytes apart.
+                unsafe {
+                    let counts = _mm256_loadu_si256(at.add(half));
+                    let least = _mm256_set1_epi8(least as i8);
+                    let is_hit = _mm256_cmpeq_epi8(_mm256_max_epu8(counts, least), counts);
+                    let bits = _mm256_movemask_epi8(is_hit) as u32;
+                    mask |= u64::from(bits) << (half * 32);
+                }
+            }
+            mask
+        }
+    }
+}

@@ -1,0 +1,230 @@
+//! Who has an edge to an attribute: per chunk of users a short list or a bitmap.
+//!
+//! A chunk is 65,536 users by id. While few of them are in the posting, a chunk is an
+//! unsorted list of 16-bit offsets; when more than one in 64 is, a bitmap counts faster and
+//! soon takes less room too. An event sets a bit or appends two bytes, so it costs the same
+//! whether ten users share the attribute or a million. Everything is behind `Arc`: what a
+//! snapshot holds is copied before it is changed, one chunk at a time.
+
+use std::sync::Arc;
+
+/// Users per 8-word block of a bitmap, the step in which kernels count.
+pub(crate) const BLOCK_USERS: usize = 512;
+
+/// How postings are cut and when they switch. Tests make everything tiny.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Layout {
+    /// A chunk is `1 << chunk_bits` users; 9 to 16.
+    pub chunk_bits: u32,
+    /// A list longer than the chunk's users divided by this becomes a bitmap.
+    pub dense_divisor: usize,
+}
+
+impl Default for Layout {
+    fn default() -> Self {
+        Self {
+            chunk_bits: 16,
+            dense_divisor: 64,
+        }
+    }
+}
+
+impl Layout {
+    /// Users per chunk.
+    pub fn chunk_users(self) -> usize {
+        1 << self.chunk_bits
+    }
+
+    /// Words of a bitmap for a chunk that has `users` users now: a power of two of at least
+    /// 8, so that bitmaps double as the last chunk fills.
+    fn words(self, users: usize) -> usize {
+        let users = users.clamp(1, self.chunk_users());
+        users.div_ceil(64).next_power_of_two().max(8)
+    }
+}
+
+/// The users with an edge of one sign to one attribute.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Posting {
+    chunks: Arc<[Chunk]>,
+    count: u32,
+}
+
+/// The part of a posting within one chunk of users.
+#[derive(Clone, Debug, Default)]
+pub(crate) enum Chunk {
+    #[default]
+    Empty,
+    /// The first `len` of `ids`, in any order, none twice.
+    List { len: u32, ids: Arc<[u16]> },
+    /// Bit `id`; the number of words is a power of two and at least 8.
+    Bits { len: u32, words: Arc<[u64]> },
+}
+
+impl Posting {
+    pub fn count(&self) -> usize {
+        self.count as usize
+    }
+
+    pub fn chunk(&self, chunk: usize) -> &Chunk {
+        self.chunks.get(chunk).unwrap_or(&Chunk::Empty)
+    }
+
+    /// Adds a user who is not in it. `user_end` is one more than the greatest user id.
+    pub fn insert(&mut self, user: u32, user_end: u32, layout: Layout) {
+        let (chunk, id, users) = locate(user, user_end, layout);
+        if chunk >= self.chunks.len() {
+            let old = self.chunks.iter().cloned();
+            let new = std::iter::repeat_n(Chunk::Empty, chunk + 1 - self.chunks.len());
+            self.chunks = old.chain(new).collect();
+        }
+        Arc::make_mut(&mut self.chunks)[chunk].insert(id, users, layout);
+        self.count += 1;
+    }
+
+    /// Removes a user who is in it.
+    pub fn remove(&mut self, user: u32, user_end: u32, layout: Layout) {
+        let (chunk, id, _) = locate(user, user_end, layout);
+        if chunk < self.chunks.len() && Arc::make_mut(&mut self.chunks)[chunk].remove(id, layout) {
+            self.count -= 1;
+        }
+    }
+
+    /// The users in it, by id rising.
+    pub fn users(&self, layout: Layout) -> impl Iterator<Item = u32> {
+        let chunks = self.chunks.iter().enumerate();
+        chunks.flat_map(move |(number, chunk)| {
+            let base = (number as u32) << layout.chunk_bits;
+            let mut ids = chunk.ids();
+            ids.sort_unstable();
+            ids.into_iter().map(move |id| base + u32::from(id))
+        })
+    }
+}
+
+/// A user's chunk, place in it, and how many users the chunk has by now.
+fn locate(user: u32, user_end: u32, layout: Layout) -> (usize, u16, usize) {
+    let chunk = (user >> layout.chunk_bits) as usize;
+    let offset = user as usize % layout.chunk_users();
+    let users = user_end as usize - chunk * layout.chunk_users();
+    (chunk, offset as u16, users.max(offset + 1))
+}
+
+impl Chunk {
+    fn insert(&mut self, id: u16, users: usize, layout: Layout) {
+        match self {
+            Self::Empty => {
+                let (len, ids) = (1, Arc::new([id, 0, 0, 0]));
+                *self = Self::List { len, ids };
+            }
+            Self::List { len, ids } => {
+                let n = *len as usize;
+                let words = layout.words(users);
+                if n >= words * 64 / layout.dense_divisor {
+                    let mut all = ids[..n].to_vec();
+                    all.push(id);
+                    *self = Self::bits(&all, words);
+                    return;
+                }
+                match Arc::get_mut(ids) {
+                    Some(ids) if n < ids.len() => ids[n] = id,
+                    _ => *ids = with_one_more(&ids[..n], id),
+                }
+                *len += 1;
+            }
+            Self::Bits { len, words } => {
+                let word = usize::from(id) / 64;
+                if word >= words.len() {
+                    let mut all = self.ids();
+                    all.push(id);
+                    *self = Self::of(&all, layout.words(users), layout);
+                    return;
+                }
+                Arc::make_mut(words)[word] |= 1 << (id % 64);
+                *len += 1;
+            }
+        }
+    }
+
+    /// Whether it was there.
+    fn remove(&mut self, id: u16, layout: Layout) -> bool {
+        match self {
+            Self::Empty => return false,
+            Self::List { len, ids } => {
+                let n = *len as usize;
+                let Some(at) = ids[..n].iter().position(|i| *i == id) else {
+                    return false;
+                };
+                let ids = Arc::make_mut(ids);
+                ids[at] = ids[n - 1];
+                *len -= 1;
+            }
+            Self::Bits { len, words } => {
+                let (word, bit) = (usize::from(id) / 64, 1 << (id % 64));
+                if words.get(word).is_none_or(|w| w & bit == 0) {
+                    return false;
+                }
+                Arc::make_mut(words)[word] &= !bit;
+                *len -= 1;
+                // Well below where a list became a bitmap, or one user could flip it at will.
+                if *len as usize * 4 < words.len() * 64 / layout.dense_divisor {
+                    *self = Self::list(&self.ids());
+                }
+            }
+        }
+        if matches!(self, Self::List { len: 0, .. } | Self::Bits { len: 0, .. }) {
+            *self = Self::Empty;
+        }
+        true
+    }
+
+    /// Its users, in no particular order.
+    fn ids(&self) -> Vec<u16> {
+        match self {
+            Self::Empty => Vec::new(),
+            Self::List { len, ids } => ids[..*len as usize].to_vec(),
+            Self::Bits { len, words } => {
+                let mut ids = Vec::with_capacity(*len as usize);
+                for (at, word) in words.iter().enumerate() {
+                    let mut rest = *word;
+                    while rest != 0 {
+                        ids.push((at * 64) as u16 + rest.trailing_zeros() as u16);
+                        rest &= rest - 1;
+                    }
+                }
+                ids
+            }
+        }
+    }
+
+    fn of(ids: &[u16], words: usize, layout: Layout) -> Self {
+        match ids.len() > words * 64 / layout.dense_divisor {
+            true => Self::bits(ids, words),
+            false => Self::list(ids),
+        }
+    }
+
+    fn list(ids: &[u16]) -> Self {
+        let (len, ids) = (ids.len() as u32, Arc::from(ids));
+        Self::List { len, ids }
+    }
+
+    fn bits(ids: &[u16], words: usize) -> Self {
+        let mut bits = vec![0; words];
+        for id in ids {
+            bits[usize::from(*id) / 64] |= 1 << (id % 64);
+        }
+        let (len, words) = (ids.len() as u32, bits.into());
+        Self::Bits { len, words }
+    }
+}
+
+/// A list with one more id and room for some more: a quarter, and whole 16-byte granules.
+fn with_one_more(ids: &[u16], id: u16) -> Arc<[u16]> {
+    let len = ids.len() + 1;
+    // Two words of reference counts stand before the ids in the same allocation.
+    let room = (len + len / 5 + 12).next_multiple_of(8) - 8;
+    let zeros = std::iter::repeat_n(0, room - len);
+    let ids = ids.iter().copied();
+    ids.chain([id]).chain(zeros).collect()
+}

@@ -1,0 +1,162 @@
+//! The index against a plain model: ordered maps, and overlaps counted one by one.
+
+use super::*;
+use simpatico_schema::random::Philox;
+use std::cmp::Reverse;
+use std::collections::BTreeMap;
+
+#[derive(Clone, Default)]
+struct Model {
+    users: Vec<Option<String>>,
+    registers: BTreeMap<(u32, u32), (i64, String, Polarity)>,
+}
+
+impl Model {
+    fn set(&mut self, user: u32, attribute: u32, to: Register<'_>) -> Change {
+        let old = self.registers.get(&(user, attribute));
+        let new = (to.at, to.id.to_string(), to.polarity);
+        if old.is_some_and(|old| *old >= new) {
+            return Change::Unchanged;
+        }
+        let old = old.and_then(|old| old.2.sign());
+        self.registers.insert((user, attribute), new);
+        let new = to.polarity.sign();
+        Change::Applied { old, new }
+    }
+
+    fn edges(&self, user: u32) -> BTreeMap<u32, Sign> {
+        let all = self.registers.range((user, 0)..=(user, u32::MAX));
+        all.filter_map(|(key, value)| Some((key.1, value.2.sign()?))).collect()
+    }
+
+    fn overlap(&self, a: u32, b: u32, mode: OverlapMode) -> u32 {
+        let theirs = self.edges(b);
+        let common = |(attribute, sign): &(u32, Sign)| match theirs.get(attribute) {
+            Some(other) => mode == OverlapMode::Shared || other == sign,
+            None => false,
+        };
+        self.edges(a).into_iter().filter(common).count() as u32
+    }
+
+    fn similar(&self, user: u32, k: usize, mode: OverlapMode) -> Vec<(UserId, u32)> {
+        let others = (0..self.users.len() as u32).filter(|&other| other != user);
+        let overlaps = others.map(|other| (UserId(other), self.overlap(user, other, mode)));
+        let mut all: Vec<_> = overlaps.filter(|(_, overlap)| *overlap > 0).collect();
+        all.sort_by_key(|&(other, n)| (Reverse(n), self.users[other.0 as usize].clone()));
+        all.truncate(k);
+        all
+    }
+
+    fn max_overlap(&self, mode: OverlapMode) -> u32 {
+        let users = 0..self.users.len() as u32;
+        let best = |u| self.similar(u, 1, mode).first().map_or(0, |n| n.1);
+        users.map(best).max().unwrap_or(0)
+    }
+}
+
+fn assert_same(graph: &Graph, model: &Model, random: &mut Philox) {
+    assert_eq!(graph.user_id_end() as usize, model.users.len());
+    for (id, name) in model.users.iter().enumerate() {
+        let user = UserId(id as u32);
+        assert_eq!(graph.user_name(user), name.as_deref().unwrap_or(""));
+        if let Some(name) = name {
+            assert_eq!(graph.user_id(name), Some(user));
+        }
+        let registers: Vec<_> = graph
+            .registers(user)
+            .map(|(a, r)| ((user.0, a.0), (r.at, r.id.to_string(), r.polarity)))
+            .collect();
+        let range = (user.0, 0)..=(user.0, u32::MAX);
+        let expected: Vec<_> = model.registers.range(range).collect();
+        assert!(registers.iter().map(|(k, v)| (k, v)).eq(expected.iter().copied()));
+    }
+    for attribute in 0..graph.attribute_count() as u32 {
+        for sign in [Sign::Dislike, Sign::Like] {
+            let users: Vec<_> = graph.posting(AttributeId(attribute), sign).collect();
+            let expected = model.registers.iter().filter(|(key, value)| {
+                key.1 == attribute && value.2.sign() == Some(sign)
+            });
+            assert!(users.iter().map(|u| u.0).eq(expected.map(|(key, _)| key.0)));
+            assert_eq!(graph.degree(AttributeId(attribute), sign), users.len());
+        }
+    }
+    let edges = model.registers.values().filter(|r| r.2.sign().is_some());
+    assert_eq!(graph.edge_count(), edges.count() as u64);
+    for mode in [OverlapMode::Shared, OverlapMode::Agreeing] {
+        let k = random.below(6) as usize;
+        for user in 0..model.users.len() as u32 {
+            let expected = model.similar(user, k, mode);
+            assert_eq!(graph.similar(UserId(user), k, mode), expected, "{user} {k}");
+        }
+        assert_eq!(graph.max_overlap(mode), model.max_overlap(mode));
+    }
+}
+
+fn random_name(random: &mut Philox) -> String {
+    let letters = 1 + random.below(3);
+    (0..letters).map(|_| char::from(b'a' + random.below(4) as u8)).collect()
+}
+
+/// One random step on both.
+fn step(graph: &mut Graph, model: &mut Model, attributes: u32, random: &mut Philox) {
+    let user = match random.below(if graph.user_count() < 3 { 1 } else { 8 }) {
+        0 => {
+            let name = random_name(random);
+            let user = graph.add_user(&name);
+            if user.0 as usize == model.users.len() {
+                model.users.push(Some(name));
+            }
+            assert!(model.users[user.0 as usize].is_some());
+            user.0
+        }
+        _ => random.below(graph.user_id_end()),
+    };
+    if random.below(40) == 0 {
+        let edges: Vec<_> = model.edges(user).into_iter().collect();
+        let forgotten = graph.forget_user(UserId(user));
+        assert!(forgotten.iter().map(|(a, s)| (a.0, *s)).eq(edges));
+        model.users[user as usize] = None;
+        model.registers.retain(|key, _| key.0 != user);
+        return;
+    }
+    let attribute = random.below(attributes);
+    let to = Register {
+        polarity: Polarity::ALL[[3, 3, 2, 3, 1, 0][random.below(6) as usize]],
+        at: i64::from(random.below(5)) * [1, 1 << 40, i64::MIN][random.below(3) as usize],
+        id: ["", "", "x", "longer id"][random.below(4) as usize],
+    };
+    let expected = match model.users[user as usize] {
+        Some(_) => model.set(user, attribute, to),
+        None => Change::Unchanged,
+    };
+    assert_eq!(graph.set(UserId(user), AttributeId(attribute), to), expected);
+}
+
+#[test]
+fn random_histories_equal_the_plain_model_in_every_snapshot() {
+    for seed in 0..1_500 {
+        let mut random = Philox::new(seed, 1);
+        let kernels = Kernel::present();
+        let layout = Layout {
+            chunk_bits: 9,
+            dense_divisor: [64, 100, 512][random.below(3) as usize],
+        };
+        let mut graph = Graph::with(layout, kernels[random.below(kernels.len() as u32) as usize]);
+        let mut model = Model::default();
+        let attributes = 1 + random.below(12);
+        for attribute in 0..attributes {
+            graph.add_attribute(&format!("a{attribute}"));
+        }
+        let mut snapshots = Vec::new();
+        for _ in 0..random.below(150) {
+            if random.below(30) == 0 {
+                snapshots.push((graph.clone(), model.clone()));
+            }
+            step(&mut graph, &mut model, attributes, &mut random);
+        }
+        snapshots.push((graph, model));
+        for (graph, model) in &snapshots {
+            assert_same(graph, model, &mut random);
+        }
+    }
+}

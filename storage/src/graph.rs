@@ -264,7 +264,11 @@ impl Graph {
             let mut question = Question::new(sources);
             for (chunk, users) in chunks(self.users.end(), self.layout) {
                 let counts = question.count(chunk, users, self.kernel, counters);
-                top.scan((chunk << self.layout.chunk_bits) as u32, counts, self.kernel);
+                top.scan(
+                    (chunk << self.layout.chunk_bits) as u32,
+                    counts,
+                    self.kernel,
+                );
             }
             self.finish(top)
         })
@@ -289,9 +293,10 @@ impl Graph {
                     Err(_) => None,
                 };
                 let Some((users, answers)) = next else { return };
-                for (answer, found) in answers
-                    .iter_mut()
-                    .zip(self.similar_block(users, k, mode, &mut counters))
+                for (answer, found) in
+                    answers
+                        .iter_mut()
+                        .zip(self.similar_block(users, k, mode, &mut counters))
                 {
                     *answer = found;
                 }
@@ -344,7 +349,11 @@ impl Graph {
         for (chunk, users) in chunks(self.users.end(), self.layout) {
             for (question, top) in &mut asked {
                 let counts = question.count(chunk, users, self.kernel, counters);
-                top.scan((chunk << self.layout.chunk_bits) as u32, counts, self.kernel);
+                top.scan(
+                    (chunk << self.layout.chunk_bits) as u32,
+                    counts,
+                    self.kernel,
+                );
             }
         }
         asked.into_iter().map(|(_, top)| self.finish(top)).collect()
@@ -366,7 +375,9 @@ impl Graph {
 
     fn finish(&self, top: Top) -> Vec<(UserId, u32)> {
         let best = top.finish(|user| self.users.bytes(user));
-        let with_id = best.into_iter().map(|(user, overlap)| (UserId(user), overlap));
+        let with_id = best
+            .into_iter()
+            .map(|(user, overlap)| (UserId(user), overlap));
         with_id.collect()
     }
 

@@ -176,7 +176,12 @@ fn add_up<L: Lanes>(bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
     let total = bitmaps.singles.len() + bitmaps.pairs.len();
     let digit_count = (usize::BITS - total.leading_zeros()) as usize;
     let digit_count = digit_count.min(DIGITS);
-    for (block, counts) in counts.as_chunks_mut::<BLOCK_USERS>().0.iter_mut().enumerate() {
+    for (block, counts) in counts
+        .as_chunks_mut::<BLOCK_USERS>()
+        .0
+        .iter_mut()
+        .enumerate()
+    {
         let at = block * BLOCK_WORDS;
         // SAFETY: the caller has made sure of the machine's features (trait's contract), and
         // every slice is as long as `counts` has blocks, by `stretch`.
@@ -541,12 +546,9 @@ mod x86 {
                     let own_bit = _mm256_set1_epi64x(0x8040_2010_0804_0201_u64 as i64);
                     let mut sum = _mm256_setzero_si256();
                     for (weight, words) in words[..digits.len()].iter().enumerate() {
-                        let bytes = _mm256_shuffle_epi8(
-                            _mm256_set1_epi32(words[word] as i32),
-                            to_byte,
-                        );
-                        let is_set =
-                            _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own_bit), own_bit);
+                        let bytes =
+                            _mm256_shuffle_epi8(_mm256_set1_epi32(words[word] as i32), to_byte);
+                        let is_set = _mm256_cmpeq_epi8(_mm256_and_si256(bytes, own_bit), own_bit);
                         let value = _mm256_set1_epi8((1_u8 << weight) as i8);
                         sum = _mm256_add_epi8(sum, _mm256_and_si256(is_set, value));
                     }

@@ -103,7 +103,11 @@ impl Names {
     fn bucket(&self, hash: u32) -> usize {
         let half = 1_u32 << self.bucket_count.ilog2();
         let wide = hash & (half * 2 - 1);
-        let bucket = if wide < self.bucket_count { wide } else { hash & (half - 1) };
+        let bucket = if wide < self.bucket_count {
+            wide
+        } else {
+            hash & (half - 1)
+        };
         bucket as usize
     }
 

@@ -237,7 +237,10 @@ fn first_by_name<'n>(
             *last = (name, user, count);
         }
     }
-    first.into_iter().map(|(_, user, count)| (user, count)).collect()
+    first
+        .into_iter()
+        .map(|(_, user, count)| (user, count))
+        .collect()
 }
 
 /// How many chunks hold `users` users, and how many of them chunk number `chunk` holds.

@@ -121,7 +121,11 @@ impl Iterator for Edges<'_> {
             self.0.skip_varint();
             self.0.id(has_id);
             if code >= Polarity::Dislike.code() {
-                let sign = if code == Polarity::Like.code() { Sign::Like } else { Sign::Dislike };
+                let sign = if code == Polarity::Like.code() {
+                    Sign::Like
+                } else {
+                    Sign::Dislike
+                };
                 return Some((self.0.attribute, sign));
             }
         }

@@ -26,7 +26,8 @@ impl Model {
 
     fn edges(&self, user: u32) -> BTreeMap<u32, Sign> {
         let all = self.registers.range((user, 0)..=(user, u32::MAX));
-        all.filter_map(|(key, value)| Some((key.1, value.2.sign()?))).collect()
+        all.filter_map(|(key, value)| Some((key.1, value.2.sign()?)))
+            .collect()
     }
 
     fn overlap(&self, a: u32, b: u32, mode: OverlapMode) -> u32 {
@@ -68,14 +69,20 @@ fn assert_same(graph: &Graph, model: &Model, random: &mut Philox) {
             .collect();
         let range = (user.0, 0)..=(user.0, u32::MAX);
         let expected: Vec<_> = model.registers.range(range).collect();
-        assert!(registers.iter().map(|(k, v)| (k, v)).eq(expected.iter().copied()));
+        assert!(
+            registers
+                .iter()
+                .map(|(k, v)| (k, v))
+                .eq(expected.iter().copied())
+        );
     }
     for attribute in 0..graph.attribute_count() as u32 {
         for sign in [Sign::Dislike, Sign::Like] {
             let users: Vec<_> = graph.posting(AttributeId(attribute), sign).collect();
-            let expected = model.registers.iter().filter(|(key, value)| {
-                key.1 == attribute && value.2.sign() == Some(sign)
-            });
+            let expected = model
+                .registers
+                .iter()
+                .filter(|(key, value)| key.1 == attribute && value.2.sign() == Some(sign));
             assert!(users.iter().map(|u| u.0).eq(expected.map(|(key, _)| key.0)));
             assert_eq!(graph.degree(AttributeId(attribute), sign), users.len());
         }
@@ -94,7 +101,9 @@ fn assert_same(graph: &Graph, model: &Model, random: &mut Philox) {
 
 fn random_name(random: &mut Philox) -> String {
     let letters = 1 + random.below(3);
-    (0..letters).map(|_| char::from(b'a' + random.below(4) as u8)).collect()
+    (0..letters)
+        .map(|_| char::from(b'a' + random.below(4) as u8))
+        .collect()
 }
 
 /// One random step on both.
@@ -129,7 +138,10 @@ fn step(graph: &mut Graph, model: &mut Model, attributes: u32, random: &mut Phil
         Some(_) => model.set(user, attribute, to),
         None => Change::Unchanged,
     };
-    assert_eq!(graph.set(UserId(user), AttributeId(attribute), to), expected);
+    assert_eq!(
+        graph.set(UserId(user), AttributeId(attribute), to),
+        expected
+    );
 }
 
 #[test]

@@ -225,7 +225,9 @@ impl<R: Read> Parser<'_, R> {
     /// A count of things of at least `min_bytes` bytes each, at most `max` of them.
     fn count(&mut self, what: &str, max: u64, min_bytes: u64) -> Result<usize> {
         let n = self.u64()?;
-        let fits = n.checked_mul(min_bytes).is_some_and(|b| b <= self.end - self.at);
+        let fits = n
+            .checked_mul(min_bytes)
+            .is_some_and(|b| b <= self.end - self.at);
         if n > max || !fits {
             return self.bad(format!(
                 "{n} {what}; at most {max}, and no more than the file has bytes for"
@@ -348,7 +350,11 @@ impl<R: Read> Parser<'_, R> {
                     .map(|_| self.string("bytes of string", STRING_MAX))
                     .collect::<Result<_>>()?,
             ),
-            9 => Value::Arrays((0..n).map(|_| self.array(depth + 1)).collect::<Result<_>>()?),
+            9 => Value::Arrays(
+                (0..n)
+                    .map(|_| self.array(depth + 1))
+                    .collect::<Result<_>>()?,
+            ),
             _ => Value::Integers((0..n).map(|_| self.integer(kind)).collect::<Result<_>>()?),
         })
     }
@@ -420,7 +426,10 @@ impl<R: Read> Parser<'_, R> {
         spans.sort_unstable();
         for pair in spans.windows(2) {
             if pair[1].0 < pair[0].1 {
-                return self.bad(format!("tensors {:?} and {:?} overlap", pair[0].2, pair[1].2));
+                return self.bad(format!(
+                    "tensors {:?} and {:?} overlap",
+                    pair[0].2, pair[1].2
+                ));
             }
         }
         Ok(())
@@ -581,6 +590,9 @@ pub(crate) mod tests {
         block[3] = 0x7e;
         assert!(!scales_are_finite(GgmlDType::Q4_1, &block));
         // Quants may have any bits.
-        assert!(scales_are_finite(GgmlDType::Q8_0, &[[0, 0].as_slice(), &[255; 32]].concat()));
+        assert!(scales_are_finite(
+            GgmlDType::Q8_0,
+            &[[0, 0].as_slice(), &[255; 32]].concat()
+        ));
     }
 }

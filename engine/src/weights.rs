@@ -393,16 +393,21 @@ impl Inner {
     fn add_file(&mut self, path: &Path) -> Result<()> {
         let mut file = open_model_file(path)?;
         let bytes = file.metadata().map_err(Error::io(path))?.len();
-        self.add(BufReader::new(&mut file), bytes, &path.display().to_string())?;
-        self.sources.push(Source::File(path.into(), Mutex::new(file)));
+        self.add(
+            BufReader::new(&mut file),
+            bytes,
+            &path.display().to_string(),
+        )?;
+        self.sources
+            .push(Source::File(path.into(), Mutex::new(file)));
         Ok(())
     }
 
     /// Adds the tensors of a file that will be the next source.
     fn add(&mut self, mut from: impl Read, bytes: u64, name: &str) -> Result<()> {
         let mut start = [0u8; 9];
-        let got = read_up_to(&mut from, &mut start)
-            .map_err(|e| Error::bad_model(name, e.to_string()))?;
+        let got =
+            read_up_to(&mut from, &mut start).map_err(|e| Error::bad_model(name, e.to_string()))?;
         let start = &start[..got];
         let source = self.sources.len();
         if start.starts_with(b"GGUF") {
@@ -507,7 +512,9 @@ impl Inner {
         let mut at = 0;
         for (begin, end, tensor) in spans {
             if begin != at {
-                return bad(format!("tensor {tensor:?} begins at {begin}, expected {at}"));
+                return bad(format!(
+                    "tensor {tensor:?} begins at {begin}, expected {at}"
+                ));
             }
             at = end;
         }
@@ -623,7 +630,12 @@ fn open_folder(folder: &Path) -> Result<Weights> {
         }
     }
     files.sort();
-    let with = |ending: &str| files.iter().filter(|f| f.ends_with(ending)).collect::<Vec<_>>();
+    let with = |ending: &str| {
+        files
+            .iter()
+            .filter(|f| f.ends_with(ending))
+            .collect::<Vec<_>>()
+    };
     let mut inner = Inner::empty(folder.display().to_string());
     match with(".safetensors.index.json")[..] {
         [] => {}
@@ -676,11 +688,17 @@ fn add_shards(inner: &mut Inner, folder: &Path, index: &str) -> Result<()> {
     for shard in shards {
         // A name from a file is never a path.
         if shard.contains(['/', '\\', ':']) || shard.starts_with('.') {
-            return bad(format!("the shard name {shard:.64?} is not a plain file name"));
+            return bad(format!(
+                "the shard name {shard:.64?} is not a plain file name"
+            ));
         }
         inner.add_file(&folder.join(shard))?;
     }
-    match index.weight_map.keys().find(|t| !inner.entries.contains_key(*t)) {
+    match index
+        .weight_map
+        .keys()
+        .find(|t| !inner.entries.contains_key(*t))
+    {
         Some(tensor) => bad(format!("lists the tensor {tensor:?}, but no shard has it")),
         None => Ok(()),
     }
@@ -871,7 +889,10 @@ mod tests {
         let vb = w.var_builder(DType::F32, &Device::Cpu);
         assert!(vb.get((2, 2), "half").is_ok());
         let wrong = vb.get((4, 1), "half").unwrap_err().to_string();
-        assert!(wrong.contains("expected shape [4, 1], got [2, 2]"), "{wrong}");
+        assert!(
+            wrong.contains("expected shape [4, 1], got [2, 2]"),
+            "{wrong}"
+        );
     }
 
     #[test]
@@ -909,7 +930,10 @@ mod tests {
             format!(r#"{{"x":{{"dtype":"{dtype}","shape":{shape},"data_offsets":{offsets}}}}}"#)
         };
         refused(file(&one("[2]", "F32", "[0,4]"), &[0; 4]), "size differs");
-        refused(file(&one("[2]", "F32", "[0,8]"), &[0; 4]), "leaves the file");
+        refused(
+            file(&one("[2]", "F32", "[0,8]"), &[0; 4]),
+            "leaves the file",
+        );
         refused(file(&one("[1]", "F32", "[4,8]"), &[0; 8]), "expected 0");
         refused(file(&one("[1]", "F32", "[0,4]"), &[0; 8]), "the file at");
         refused(file(&one("[1]", "F31", "[0,4]"), &[0; 4]), "dtype");
@@ -924,7 +948,10 @@ mod tests {
         );
         let entry = r#""x":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}"#;
         refused(file(&format!("{{{entry},{entry}}}"), &[0]), "twice");
-        refused(file(&one("[1]", "F32", "[0,4]"), &f32::NAN.to_le_bytes()), "finite");
+        refused(
+            file(&one("[1]", "F32", "[0,4]"), &f32::NAN.to_le_bytes()),
+            "finite",
+        );
         let mut huge = u64::MAX.to_le_bytes().to_vec();
         huge.extend(b"{}");
         refused(huge, "safetensors header of");
@@ -980,7 +1007,11 @@ mod tests {
         let x = x.to_vec1::<f32>().unwrap();
         assert_eq!((x[0], x[1], x[16], x[31]), (-1.0, -0.5, 6.5, -1.0));
         let q = w.get_quantised("x", 32, &Device::Cpu).unwrap();
-        let q = q.dequantize(&Device::Cpu).unwrap().to_vec1::<f32>().unwrap();
+        let q = q
+            .dequantize(&Device::Cpu)
+            .unwrap()
+            .to_vec1::<f32>()
+            .unwrap();
         assert_eq!(q, x);
     }
 }

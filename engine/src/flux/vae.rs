@@ -1,0 +1,588 @@
+//! The picture autoencoder (AutoencoderKL): pictures to latents an eighth (or, in the small
+//! one, a quarter) of their size, and back.
+//!
+//! Encoder: a 3×3 convolution, then at each level residual blocks and (but for the last
+//! level) a convolution of stride 2; a middle of block, attention, block. The decoder is the
+//! mirror image with one more block a level and nearest-neighbour doubling. Latents are
+//! normalised: (z - shift)·scaling.
+//!
+//! Encoding takes the posterior's mean unless a generator is given: an edit must not depend
+//! on a draw.
+//!
+//! Reference: the FLUX.1 sources (`modules/autoencoder.py`), diffusers 0.42
+//! `autoencoder_kl.py`.
+
+use super::names::NameAndShape;
+use crate::nn;
+use crate::{Error, Result};
+use candle_core::{D, DType, Device, Tensor};
+use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder};
+use serde::{Deserialize, Serialize};
+use simpatico_schema::random::Philox;
+
+/// The shape of an autoencoder, with the field names of diffusers' `config.json`.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Config {
+    /// Picture channels in.
+    pub in_channels: usize,
+    /// Picture channels out.
+    pub out_channels: usize,
+    /// Channels of a latent.
+    pub latent_channels: usize,
+    /// Channels at each level; each level but the last halves the size.
+    pub block_out_channels: Vec<usize>,
+    /// Residual blocks per level of the encoder (the decoder has one more).
+    pub layers_per_block: usize,
+    /// Groups of the group norms.
+    pub norm_num_groups: usize,
+    /// Whether the middle has attention.
+    pub mid_block_add_attention: bool,
+    /// Latents are multiplied by this,
+    pub scaling_factor: f64,
+    /// after this is subtracted.
+    pub shift_factor: f64,
+}
+
+impl Default for Config {
+    fn default() -> Self {
+        Self::flux()
+    }
+}
+
+impl Config {
+    /// FLUX.1's: 8× smaller, 16 channels, 83.8 M parameters.
+    pub fn flux() -> Self {
+        Self {
+            in_channels: 3,
+            out_channels: 3,
+            latent_channels: 16,
+            block_out_channels: vec![128, 256, 512, 512],
+            layers_per_block: 2,
+            norm_num_groups: 32,
+            mid_block_add_attention: true,
+            scaling_factor: 0.3611,
+            shift_factor: 0.1159,
+        }
+    }
+
+    /// For the small Flux: 4× smaller, 8 channels, about 0.7 M parameters. Scaling and shift
+    /// are to be set from the trained latents.
+    pub fn small() -> Self {
+        Self {
+            latent_channels: 8,
+            block_out_channels: vec![32, 64, 64],
+            layers_per_block: 1,
+            norm_num_groups: 8,
+            scaling_factor: 1.0,
+            shift_factor: 0.0,
+            ..Self::flux()
+        }
+    }
+
+    /// How many times smaller latents are than pictures, along each side.
+    pub fn factor(&self) -> usize {
+        1 << (self.block_out_channels.len().max(1) - 1)
+    }
+
+    fn check(&self) -> Result<()> {
+        let groups = self.norm_num_groups;
+        let fits = |c: &usize| groups > 0 && *c > 0 && c.is_multiple_of(groups);
+        if self.block_out_channels.is_empty() || !self.block_out_channels.iter().all(fits) {
+            return Err(Error::bad_model(
+                "config.json",
+                format!(
+                    "block_out_channels must be multiples of norm_num_groups {groups}, got {:?}",
+                    self.block_out_channels
+                ),
+            ));
+        }
+        Ok(())
+    }
+}
+
+/// Every weight of an autoencoder of this shape.
+pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
+    let mut all = Vec::new();
+    let channels = &config.block_out_channels;
+    let top = channels.last().copied().unwrap_or(0);
+    let levels = channels.len();
+    let mut put = |name: String, shape: Vec<usize>| {
+        all.push((format!("{name}.weight"), shape.clone()));
+        all.push((format!("{name}.bias"), shape[..1].to_vec()));
+    };
+    fn resnet(put: &mut impl FnMut(String, Vec<usize>), p: String, c_in: usize, c_out: usize) {
+        put(format!("{p}.norm1"), vec![c_in]);
+        put(format!("{p}.conv1"), vec![c_out, c_in, 3, 3]);
+        put(format!("{p}.norm2"), vec![c_out]);
+        put(format!("{p}.conv2"), vec![c_out, c_out, 3, 3]);
+        if c_in != c_out {
+            put(format!("{p}.nin_shortcut"), vec![c_out, c_in, 1, 1]);
+        }
+    }
+    fn middle(put: &mut impl FnMut(String, Vec<usize>), p: &str, c: usize, attention: bool) {
+        resnet(put, format!("{p}.mid.block_1"), c, c);
+        if attention {
+            put(format!("{p}.mid.attn_1.norm"), vec![c]);
+            for one in ["q", "k", "v", "proj_out"] {
+                put(format!("{p}.mid.attn_1.{one}"), vec![c, c, 1, 1]);
+            }
+        }
+        resnet(put, format!("{p}.mid.block_2"), c, c);
+    }
+    put("encoder.conv_in".into(), vec![channels[0], config.in_channels, 3, 3]);
+    let mut c = channels[0];
+    for (n, &c_out) in channels.iter().enumerate() {
+        for m in 0..config.layers_per_block {
+            resnet(&mut put, format!("encoder.down.{n}.block.{m}"), c, c_out);
+            c = c_out;
+        }
+        if n + 1 < levels {
+            put(format!("encoder.down.{n}.downsample.conv"), vec![c, c, 3, 3]);
+        }
+    }
+    middle(&mut put, "encoder", top, config.mid_block_add_attention);
+    put("encoder.norm_out".into(), vec![top]);
+    put("encoder.conv_out".into(), vec![2 * config.latent_channels, top, 3, 3]);
+    put("decoder.conv_in".into(), vec![top, config.latent_channels, 3, 3]);
+    middle(&mut put, "decoder", top, config.mid_block_add_attention);
+    for (n, &c_out) in channels.iter().enumerate().rev() {
+        for m in 0..=config.layers_per_block {
+            resnet(&mut put, format!("decoder.up.{n}.block.{m}"), c, c_out);
+            c = c_out;
+        }
+        if n > 0 {
+            put(format!("decoder.up.{n}.upsample.conv"), vec![c, c, 3, 3]);
+        }
+    }
+    put("decoder.norm_out".into(), vec![channels[0]]);
+    put("decoder.conv_out".into(), vec![config.out_channels, channels[0], 3, 3]);
+    all
+}
+
+// -------------------------------------------------------------------------------- layers
+
+fn conv(
+    c_in: usize,
+    c_out: usize,
+    size: usize,
+    stride: usize,
+    padding: usize,
+    vb: VarBuilder,
+) -> Result<Conv2d> {
+    let config = Conv2dConfig {
+        padding,
+        stride,
+        ..Default::default()
+    };
+    let weight = vb.get((c_out, c_in, size, size), "weight")?;
+    Ok(Conv2d::new(weight, Some(vb.get(c_out, "bias")?), config))
+}
+
+/// Group norm with weights; eps 1e-6.
+#[derive(Clone, Debug)]
+struct GroupNorm {
+    weight: Tensor,
+    bias: Tensor,
+    groups: usize,
+}
+
+impl GroupNorm {
+    fn new(channels: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            weight: vb.get(channels, "weight")?,
+            bias: vb.get(channels, "bias")?,
+            groups,
+        })
+    }
+
+    /// x (b, c, h, w).
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let grouped = x.reshape((b, self.groups, c / self.groups * h * w))?;
+        let x = nn::layer_norm(&grouped, None, None, 1e-6)?.reshape((b, c, h, w))?;
+        Ok(x.broadcast_mul(&self.weight.reshape((1, c, 1, 1))?)?
+            .broadcast_add(&self.bias.reshape((1, c, 1, 1))?)?)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct ResnetBlock {
+    norm1: GroupNorm,
+    conv1: Conv2d,
+    norm2: GroupNorm,
+    conv2: Conv2d,
+    shortcut: Option<Conv2d>,
+}
+
+impl ResnetBlock {
+    fn new(c_in: usize, c_out: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
+        Ok(Self {
+            norm1: GroupNorm::new(c_in, groups, vb.pp("norm1"))?,
+            conv1: conv(c_in, c_out, 3, 1, 1, vb.pp("conv1"))?,
+            norm2: GroupNorm::new(c_out, groups, vb.pp("norm2"))?,
+            conv2: conv(c_out, c_out, 3, 1, 1, vb.pp("conv2"))?,
+            shortcut: match c_in == c_out {
+                true => None,
+                false => Some(conv(c_in, c_out, 1, 1, 0, vb.pp("nin_shortcut"))?),
+            },
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let h = self.conv1.forward(&nn::silu(&self.norm1.forward(x)?)?)?;
+        let h = self.conv2.forward(&nn::silu(&self.norm2.forward(&h)?)?)?;
+        Ok(match &self.shortcut {
+            Some(shortcut) => (shortcut.forward(x)? + h)?,
+            None => (x + h)?,
+        })
+    }
+}
+
+/// Self-attention over all places, one head.
+#[derive(Clone, Debug)]
+struct Attention {
+    norm: GroupNorm,
+    q: Conv2d,
+    k: Conv2d,
+    v: Conv2d,
+    out: Conv2d,
+}
+
+impl Attention {
+    fn new(c: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
+        let one = |name: &str| conv(c, c, 1, 1, 0, vb.pp(name));
+        Ok(Self {
+            norm: GroupNorm::new(c, groups, vb.pp("norm"))?,
+            q: one("q")?,
+            k: one("k")?,
+            v: one("v")?,
+            out: one("proj_out")?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (b, c, h, w) = x.dims4()?;
+        let normed = self.norm.forward(x)?;
+        let tokens = |conv: &Conv2d| -> Result<Tensor> {
+            let y = conv.forward(&normed)?.reshape((b, 1, c, h * w))?;
+            Ok(y.transpose(2, 3)?.contiguous()?) // (b, 1, h·w, c)
+        };
+        let scale = 1.0 / (c as f64).sqrt();
+        let (q, k, v) = (tokens(&self.q)?, tokens(&self.k)?, tokens(&self.v)?);
+        let y = nn::attention(&q, &k, &v, scale, &nn::Mask::None)?
+            .transpose(2, 3)?
+            .reshape((b, c, h, w))?;
+        Ok((x + self.out.forward(&y)?)?)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Middle {
+    first: ResnetBlock,
+    attention: Option<Attention>,
+    second: ResnetBlock,
+}
+
+impl Middle {
+    fn new(c: usize, config: &Config, vb: VarBuilder) -> Result<Self> {
+        let groups = config.norm_num_groups;
+        Ok(Self {
+            first: ResnetBlock::new(c, c, groups, vb.pp("block_1"))?,
+            attention: match config.mid_block_add_attention {
+                true => Some(Attention::new(c, groups, vb.pp("attn_1"))?),
+                false => None,
+            },
+            second: ResnetBlock::new(c, c, groups, vb.pp("block_2"))?,
+        })
+    }
+
+    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let mut x = self.first.forward(x)?;
+        if let Some(attention) = &self.attention {
+            x = attention.forward(&x)?;
+        }
+        self.second.forward(&x)
+    }
+}
+
+/// A level of encoder or decoder: residual blocks, then perhaps a change of size.
+#[derive(Clone, Debug)]
+struct Level {
+    blocks: Vec<ResnetBlock>,
+    resize: Option<Conv2d>,
+}
+
+#[derive(Clone, Debug)]
+struct Encoder {
+    conv_in: Conv2d,
+    levels: Vec<Level>,
+    middle: Middle,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl Encoder {
+    fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        let groups = config.norm_num_groups;
+        let channels = &config.block_out_channels;
+        let mut c = channels[0];
+        let mut levels = Vec::new();
+        for (n, &c_out) in channels.iter().enumerate() {
+            let vb = vb.pp("down").pp(n);
+            let mut blocks = Vec::new();
+            for m in 0..config.layers_per_block {
+                blocks.push(ResnetBlock::new(c, c_out, groups, vb.pp("block").pp(m))?);
+                c = c_out;
+            }
+            levels.push(Level {
+                blocks,
+                resize: match n + 1 < channels.len() {
+                    // Padded by hand, on the right and below only.
+                    true => Some(conv(c, c, 3, 2, 0, vb.pp("downsample.conv"))?),
+                    false => None,
+                },
+            });
+        }
+        Ok(Self {
+            conv_in: conv(config.in_channels, channels[0], 3, 1, 1, vb.pp("conv_in"))?,
+            levels,
+            middle: Middle::new(c, config, vb.pp("mid"))?,
+            norm_out: GroupNorm::new(c, groups, vb.pp("norm_out"))?,
+            conv_out: conv(c, 2 * config.latent_channels, 3, 1, 1, vb.pp("conv_out"))?,
+        })
+    }
+
+    fn forward(&self, picture: &Tensor) -> Result<Tensor> {
+        let mut x = self.conv_in.forward(picture)?;
+        for level in &self.levels {
+            for block in &level.blocks {
+                x = block.forward(&x)?;
+            }
+            if let Some(conv) = &level.resize {
+                let padded = x.pad_with_zeros(D::Minus1, 0, 1)?;
+                x = conv.forward(&padded.pad_with_zeros(D::Minus2, 0, 1)?)?;
+            }
+        }
+        let x = self.middle.forward(&x)?;
+        Ok(self.conv_out.forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+    }
+}
+
+#[derive(Clone, Debug)]
+struct Decoder {
+    conv_in: Conv2d,
+    middle: Middle,
+    levels: Vec<Level>,
+    norm_out: GroupNorm,
+    conv_out: Conv2d,
+}
+
+impl Decoder {
+    fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        let groups = config.norm_num_groups;
+        let channels = &config.block_out_channels;
+        let top = channels[channels.len() - 1];
+        let mut c = top;
+        let mut levels = Vec::new();
+        for (n, &c_out) in channels.iter().enumerate().rev() {
+            let vb = vb.pp("up").pp(n);
+            let mut blocks = Vec::new();
+            for m in 0..=config.layers_per_block {
+                blocks.push(ResnetBlock::new(c, c_out, groups, vb.pp("block").pp(m))?);
+                c = c_out;
+            }
+            levels.push(Level {
+                blocks,
+                resize: match n > 0 {
+                    true => Some(conv(c, c, 3, 1, 1, vb.pp("upsample.conv"))?),
+                    false => None,
+                },
+            });
+        }
+        Ok(Self {
+            conv_in: conv(config.latent_channels, top, 3, 1, 1, vb.pp("conv_in"))?,
+            middle: Middle::new(top, config, vb.pp("mid"))?,
+            levels,
+            norm_out: GroupNorm::new(c, groups, vb.pp("norm_out"))?,
+            conv_out: conv(c, config.out_channels, 3, 1, 1, vb.pp("conv_out"))?,
+        })
+    }
+
+    fn forward(&self, latents: &Tensor) -> Result<Tensor> {
+        let mut x = self.middle.forward(&self.conv_in.forward(latents)?)?;
+        for level in &self.levels {
+            for block in &level.blocks {
+                x = block.forward(&x)?;
+            }
+            if let Some(conv) = &level.resize {
+                let (_, _, h, w) = x.dims4()?;
+                x = conv.forward(&x.upsample_nearest2d(2 * h, 2 * w)?)?;
+            }
+        }
+        Ok(self.conv_out.forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+    }
+}
+
+// --------------------------------------------------------------------------- autoencoder
+
+/// Pictures larger than this along a side are worked on in tiles, in pixels.
+pub const TILE_ABOVE: usize = 1024;
+
+/// The whole autoencoder.
+#[derive(Clone, Debug)]
+pub struct Vae {
+    config: Config,
+    encoder: Encoder,
+    decoder: Decoder,
+    tile: usize,
+}
+
+impl Vae {
+    /// From weights with Black Forest Labs' names; see [`super::names`] for diffusers'.
+    pub fn new(config: &Config, vb: VarBuilder) -> Result<Self> {
+        config.check()?;
+        Ok(Self {
+            config: config.clone(),
+            encoder: Encoder::new(config, vb.pp("encoder"))?,
+            decoder: Decoder::new(config, vb.pp("decoder"))?,
+            tile: TILE_ABOVE,
+        })
+    }
+
+    /// Its shape.
+    pub fn config(&self) -> &Config {
+        &self.config
+    }
+
+    /// The same with another scaling and shift of the latents, as after training.
+    pub fn with_scaling(mut self, scaling_factor: f64, shift_factor: f64) -> Self {
+        self.config.scaling_factor = scaling_factor;
+        self.config.shift_factor = shift_factor;
+        self
+    }
+
+    /// The same with tiles of this many pixels a side (rounded to whole latents).
+    pub fn with_tile(mut self, pixels: usize) -> Self {
+        let factor = self.config.factor();
+        self.tile = (pixels / factor).max(8) * factor;
+        self
+    }
+
+    /// Mean and log-variance of the posterior, each (b, c, h/f, w/f), not normalised.
+    /// `picture` is (b, 3, h, w) in [-1, 1], h and w multiples of the factor f.
+    pub fn posterior(&self, picture: &Tensor) -> Result<(Tensor, Tensor)> {
+        let (_, channels, h, w) = picture.dims4()?;
+        let f = self.config.factor();
+        if channels != self.config.in_channels || h == 0 || w == 0 || h % f != 0 || w % f != 0 {
+            return Err(Error::BadRequest(format!(
+                "a picture to encode must be (b, {}, h, w) with h and w multiples of {f}, got {:?}",
+                self.config.in_channels,
+                picture.dims()
+            )));
+        }
+        let moments = match h.max(w) > self.tile {
+            false => self.encoder.forward(picture)?,
+            true => tiled(picture, self.tile, (1, f), |x| self.encoder.forward(x))?,
+        };
+        let c = self.config.latent_channels;
+        let log_variance = moments.narrow(1, c, c)?.clamp(-30f32, 20f32)?;
+        Ok((moments.narrow(1, 0, c)?.contiguous()?, log_variance))
+    }
+
+    /// Latents of a picture: the posterior's mean, normalised. (b, 3, h, w) in [-1, 1] to
+    /// (b, c, h/f, w/f).
+    pub fn encode(&self, picture: &Tensor) -> Result<Tensor> {
+        self.normalise(&self.posterior(picture)?.0)
+    }
+
+    /// As [`Self::encode`], but drawn from the posterior with this generator.
+    pub fn encode_sample(&self, picture: &Tensor, rng: &mut Philox) -> Result<Tensor> {
+        let (mean, log_variance) = self.posterior(picture)?;
+        let noise = rng.normals(mean.elem_count());
+        let noise = Tensor::from_vec(noise, mean.shape(), &Device::Cpu)?
+            .to_device(mean.device())?
+            .to_dtype(mean.dtype())?;
+        self.normalise(&(mean + ((log_variance * 0.5)?.exp()? * noise)?)?)
+    }
+
+    /// (z - shift)·scaling.
+    pub fn normalise(&self, z: &Tensor) -> Result<Tensor> {
+        Ok(((z - self.config.shift_factor)? * self.config.scaling_factor)?)
+    }
+
+    /// Normalised latents (b, c, h, w) to pictures (b, 3, f·h, f·w), about [-1, 1].
+    pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let (_, c, h, w) = latents.dims4()?;
+        if c != self.config.latent_channels || h == 0 || w == 0 {
+            return Err(Error::BadRequest(format!(
+                "latents to decode must have {} channels, got {:?}",
+                self.config.latent_channels,
+                latents.dims()
+            )));
+        }
+        let z = ((latents / self.config.scaling_factor)? + self.config.shift_factor)?;
+        let f = self.config.factor();
+        match h.max(w) * f > self.tile {
+            false => self.decoder.forward(&z),
+            true => tiled(&z, self.tile / f, (f, 1), |x| self.decoder.forward(x)),
+        }
+    }
+}
+
+/// Works through x (b, c, h, w) in overlapping tiles of `tile` a side and blends the results
+/// linearly over the overlap (a quarter of a tile). `(up, down)` is how the size changes.
+///
+/// Each tile has group norms and attention of its own, so the result differs slightly from
+/// that in one piece (as it does in diffusers).
+fn tiled(
+    x: &Tensor,
+    tile: usize,
+    (up, down): (usize, usize),
+    f: impl Fn(&Tensor) -> Result<Tensor>,
+) -> Result<Tensor> {
+    let (b, _, h, w) = x.dims4()?;
+    // Positions are multiples of `down`, so that they are whole in the result.
+    let starts = |n: usize| -> Vec<usize> {
+        let step = (tile * 3 / 4 / down).max(1) * down;
+        match n.checked_sub(tile) {
+            None | Some(0) => vec![0],
+            Some(last) => (0..last).step_by(step).chain([last]).collect(),
+        }
+    };
+    let (oh, ow) = (h * up / down, w * up / down);
+    let scaled = |n: usize| n * up / down;
+    let mut total: Option<Tensor> = None;
+    let mut weight = Tensor::zeros((1, 1, oh, ow), DType::F32, x.device())?;
+    for &y0 in &starts(h) {
+        for &x0 in &starts(w) {
+            let (th, tw) = (tile.min(h), tile.min(w));
+            let out = f(&x.narrow(2, y0, th)?.narrow(3, x0, tw)?.contiguous()?)?;
+            let ramp = |n: usize| -> Vec<f32> {
+                let edge = (n / 4).max(1);
+                (0..n)
+                    .map(|i| (i + 1).min(n - i).min(edge) as f32 / edge as f32)
+                    .collect()
+            };
+            let (rows, columns) = (ramp(scaled(th)), ramp(scaled(tw)));
+            let rows = Tensor::from_vec(rows, (1, 1, scaled(th), 1), x.device())?;
+            let columns = Tensor::from_vec(columns, (1, 1, 1, scaled(tw)), x.device())?;
+            let mask = rows.broadcast_mul(&columns)?;
+            let place = |t: &Tensor| -> Result<Tensor> {
+                let (y1, x1) = (scaled(y0), scaled(x0));
+                Ok(t.pad_with_zeros(2, y1, oh - y1 - scaled(th))?
+                    .pad_with_zeros(3, x1, ow - x1 - scaled(tw))?)
+            };
+            let part = place(&out.to_dtype(DType::F32)?.broadcast_mul(&mask)?)?;
+            total = Some(match total {
+                Some(sum) => (sum + part)?,
+                None => part,
+            });
+            weight = (weight + place(&mask)?)?;
+        }
+    }
+    match total {
+        Some(sum) => Ok(sum.broadcast_div(&weight)?.to_dtype(x.dtype())?),
+        None => Ok(Tensor::zeros((b, 0, oh, ow), x.dtype(), x.device())?),
+    }
+}

@@ -37,3 +37,6 @@ pub mod init;
 pub mod names;
 pub mod transformer;
 pub mod vae;
+
+#[cfg(test)]
+mod golden_tests;

@@ -35,7 +35,10 @@ pub fn random(
             values.iter_mut().for_each(|x| *x *= std);
             values
         };
-        all.insert(name.clone(), Tensor::from_vec(values, shape.as_slice(), device)?);
+        all.insert(
+            name.clone(),
+            Tensor::from_vec(values, shape.as_slice(), device)?,
+        );
     }
     Ok(all)
 }
@@ -65,6 +68,9 @@ pub fn builder(
     dtype: DType,
     device: &Device,
 ) -> VarBuilder<'static> {
-    let weights = weights.iter().map(|(k, v)| (k.clone(), v.clone())).collect();
+    let weights = weights
+        .iter()
+        .map(|(k, v)| (k.clone(), v.clone()))
+        .collect();
     VarBuilder::from_tensors(weights, dtype, device)
 }

@@ -45,25 +45,65 @@ type Row = (&'static str, &'static [&'static str], Join);
 const TOP: &[Row] = &[
     ("img_in", &["x_embedder"], Join::Same),
     ("txt_in", &["context_embedder"], Join::Same),
-    ("time_in.in_layer", &["time_text_embed.timestep_embedder.linear_1"], Join::Same),
-    ("time_in.out_layer", &["time_text_embed.timestep_embedder.linear_2"], Join::Same),
-    ("guidance_in.in_layer", &["time_text_embed.guidance_embedder.linear_1"], Join::Same),
-    ("guidance_in.out_layer", &["time_text_embed.guidance_embedder.linear_2"], Join::Same),
-    ("vector_in.in_layer", &["time_text_embed.text_embedder.linear_1"], Join::Same),
-    ("vector_in.out_layer", &["time_text_embed.text_embedder.linear_2"], Join::Same),
+    (
+        "time_in.in_layer",
+        &["time_text_embed.timestep_embedder.linear_1"],
+        Join::Same,
+    ),
+    (
+        "time_in.out_layer",
+        &["time_text_embed.timestep_embedder.linear_2"],
+        Join::Same,
+    ),
+    (
+        "guidance_in.in_layer",
+        &["time_text_embed.guidance_embedder.linear_1"],
+        Join::Same,
+    ),
+    (
+        "guidance_in.out_layer",
+        &["time_text_embed.guidance_embedder.linear_2"],
+        Join::Same,
+    ),
+    (
+        "vector_in.in_layer",
+        &["time_text_embed.text_embedder.linear_1"],
+        Join::Same,
+    ),
+    (
+        "vector_in.out_layer",
+        &["time_text_embed.text_embedder.linear_2"],
+        Join::Same,
+    ),
     ("final_layer.linear", &["proj_out"], Join::Same),
-    ("final_layer.adaLN_modulation.1", &["norm_out.linear"], Join::SwapHalves),
+    (
+        "final_layer.adaLN_modulation.1",
+        &["norm_out.linear"],
+        Join::SwapHalves,
+    ),
 ];
 
 /// Inside `double_blocks.i` ↔ `transformer_blocks.i`.
 const DOUBLE: &[Row] = &[
     ("img_mod.lin", &["norm1.linear"], Join::Same),
     ("txt_mod.lin", &["norm1_context.linear"], Join::Same),
-    ("img_attn.qkv", &["attn.to_q", "attn.to_k", "attn.to_v"], QKV),
-    ("txt_attn.qkv", &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"], QKV),
+    (
+        "img_attn.qkv",
+        &["attn.to_q", "attn.to_k", "attn.to_v"],
+        QKV,
+    ),
+    (
+        "txt_attn.qkv",
+        &["attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"],
+        QKV,
+    ),
     ("img_attn.norm.query_norm", &["attn.norm_q"], Join::Same),
     ("img_attn.norm.key_norm", &["attn.norm_k"], Join::Same),
-    ("txt_attn.norm.query_norm", &["attn.norm_added_q"], Join::Same),
+    (
+        "txt_attn.norm.query_norm",
+        &["attn.norm_added_q"],
+        Join::Same,
+    ),
     ("txt_attn.norm.key_norm", &["attn.norm_added_k"], Join::Same),
     ("img_attn.proj", &["attn.to_out.0"], Join::Same),
     ("txt_attn.proj", &["attn.to_add_out"], Join::Same),
@@ -76,7 +116,11 @@ const DOUBLE: &[Row] = &[
 /// Inside `single_blocks.i` ↔ `single_transformer_blocks.i`.
 const SINGLE: &[Row] = &[
     ("modulation.lin", &["norm.linear"], Join::Same),
-    ("linear1", &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"], QKV_MLP),
+    (
+        "linear1",
+        &["attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"],
+        QKV_MLP,
+    ),
     ("linear2", &["proj_out"], Join::Same),
     ("norm.query_norm", &["attn.norm_q"], Join::Same),
     ("norm.key_norm", &["attn.norm_k"], Join::Same),
@@ -85,14 +129,46 @@ const SINGLE: &[Row] = &[
 /// Our XLabs ControlNet names ↔ those of XLabs' own files.
 const XLABS: &[Row] = &[
     ("controlnet_x_embedder", &["pos_embed_input"], Join::Same),
-    ("input_hint_block.conv_in", &["input_hint_block.0"], Join::Same),
-    ("input_hint_block.blocks.0", &["input_hint_block.2"], Join::Same),
-    ("input_hint_block.blocks.1", &["input_hint_block.4"], Join::Same),
-    ("input_hint_block.blocks.2", &["input_hint_block.6"], Join::Same),
-    ("input_hint_block.blocks.3", &["input_hint_block.8"], Join::Same),
-    ("input_hint_block.blocks.4", &["input_hint_block.10"], Join::Same),
-    ("input_hint_block.blocks.5", &["input_hint_block.12"], Join::Same),
-    ("input_hint_block.conv_out", &["input_hint_block.14"], Join::Same),
+    (
+        "input_hint_block.conv_in",
+        &["input_hint_block.0"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.0",
+        &["input_hint_block.2"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.1",
+        &["input_hint_block.4"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.2",
+        &["input_hint_block.6"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.3",
+        &["input_hint_block.8"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.4",
+        &["input_hint_block.10"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.blocks.5",
+        &["input_hint_block.12"],
+        Join::Same,
+    ),
+    (
+        "input_hint_block.conv_out",
+        &["input_hint_block.14"],
+        Join::Same,
+    ),
 ];
 
 /// Whose names a checkpoint uses.
@@ -148,7 +224,11 @@ pub fn detect(names: &[&str]) -> Result<Layout> {
     for &prefix in PREFIXES {
         let p = |name: &str| has(&format!("{prefix}{name}"));
         let controlled = p("controlnet_x_embedder.weight") || p("pos_embed_input.weight");
-        let kind = if controlled { Kind::ControlNet } else { Kind::Transformer };
+        let kind = if controlled {
+            Kind::ControlNet
+        } else {
+            Kind::Transformer
+        };
         let any = |stem: &str| {
             let stem = format!("{prefix}{stem}");
             names.iter().any(|n| n.starts_with(&stem))
@@ -210,7 +290,12 @@ fn diffusers_recipe(name: &str) -> Option<Recipe> {
     let block = |ours: &str, theirs: &str, table| {
         let rest = name.strip_prefix(ours)?;
         let (i, _) = rest.split_once('.')?;
-        by_table(table, &format!("{ours}{i}."), &format!("{theirs}{i}."), name)
+        by_table(
+            table,
+            &format!("{ours}{i}."),
+            &format!("{theirs}{i}."),
+            name,
+        )
     };
     block("double_blocks.", "transformer_blocks.", DOUBLE)
         .or_else(|| block("single_blocks.", "single_transformer_blocks.", SINGLE))
@@ -222,7 +307,10 @@ fn by_table(table: &[Row], ours: &str, theirs: &str, name: &str) -> Option<Recip
     let (_, parts, join) = table.iter().find(|row| row.0 == stem)?;
     let leaf = if leaf == "scale" { "weight" } else { leaf };
     Some(Recipe {
-        parts: parts.iter().map(|p| format!("{theirs}{p}.{leaf}")).collect(),
+        parts: parts
+            .iter()
+            .map(|p| format!("{theirs}{p}.{leaf}"))
+            .collect(),
         join: *join,
     })
 }
@@ -256,7 +344,12 @@ fn vae_name(levels: usize, name: &str) -> String {
 }
 
 /// The checkpoint's weights for our names and shapes: what a file of that naming must hold.
-pub fn spelled(kind: Kind, naming: Naming, levels: usize, ours: &[NameAndShape]) -> Vec<NameAndShape> {
+pub fn spelled(
+    kind: Kind,
+    naming: Naming,
+    levels: usize,
+    ours: &[NameAndShape],
+) -> Vec<NameAndShape> {
     let mut all = Vec::new();
     for (name, shape) in ours {
         let recipe = recipe(kind, naming, levels, name);
@@ -279,7 +372,11 @@ pub fn spelled(kind: Kind, naming: Naming, levels: usize, ours: &[NameAndShape])
 }
 
 /// Reads a checkpoint of another layout under our names.
-pub fn renamed(checkpoint: VarBuilder<'static>, layout: Layout, levels: usize) -> VarBuilder<'static> {
+pub fn renamed(
+    checkpoint: VarBuilder<'static>,
+    layout: Layout,
+    levels: usize,
+) -> VarBuilder<'static> {
     let (dtype, device) = (checkpoint.dtype(), checkpoint.device().clone());
     let backend = Renamed {
         checkpoint,
@@ -344,14 +441,21 @@ impl SimpleBackend for Renamed {
         let parts = recipe
             .parts
             .iter()
-            .map(|p| self.checkpoint.get_unchecked_dtype(p, dtype)?.to_device(device))
+            .map(|p| {
+                self.checkpoint
+                    .get_unchecked_dtype(p, dtype)?
+                    .to_device(device)
+            })
             .collect::<candle_core::Result<Vec<_>>>()?;
         match (recipe.join, parts.as_slice()) {
             (Join::Rows(_), parts) => Tensor::cat(parts, 0),
             (Join::SwapHalves, [whole]) => {
                 let half = whole.dim(0)? / 2;
                 let rest = whole.dim(0)? - half;
-                Tensor::cat(&[&whole.narrow(0, half, rest)?, &whole.narrow(0, 0, half)?], 0)
+                Tensor::cat(
+                    &[&whole.narrow(0, half, rest)?, &whole.narrow(0, 0, half)?],
+                    0,
+                )
             }
             (_, [whole]) => Ok(whole.clone()),
             _ => candle_core::bail!("{name}: several parts and no way to join them"),
@@ -360,7 +464,10 @@ impl SimpleBackend for Renamed {
 
     fn contains_tensor(&self, name: &str) -> bool {
         let recipe = self.recipe(name);
-        recipe.parts.iter().all(|p| self.checkpoint.contains_tensor(p))
+        recipe
+            .parts
+            .iter()
+            .all(|p| self.checkpoint.contains_tensor(p))
     }
 }
 
@@ -422,7 +529,12 @@ pub fn transformer_shapes(config: &transformer::Config) -> Vec<NameAndShape> {
 pub fn controlnet_shapes(config: &controlnet::Config) -> Vec<NameAndShape> {
     let d = config.trunk.hidden();
     let mut all = trunk_shapes(&config.trunk);
-    with_bias(&mut all, "controlnet_x_embedder".into(), d, config.trunk.in_channels);
+    with_bias(
+        &mut all,
+        "controlnet_x_embedder".into(),
+        d,
+        config.trunk.in_channels,
+    );
     for i in 0..config.trunk.num_layers {
         with_bias(&mut all, format!("controlnet_blocks.{i}"), d, d);
     }
@@ -434,7 +546,10 @@ pub fn controlnet_shapes(config: &controlnet::Config) -> Vec<NameAndShape> {
     }
     if let Some(channels) = config.conditioning_embedding_channels {
         let mut conv = |name: String, outputs, inputs| {
-            all.push((format!("input_hint_block.{name}.weight"), vec![outputs, inputs, 3, 3]));
+            all.push((
+                format!("input_hint_block.{name}.weight"),
+                vec![outputs, inputs, 3, 3],
+            ));
             all.push((format!("input_hint_block.{name}.bias"), vec![outputs]));
         };
         conv("conv_in".into(), 16, 3);
@@ -451,5 +566,34 @@ pub fn vae_shapes(config: &vae::Config) -> Vec<NameAndShape> {
 
 /// How many numbers these weights are.
 pub fn count(weights: &[NameAndShape]) -> usize {
-    weights.iter().map(|(_, s)| s.iter().product::<usize>()).sum()
+    weights
+        .iter()
+        .map(|(_, s)| s.iter().product::<usize>())
+        .sum()
+}
+
+/// Opens a checkpoint of any layout as a `VarBuilder` with our names, for a network of
+/// `kind`; `levels` as in [`recipe`].
+///
+/// # Errors
+/// Unreadable files, and files that hold something else.
+pub fn open(
+    weights: &crate::weights::Weights,
+    kind: Kind,
+    levels: usize,
+    dtype: DType,
+    device: &Device,
+) -> Result<VarBuilder<'static>> {
+    let names: Vec<&str> = weights.names().collect();
+    let layout = detect(&names).map_err(|e| match e {
+        Error::BadModel { reason, .. } => Error::bad_model(weights.name(), reason),
+        other => other,
+    })?;
+    if layout.kind != kind {
+        return Err(Error::bad_model(
+            weights.name(),
+            format!("expected a {kind:?}, got a {:?}", layout.kind),
+        ));
+    }
+    Ok(renamed(weights.var_builder(dtype, device), layout, levels))
 }

@@ -218,7 +218,10 @@ impl Rope {
         let positions = ids.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
         let mut parts = (Vec::new(), Vec::new());
         for (axis, &dim) in config.axes_dims_rope.iter().enumerate() {
-            let column = positions.narrow(1, axis, 1)?.flatten_all()?.to_vec1::<f64>()?;
+            let column = positions
+                .narrow(1, axis, 1)?
+                .flatten_all()?
+                .to_vec1::<f64>()?;
             let frequencies = nn::rope_frequencies(dim, 10_000.0);
             let (cos, sin) = nn::rope_tables(&column, &frequencies, ids.device())?;
             parts.0.push(cos);
@@ -338,7 +341,9 @@ impl Modulator {
         guidance: Option<&Tensor>,
         pooled: &Tensor,
     ) -> Result<Modulation> {
-        let mut vector = self.time.forward(&sinusoid(timestep)?.to_dtype(self.dtype)?)?;
+        let mut vector = self
+            .time
+            .forward(&sinusoid(timestep)?.to_dtype(self.dtype)?)?;
         match (&self.guidance, guidance) {
             (Some(mlp), Some(g)) => {
                 vector = (vector + mlp.forward(&sinusoid(g)?.to_dtype(self.dtype)?)?)?;
@@ -433,7 +438,11 @@ fn split_heads(
     let (b, t, d3) = qkv.dims3()?;
     let qkv = qkv.reshape((b, t, 3, heads, d3 / 3 / heads))?;
     let one = |i: usize| -> Result<Tensor> {
-        Ok(qkv.narrow(2, i, 1)?.squeeze(2)?.transpose(1, 2)?.contiguous()?)
+        Ok(qkv
+            .narrow(2, i, 1)?
+            .squeeze(2)?
+            .transpose(1, 2)?
+            .contiguous()?)
     };
     Ok((
         nn::rms_norm(&one(0)?, norm_q, 1e-6)?,
@@ -604,8 +613,8 @@ pub struct Trunk {
 
 impl Trunk {
     pub(crate) fn new(config: &Config, vb: &VarBuilder) -> Result<Self> {
-        let double = (0..config.num_layers)
-            .map(|i| DoubleBlock::new(config, &vb.pp("double_blocks").pp(i)));
+        let double =
+            (0..config.num_layers).map(|i| DoubleBlock::new(config, &vb.pp("double_blocks").pp(i)));
         let single = (0..config.num_single_layers)
             .map(|i| SingleBlock::new(config, &vb.pp("single_blocks").pp(i)));
         Ok(Self {
@@ -851,7 +860,12 @@ impl Cache {
                 return Ok(false);
             }
             let mean = |x: Tensor| -> Result<f64> {
-                Ok(f64::from(x.abs()?.to_dtype(DType::F32)?.mean_all()?.to_scalar::<f32>()?))
+                Ok(f64::from(
+                    x.abs()?
+                        .to_dtype(DType::F32)?
+                        .mean_all()?
+                        .to_scalar::<f32>()?,
+                ))
             };
             // NaN compares as not close.
             let close = mean((old - new)?)? <= self.threshold * mean(old.clone())?;
@@ -914,14 +928,19 @@ impl FluxTransformer {
 
     /// The velocity ε - x_0, (b, n, out_channels), in the dtype of the weights.
     pub fn forward(&self, inputs: &Inputs) -> Result<Tensor> {
-        let modulation = self.modulator()?.at(
-            inputs.timestep,
-            inputs.guidance,
-            inputs.pooled,
-        )?;
+        let modulation = self
+            .modulator()?
+            .at(inputs.timestep, inputs.guidance, inputs.pooled)?;
         let rope = Rope::new(&self.config, inputs.text_ids, inputs.ids)?;
         let text = self.embed_text(inputs.text)?;
-        self.forward_modulated(inputs.latents, &text, &modulation, &rope, inputs.residuals, None)
+        self.forward_modulated(
+            inputs.latents,
+            &text,
+            &modulation,
+            &rope,
+            inputs.residuals,
+            None,
+        )
     }
 
     /// The part that makes modulations.
@@ -984,7 +1003,9 @@ impl FluxTransformer {
             })
         };
         let Some(cache) = cache.filter(|c| c.threshold > 0.0) else {
-            return self.trunk.forward(image, text.clone(), modulation, rope, add);
+            return self
+                .trunk
+                .forward(image, text.clone(), modulation, rope, add);
         };
         let before = image.clone();
         let mut after_first = None;

@@ -130,7 +130,10 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
         }
         resnet(put, format!("{p}.mid.block_2"), c, c);
     }
-    put("encoder.conv_in".into(), vec![channels[0], config.in_channels, 3, 3]);
+    put(
+        "encoder.conv_in".into(),
+        vec![channels[0], config.in_channels, 3, 3],
+    );
     let mut c = channels[0];
     for (n, &c_out) in channels.iter().enumerate() {
         for m in 0..config.layers_per_block {
@@ -138,13 +141,22 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
             c = c_out;
         }
         if n + 1 < levels {
-            put(format!("encoder.down.{n}.downsample.conv"), vec![c, c, 3, 3]);
+            put(
+                format!("encoder.down.{n}.downsample.conv"),
+                vec![c, c, 3, 3],
+            );
         }
     }
     middle(&mut put, "encoder", top, config.mid_block_add_attention);
     put("encoder.norm_out".into(), vec![top]);
-    put("encoder.conv_out".into(), vec![2 * config.latent_channels, top, 3, 3]);
-    put("decoder.conv_in".into(), vec![top, config.latent_channels, 3, 3]);
+    put(
+        "encoder.conv_out".into(),
+        vec![2 * config.latent_channels, top, 3, 3],
+    );
+    put(
+        "decoder.conv_in".into(),
+        vec![top, config.latent_channels, 3, 3],
+    );
     middle(&mut put, "decoder", top, config.mid_block_add_attention);
     for (n, &c_out) in channels.iter().enumerate().rev() {
         for m in 0..=config.layers_per_block {
@@ -156,7 +168,10 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
         }
     }
     put("decoder.norm_out".into(), vec![channels[0]]);
-    put("decoder.conv_out".into(), vec![config.out_channels, channels[0], 3, 3]);
+    put(
+        "decoder.conv_out".into(),
+        vec![config.out_channels, channels[0], 3, 3],
+    );
     all
 }
 
@@ -365,7 +380,9 @@ impl Encoder {
             }
         }
         let x = self.middle.forward(&x)?;
-        Ok(self.conv_out.forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+        Ok(self
+            .conv_out
+            .forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
     }
 }
 
@@ -420,7 +437,9 @@ impl Decoder {
                 x = conv.forward(&x.upsample_nearest2d(2 * h, 2 * w)?)?;
             }
         }
-        Ok(self.conv_out.forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+        Ok(self
+            .conv_out
+            .forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
     }
 }
 

@@ -1,0 +1,371 @@
+//! The networks against diffusers, with small random weights. The files and the scripts that
+//! made them are in tests/golden/flux.
+
+use super::controlnet::{self, Control, ControlNet};
+use super::names::{self, Kind, Layout, Naming};
+use super::transformer::{
+    self, Cache, FluxTransformer, Inputs, Residuals, Rope, Spread, image_ids, text_ids,
+};
+use super::vae::{self, Vae};
+use crate::weights::Weights;
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use std::collections::HashMap;
+use std::path::PathBuf;
+
+pub(crate) fn golden(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden/flux")
+        .join(file)
+}
+
+/// One file of golden tensors.
+pub(crate) struct Golden(Weights);
+
+impl Golden {
+    pub(crate) fn open(file: &str) -> Self {
+        Self(Weights::open(&golden(file)).unwrap())
+    }
+
+    pub(crate) fn get(&self, name: &str) -> Tensor {
+        self.0.get_any(name, DType::F32, &Device::Cpu).unwrap()
+    }
+
+    pub(crate) fn maybe(&self, name: &str) -> Option<Tensor> {
+        self.0.contains(name).then(|| self.get(name))
+    }
+
+    /// The tensors `prefix.0`, `prefix.1`, …
+    fn list(&self, prefix: &str) -> Vec<Tensor> {
+        (0..)
+            .map_while(|i| self.maybe(&format!("{prefix}.{i}")))
+            .collect()
+    }
+
+    /// All tensors under `prefix/`, by the rest of their names.
+    pub(crate) fn all(&self, prefix: &str) -> HashMap<String, Tensor> {
+        let prefix = format!("{prefix}/");
+        self.0
+            .names()
+            .filter_map(|n| Some((n.strip_prefix(&prefix)?.to_string(), self.get(n))))
+            .collect()
+    }
+}
+
+pub(crate) fn config<T: serde::de::DeserializeOwned>(file: &str, case: &str) -> T {
+    let text = std::fs::read_to_string(golden(file)).unwrap();
+    let mut all: serde_json::Map<String, serde_json::Value> = serde_json::from_str(&text).unwrap();
+    serde_json::from_value(all.remove(case).unwrap()).unwrap()
+}
+
+fn builder(weights: HashMap<String, Tensor>, dtype: DType, levels: usize) -> VarBuilder<'static> {
+    let list: Vec<&str> = weights.keys().map(String::as_str).collect();
+    let layout = names::detect(&list).unwrap();
+    let vb = VarBuilder::from_tensors(weights, dtype, &Device::Cpu);
+    names::renamed(vb, layout, levels)
+}
+
+/// Our weights under BFL's names, as one of their files would hold them.
+fn as_bfl(ours: &[names::NameAndShape], vb: &VarBuilder) -> HashMap<String, Tensor> {
+    ours.iter()
+        .map(|(name, shape)| (name.clone(), vb.get(shape.as_slice(), name).unwrap()))
+        .collect()
+}
+
+pub(crate) fn gap(a: &Tensor, b: &Tensor) -> f32 {
+    assert_eq!(a.dims(), b.dims());
+    let a = a.to_dtype(DType::F32).unwrap();
+    let worst = (a - b).unwrap().abs().unwrap().max_all().unwrap();
+    worst.to_scalar().unwrap()
+}
+
+fn largest(a: &Tensor) -> f32 {
+    a.abs().unwrap().max_all().unwrap().to_scalar().unwrap()
+}
+
+/// The inputs of a case, whose pictures are `rows` × `columns` tokens.
+struct Case {
+    latents: Tensor,
+    ids: Tensor,
+    text: Tensor,
+    text_ids: Tensor,
+    pooled: Tensor,
+    timestep: Tensor,
+    guidance: Option<Tensor>,
+}
+
+impl Case {
+    fn new(g: &Golden, case: &str, rows: usize, columns: usize) -> Self {
+        let text = g.get(&format!("{case}/text"));
+        Self {
+            latents: g.get(&format!("{case}/latents")),
+            ids: image_ids(rows, columns, &Device::Cpu).unwrap(),
+            text_ids: text_ids(text.dim(1).unwrap(), &Device::Cpu).unwrap(),
+            text,
+            pooled: g.get(&format!("{case}/pooled")),
+            timestep: g.get(&format!("{case}/timestep")),
+            guidance: g.maybe(&format!("{case}/guidance")),
+        }
+    }
+
+    fn inputs<'a>(&'a self, residuals: Option<&'a Residuals>) -> Inputs<'a> {
+        Inputs {
+            latents: &self.latents,
+            ids: &self.ids,
+            text: &self.text,
+            text_ids: &self.text_ids,
+            pooled: &self.pooled,
+            timestep: &self.timestep,
+            guidance: self.guidance.as_ref(),
+            residuals,
+        }
+    }
+}
+
+#[test]
+fn the_transformer_equals_diffusers_under_both_namings_and_in_bf16() {
+    let g = Golden::open("networks.safetensors");
+    for case in ["transformer", "schnell"] {
+        let config: transformer::Config = config("networks.json", case);
+        let x = Case::new(&g, case, 3, 5);
+        let expected = g.get(&format!("{case}/velocity"));
+        let from_diffusers = builder(g.all(&format!("{case}/weights")), DType::F32, 0);
+        let flux = FluxTransformer::new(&config, from_diffusers.clone()).unwrap();
+        let worst = gap(&flux.forward(&x.inputs(None)).unwrap(), &expected);
+        assert!(worst < 1e-4, "{case}, diffusers' names: {worst}");
+
+        let weights = as_bfl(&names::transformer_shapes(&config), &from_diffusers);
+        let prefixed = weights
+            .iter()
+            .map(|(k, v)| (format!("model.diffusion_model.{k}"), v.clone()))
+            .collect();
+        let flux = FluxTransformer::new(&config, builder(prefixed, DType::F32, 0)).unwrap();
+        let worst = gap(&flux.forward(&x.inputs(None)).unwrap(), &expected);
+        assert!(worst < 1e-4, "{case}, BFL's names: {worst}");
+
+        let streamed =
+            FluxTransformer::streamed(&config, builder(weights.clone(), DType::F32, 0)).unwrap();
+        let again = streamed.forward(&x.inputs(None)).unwrap();
+        assert_eq!(gap(&again, &flux.forward(&x.inputs(None)).unwrap()), 0.0);
+
+        let flux = FluxTransformer::new(&config, builder(weights, DType::BF16, 0)).unwrap();
+        let worst = gap(&flux.forward(&x.inputs(None)).unwrap(), &expected);
+        let relative = worst / largest(&expected);
+        assert!(relative < 2e-2, "{case}, bf16: {relative}");
+    }
+}
+
+#[test]
+fn residuals_are_spread_over_the_blocks_as_in_diffusers() {
+    let g = Golden::open("networks.safetensors");
+    for case in [
+        "spread_19_5",
+        "spread_38_10",
+        "spread_3_1",
+        "spread_6_2",
+        "spread_6_0",
+        "spread_xlabs",
+    ] {
+        let config: transformer::Config = config("networks.json", case);
+        let mut weights = HashMap::new();
+        for (name, tensor) in g.all(&format!("{case}/weights")) {
+            for (stem, n) in [
+                ("transformer_blocks.", config.num_layers),
+                ("single_transformer_blocks.", config.num_single_layers),
+            ] {
+                // All blocks are alike and stored once.
+                if let Some(rest) = name.strip_prefix(&format!("{stem}0.")) {
+                    for i in 1..n {
+                        weights.insert(format!("{stem}{i}.{rest}"), tensor.clone());
+                    }
+                }
+            }
+            weights.insert(name, tensor);
+        }
+        let flux = FluxTransformer::new(&config, builder(weights, DType::F32, 0)).unwrap();
+        let residuals = Residuals {
+            double: g.list(&format!("{case}/double")),
+            single: g.list(&format!("{case}/single")),
+            spread: match case {
+                "spread_xlabs" => Spread::Repeat,
+                _ => Spread::Interval,
+            },
+        };
+        let x = Case::new(&g, case, 2, 2);
+        let velocity = flux.forward(&x.inputs(Some(&residuals))).unwrap();
+        let worst = gap(&velocity, &g.get(&format!("{case}/velocity")));
+        assert!(worst < 1e-4, "{case}: {worst}");
+    }
+    // The true sizes, as the reference counts them.
+    let doubles: Vec<_> = (0..19)
+        .map(|i| Residuals::index(Spread::Interval, i, 19, 5).unwrap())
+        .collect();
+    assert_eq!(
+        doubles,
+        [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4]
+    );
+    assert_eq!(Residuals::index(Spread::Interval, 37, 38, 10), Some(9));
+    assert_eq!(Residuals::index(Spread::Interval, 3, 6, 0), None);
+}
+
+#[test]
+fn controlnets_of_all_three_layouts_equal_diffusers() {
+    let g = Golden::open("networks.safetensors");
+    let flux: transformer::Config = config("networks.json", "transformer");
+    let weights = builder(g.all("transformer/weights"), DType::F32, 0);
+    let flux = FluxTransformer::new(&flux, weights).unwrap();
+    for case in ["union", "pro2", "xlabs"] {
+        let config: controlnet::Config = config("networks.json", case);
+        let vb = builder(g.all(&format!("{case}/weights")), DType::F32, 0);
+        let mut layouts = vec![vb.clone()];
+        let ours = names::controlnet_shapes(&config);
+        let bfl = as_bfl(&ours, &vb);
+        if case == "xlabs" {
+            // As XLabs' own file has it.
+            let spelled = bfl.iter().map(|(name, t)| {
+                let recipe = names::recipe(Kind::ControlNet, Naming::Xlabs, 0, name);
+                (recipe.parts[0].clone(), t.clone())
+            });
+            layouts.push(builder(spelled.collect(), DType::F32, 0));
+        }
+        layouts.push(builder(bfl, DType::F32, 0));
+        for vb in layouts {
+            let net = ControlNet::new(&config, vb).unwrap();
+            let x = Case::new(&g, case, 3, 5);
+            let condition = g.get(&format!("{case}/condition"));
+            let control = Control {
+                condition: &condition,
+                modes: (case == "union").then_some(&[0, 3]),
+                scale: 0.7,
+            };
+            let out = net.forward(&x.inputs(None), &control).unwrap();
+            let (double, single) = (
+                g.list(&format!("{case}/double")),
+                g.list(&format!("{case}/single")),
+            );
+            assert_eq!(
+                (out.double.len(), out.single.len()),
+                (double.len(), single.len())
+            );
+            for (a, b) in out
+                .double
+                .iter()
+                .chain(&out.single)
+                .zip(double.iter().chain(&single))
+            {
+                assert!(gap(a, b) < 1e-4, "{case}: {}", gap(a, b));
+            }
+            let velocity = flux.forward(&x.inputs(Some(&out))).unwrap();
+            let worst = gap(&velocity, &g.get(&format!("{case}/velocity")));
+            assert!(worst < 1e-4, "{case}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn the_autoencoder_equals_diffusers_under_both_namings() {
+    let g = Golden::open("networks.safetensors");
+    for case in ["vae_f8", "vae_f4"] {
+        let config: vae::Config = config("networks.json", case);
+        let levels = config.block_out_channels.len();
+        let vb = builder(g.all(&format!("{case}/weights")), DType::F32, levels);
+        let bfl = as_bfl(&names::vae_shapes(&config), &vb);
+        for vb in [vb, builder(bfl, DType::F32, levels)] {
+            let vae = Vae::new(&config, vb).unwrap();
+            let picture = g.get(&format!("{case}/picture"));
+            let (mean, log_variance) = vae.posterior(&picture).unwrap();
+            assert!(gap(&mean, &g.get(&format!("{case}/mean"))) < 1e-4, "{case}");
+            let worst = gap(&log_variance, &g.get(&format!("{case}/log_variance")));
+            assert!(worst < 1e-4, "{case}: {worst}");
+            let decoded = vae.decode(&vae.encode(&picture).unwrap()).unwrap();
+            let worst = gap(&decoded, &g.get(&format!("{case}/decoded")));
+            assert!(worst < 1e-4, "{case}: {worst}");
+        }
+    }
+}
+
+#[test]
+fn tiles_cover_the_picture_and_agree_with_the_whole_away_from_seams() {
+    let g = Golden::open("networks.safetensors");
+    let config: vae::Config = config("networks.json", "vae_f4");
+    let vb = builder(g.all("vae_f4/weights"), DType::F32, 3);
+    let vae = Vae::new(&config, vb).unwrap();
+    let flat = Tensor::full(0.3f32, (1, 3, 96, 160), &Device::Cpu).unwrap();
+    let whole = vae.encode(&flat).unwrap();
+    let tiles = vae.clone().with_tile(64).encode(&flat).unwrap();
+    assert_eq!(whole.dims(), tiles.dims());
+    let decoded = vae.clone().with_tile(64).decode(&whole).unwrap();
+    assert_eq!(decoded.dims(), [1, 3, 96, 160]);
+    // One tile over all is the whole.
+    let one = vae.with_tile(160).encode(&flat).unwrap();
+    assert_eq!(gap(&one, &whole), 0.0);
+}
+
+#[test]
+fn a_cache_skips_when_nothing_changes_and_sees_the_control_change() {
+    let g = Golden::open("networks.safetensors");
+    let config: transformer::Config = config("networks.json", "transformer");
+    let flux = FluxTransformer::new(
+        &config,
+        builder(g.all("transformer/weights"), DType::F32, 0),
+    );
+    let flux = flux.unwrap();
+    let x = Case::new(&g, "transformer", 3, 5);
+    let residuals = |size: f64| Residuals {
+        double: vec![
+            x.latents.zeros_like().unwrap().repeat((1, 1, 2)).unwrap(),
+            (x.latents.repeat((1, 1, 2)).unwrap() * size).unwrap(),
+        ],
+        ..Default::default()
+    };
+    let rope = Rope::new(&config, &x.text_ids, &x.ids).unwrap();
+    let text = flux.embed_text(&x.text).unwrap();
+    let at = |t: f32| {
+        let t = Tensor::new(&[t, t], &Device::Cpu).unwrap();
+        let modulator = flux.modulator().unwrap();
+        modulator.at(&t, x.guidance.as_ref(), &x.pooled).unwrap()
+    };
+    let mut cache = Cache::new(0.1);
+    let mut run = |t: f32, r: &Residuals| {
+        let out = flux
+            .forward_modulated(&x.latents, &text, &at(t), &rope, Some(r), Some(&mut cache))
+            .unwrap();
+        let exact = flux
+            .forward_modulated(&x.latents, &text, &at(t), &rope, Some(r), None)
+            .unwrap();
+        (cache.skipped(), gap(&out, &exact))
+    };
+    assert_eq!(run(0.9, &residuals(1.0)), (0, 0.0));
+    let (skipped, error) = run(0.9, &residuals(1.0));
+    assert!(skipped == 1 && error < 1e-5, "{skipped} {error}");
+    // The first block's output is the same; only the control of later blocks differs.
+    assert_eq!(run(0.9, &residuals(2.0)), (1, 0.0));
+    assert_eq!(run(0.1, &residuals(2.0)).0, 1);
+}
+
+#[test]
+fn wrong_inputs_are_named() {
+    let g = Golden::open("networks.safetensors");
+    let config: transformer::Config = config("networks.json", "transformer");
+    let vb = builder(g.all("transformer/weights"), DType::F32, 0);
+    let flux = FluxTransformer::new(&config, vb.clone()).unwrap();
+    let mut x = Case::new(&g, "transformer", 3, 5);
+    x.guidance = None;
+    let message = flux.forward(&x.inputs(None)).unwrap_err().to_string();
+    assert!(message.contains("guidance"), "{message}");
+    let mut wrong = config.clone();
+    wrong.joint_attention_dim = 13;
+    let message = FluxTransformer::new(&wrong, vb).err().unwrap().to_string();
+    assert!(message.contains("context_embedder.weight"), "{message}");
+    let message = names::detect(&["a.weight", "b"]).unwrap_err().to_string();
+    assert!(message.contains("a.weight"), "{message}");
+    let layout = names::detect(&["diffusion_model.double_blocks.0.img_attn.qkv.weight"]).unwrap();
+    assert_eq!(
+        layout,
+        Layout {
+            kind: Kind::Transformer,
+            naming: Naming::Bfl,
+            prefix: "diffusion_model.".into()
+        }
+    );
+}

@@ -28,7 +28,7 @@ mod pack;
 mod postings;
 mod query;
 mod registers;
-mod tree;
+pub(crate) mod tree;
 
 use kernel::Kernel;
 use names::Names;

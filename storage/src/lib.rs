@@ -1,3 +1,4 @@
 //! storage
 
 pub mod graph;
+pub mod sage;

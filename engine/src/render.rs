@@ -1,1 +1,503 @@
-//! Filled in by the work under way.
+//! A small renderer of our own: scenes in, pictures out, the same bytes for the same scene.
+//!
+//! It draws what the small Flux learns from. A [`Scene`] names an object, where it stands, what
+//! it is made of, what lies behind it and what falls in front of it. Changing some of these and
+//! keeping the geometry gives an exact before/after pair, which no collection of photographs
+//! can. It is not a 3-D engine: every object is a stack of flat shapes with signed distances
+//! ([`shapes`]), and the distance to the rim, read as a height, is what the light falls on.
+//!
+//! 1. The background paints every pixel, then the object's soft shadow.
+//! 2. Each part of the object, back to front: coverage from the distance (so edges are smooth
+//!    without supersampling), normal from its gradient, colour from material and pattern.
+//! 3. The overlay (snow, leaves, ...) and then the light's colouring of the whole picture.
+//!
+//! ```
+//! use simpatico_engine::render::{Change, Color, Material, Object, Scene};
+//! let before = Scene::plain(Object::Mug, Color::Red, 7);
+//! let after = before.with(&[Change::Material(Material::Gold)]);
+//! let picture = after.render(64);
+//! assert_eq!(picture.len(), 64 * 64 * 3);
+//! assert_eq!(after.caption(), "a golden mug in front of a plain backdrop");
+//! ```
+
+pub mod places;
+pub mod shapes;
+pub mod surfaces;
+pub mod words;
+
+use simpatico_schema::random::Philox;
+
+/// Red, green and blue, each 0..=1, gamma-encoded (what a PNG holds, divided by 255).
+pub type Rgb = [f32; 3];
+
+/// A closed list of things with a word for each.
+macro_rules! named {
+    ($(#[$doc:meta])* $name:ident { $($variant:ident $word:literal,)* }) => {
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+        #[allow(missing_docs)]
+        pub enum $name { $($variant,)* }
+        impl $name {
+            /// All of them, in order.
+            pub const ALL: &'static [Self] = &[$(Self::$variant,)*];
+            /// The word or words that captions use.
+            pub fn word(self) -> &'static str {
+                match self { $(Self::$variant => $word,)* }
+            }
+        }
+    };
+}
+
+named! {
+    /// What is in the picture.
+    Object {
+        Mug "mug", Chair "chair", Lamp "lamp", Guitar "guitar", Helmet "helmet", Tower "tower",
+        Car "car", Fish "fish", Boot "boot", House "house", Tree "tree", Teapot "teapot",
+        Clock "clock", Cat "cat", Rocket "rocket", Umbrella "umbrella", Sofa "sofa",
+        Bottle "bottle", Book "book", Mushroom "mushroom", Vase "vase", Backpack "backpack",
+        Boat "boat", Cake "cake", Bird "bird", Balloon "balloon", Hat "hat", Apple "apple",
+        Robot "robot", Bed "bed",
+    }
+}
+
+impl Object {
+    /// The tenth of the objects that no training ever sees.
+    pub const HELD_OUT: &'static [Self] = &[Self::Boot, Self::Teapot, Self::Bird];
+
+    /// The objects that training sees.
+    pub fn trained() -> Vec<Self> {
+        let seen = |object: &Self| !Self::HELD_OUT.contains(object);
+        Self::ALL.iter().copied().filter(seen).collect()
+    }
+}
+
+named! {
+    /// The object's colour, where its material leaves it one.
+    Color {
+        Red "red", Orange "orange", Yellow "yellow", Green "green", Teal "teal", Blue "blue",
+        Purple "purple", Pink "pink", White "white", Black "black", Brown "brown", Gray "gray",
+    }
+}
+
+impl Color {
+    /// The paint itself.
+    pub fn rgb(self) -> Rgb {
+        match self {
+            Self::Red => [0.82, 0.13, 0.14],
+            Self::Orange => [0.93, 0.50, 0.12],
+            Self::Yellow => [0.95, 0.80, 0.20],
+            Self::Green => [0.22, 0.62, 0.25],
+            Self::Teal => [0.10, 0.62, 0.62],
+            Self::Blue => [0.15, 0.34, 0.80],
+            Self::Purple => [0.50, 0.22, 0.70],
+            Self::Pink => [0.95, 0.52, 0.68],
+            Self::White => [0.93, 0.93, 0.91],
+            Self::Black => [0.12, 0.12, 0.14],
+            Self::Brown => [0.45, 0.28, 0.16],
+            Self::Gray => [0.52, 0.53, 0.55],
+        }
+    }
+}
+
+named! {
+    /// What the object is made of.
+    Material {
+        Plain "plain", Wood "wooden", Gold "golden", Silver "silver", Copper "copper",
+        Marble "marble", Stone "stone", Brick "brick", Ice "ice", Glass "glass", Fur "furry",
+        Leather "leather", Knit "knitted", Rust "rusty", Moss "mossy", Lava "lava",
+    }
+}
+
+named! {
+    /// What is painted on the object.
+    Pattern {
+        None "no pattern", Stripes "stripes", Dots "polka dots", Stars "stars", Checks "checks",
+        Hearts "hearts", Zigzag "zigzags", Flowers "flowers", Scales "scales",
+    }
+}
+
+named! {
+    /// What falls or floats in front of everything.
+    Overlay {
+        None "nothing", Snow "falling snow", Rain "rain", Sparkles "sparkles",
+        Grain "film grain", Leaves "autumn leaves", Bubbles "bubbles", LightLeaks "light leaks",
+        Petals "cherry petals", Confetti "confetti", Fireflies "fireflies", Fog "fog",
+    }
+}
+
+named! {
+    /// What lies behind the object.
+    Background {
+        Plain "a plain backdrop", Beach "a beach", Forest "a forest",
+        NightCity "a city at night", StarrySky "a starry sky", Meadow "a meadow",
+        Mountains "mountains", BrickWall "a brick wall", Room "a cosy room", Sea "the sea",
+        Desert "a desert", Clouds "clouds", Garden "a flower garden", Sunset "a sunset",
+    }
+}
+
+named! {
+    /// How the whole picture is lit and coloured.
+    Light {
+        Day "daylight", GoldenHour "golden hour light", Moonlight "moonlight",
+        Neon "neon glow", Noir "black and white", Sepia "vintage sepia tones",
+        Pastel "soft pastel tones", Dramatic "dramatic dark light", Vivid "vivid colours",
+    }
+}
+
+/// Where the object stands: kept by every change, so that pairs agree pixel for pixel.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Pose {
+    /// The centre, in picture widths from the middle; right and down are positive.
+    pub center: [f32; 2],
+    /// Half the object's height, in picture widths.
+    pub scale: f32,
+    /// Rotation, in radians, clockwise.
+    pub angle: f32,
+    /// Seen from the other side.
+    pub mirrored: bool,
+    /// Width over height, 1 being as designed.
+    pub stretch: f32,
+    /// Where the light comes from: the unit vector to it, x right, y down, z to the viewer.
+    pub light: [f32; 3],
+}
+
+/// Everything that a picture shows.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scene {
+    /// What it shows.
+    pub object: Object,
+    /// Where the object stands.
+    pub pose: Pose,
+    /// Its colour; materials such as gold bring their own.
+    pub color: Color,
+    /// What it is made of.
+    pub material: Material,
+    /// What is painted on it.
+    pub pattern: Pattern,
+    /// The colour of the pattern.
+    pub pattern_color: Color,
+    /// What lies behind it.
+    pub background: Background,
+    /// The colour of a plain backdrop.
+    pub backdrop: Rgb,
+    /// What falls in front.
+    pub overlay: Overlay,
+    /// How it is lit.
+    pub light: Light,
+    /// Chooses grain, stars, leaves: everything small and accidental.
+    pub seed: u64,
+}
+
+/// One attribute of a scene and its new value.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Change {
+    /// Another colour.
+    Color(Color),
+    /// Another material.
+    Material(Material),
+    /// Another pattern.
+    Pattern(Pattern),
+    /// Another overlay.
+    Overlay(Overlay),
+    /// Another background.
+    Background(Background),
+    /// Another light.
+    Light(Light),
+}
+
+impl Scene {
+    /// An object of one colour before a pale backdrop; the seed chooses its pose.
+    pub fn plain(object: Object, color: Color, seed: u64) -> Self {
+        let mut random = Philox::new(seed, 0x5ce4e);
+        Self {
+            object,
+            pose: Pose::random(&mut random),
+            color,
+            material: Material::Plain,
+            pattern: Pattern::None,
+            pattern_color: contrast(color, &mut random),
+            background: Background::Plain,
+            backdrop: pale(&mut random),
+            overlay: Overlay::None,
+            light: Light::Day,
+            seed,
+        }
+    }
+
+    /// A scene with everything chosen at random: mostly plain, at times not.
+    pub fn random(object: Object, seed: u64) -> Self {
+        let mut random = Philox::new(seed, 0x5ce4f);
+        let color = pick(Color::ALL, &mut random);
+        let mut scene = Self::plain(object, color, seed);
+        if random.uniform() < 0.30 {
+            scene.material = pick(Material::ALL, &mut random);
+        }
+        if random.uniform() < 0.20 {
+            scene.pattern = pick(Pattern::ALL, &mut random);
+        }
+        if random.uniform() < 0.50 {
+            scene.background = pick(Background::ALL, &mut random);
+        }
+        if random.uniform() < 0.12 {
+            scene.overlay = pick(Overlay::ALL, &mut random);
+        }
+        if random.uniform() < 0.15 {
+            scene.light = pick(Light::ALL, &mut random);
+        }
+        scene
+    }
+
+    /// The same scene with these changes; the geometry stays.
+    pub fn with(mut self, changes: &[Change]) -> Self {
+        for change in changes {
+            match *change {
+                Change::Color(color) => {
+                    self.color = color;
+                    if !surfaces::takes_color(self.material) {
+                        self.material = Material::Plain;
+                    }
+                    if self.pattern_color == color {
+                        self.pattern_color = contrast(color, &mut Philox::new(self.seed, 9));
+                    }
+                }
+                Change::Material(material) => self.material = material,
+                Change::Pattern(pattern) => self.pattern = pattern,
+                Change::Overlay(overlay) => self.overlay = overlay,
+                Change::Background(background) => self.background = background,
+                Change::Light(light) => self.light = light,
+            }
+        }
+        self
+    }
+
+    /// One to `most` changes, each of another kind and each to something the scene has not.
+    pub fn random_changes(&self, most: usize, random: &mut Philox) -> Vec<Change> {
+        let mut kinds = [0u32, 1, 2, 3, 4, 5];
+        random.shuffle(&mut kinds);
+        let count = 1 + random.below(most.clamp(1, 6) as u32) as usize;
+        let mut changes = Vec::with_capacity(count);
+        for kind in kinds {
+            let color_and_material = |c: &Change| {
+                matches!(c, Change::Color(_)) && kind == 1
+                    || matches!(c, Change::Material(_)) && kind == 0
+            };
+            if changes.len() == count || changes.iter().any(color_and_material) {
+                continue;
+            }
+            changes.push(match kind {
+                0 => Change::Color(other(Color::ALL, self.color, random)),
+                1 => Change::Material(other(&Material::ALL[1..], self.material, random)),
+                2 => Change::Pattern(other(&Pattern::ALL[1..], self.pattern, random)),
+                3 => Change::Overlay(other(&Overlay::ALL[1..], self.overlay, random)),
+                4 => Change::Background(other(&Background::ALL[1..], self.background, random)),
+                _ => Change::Light(other(&Light::ALL[1..], self.light, random)),
+            });
+        }
+        changes.sort_unstable();
+        changes
+    }
+
+    /// The picture, `size` by `size`, rows of RGB bytes. Milliseconds at 128.
+    pub fn render(&self, size: usize) -> Vec<u8> {
+        let place = places::Place::new(self.background, self.backdrop, self.seed);
+        let surface = surfaces::Surface::new(self);
+        let parts = shapes::parts(self.object);
+        let frame = Frame::new(&self.pose, size);
+        let mut picture = vec![[0.0f32; 3]; size * size];
+        for (index, pixel) in picture.iter_mut().enumerate() {
+            let (x, y) = frame.pixel(index, size);
+            let mut color = place.at(x, y);
+            frame.shade(&mut color, x, y);
+            let p = frame.to_object(x, y);
+            for part in &parts {
+                paint_part(&mut color, part, p, &frame, &surface);
+            }
+            *pixel = color;
+        }
+        places::overlay(&mut picture, size, self.overlay, self.seed);
+        places::relight(&mut picture, size, self.light, self.seed);
+        let byte = |v: f32| (v.clamp(0.0, 1.0) * 255.0 + 0.5) as u8;
+        picture.iter().flat_map(|rgb| rgb.map(byte)).collect()
+    }
+}
+
+impl Pose {
+    /// Near the middle, slightly turned.
+    fn random(random: &mut Philox) -> Self {
+        let mut spread = |width: f32| (random.uniform() - 0.5) * 2.0 * width;
+        let center = [spread(0.06), 0.03 + spread(0.05)];
+        let scale = 0.33 + spread(0.05);
+        let angle = spread(0.12);
+        let stretch = 1.0 + spread(0.10);
+        let mirrored = spread(1.0) > 0.0;
+        let light = normalize([-0.45 + spread(0.35), -0.65 + spread(0.2), 0.7]);
+        Self {
+            center,
+            scale,
+            angle,
+            mirrored,
+            stretch,
+            light,
+        }
+    }
+}
+
+/// The pose, made ready for one picture size.
+struct Frame {
+    pose: Pose,
+    cos: f32,
+    sin: f32,
+    /// One pixel's width in object units.
+    pixel: f32,
+}
+
+impl Frame {
+    fn new(pose: &Pose, size: usize) -> Self {
+        Self {
+            pose: *pose,
+            cos: pose.angle.cos(),
+            sin: pose.angle.sin(),
+            pixel: 1.0 / (size as f32 * pose.scale),
+        }
+    }
+
+    /// The pixel's centre, each coordinate in 0..1.
+    fn pixel(&self, index: usize, size: usize) -> (f32, f32) {
+        let at = |i: usize| (i as f32 + 0.5) / size as f32;
+        (at(index % size), at(index / size))
+    }
+
+    /// Object coordinates: the object fills about -1..1 in both.
+    fn to_object(&self, x: f32, y: f32) -> [f32; 2] {
+        let dx = (x - 0.5 - self.pose.center[0]) / self.pose.scale;
+        let dy = (y - 0.5 - self.pose.center[1]) / self.pose.scale;
+        let u = (self.cos * dx + self.sin * dy) / self.pose.stretch;
+        let v = self.cos * dy - self.sin * dx;
+        [if self.pose.mirrored { -u } else { u }, v]
+    }
+
+    /// The soft shadow on the ground below the object.
+    fn shade(&self, color: &mut Rgb, x: f32, y: f32) {
+        let dx = (x - 0.5 - self.pose.center[0] + 0.05 * self.pose.light[0]) / self.pose.scale;
+        let dy = (y - 0.5 - self.pose.center[1]) / self.pose.scale - 0.92;
+        let reach = (dx / 0.95).powi(2) + (dy / 0.16).powi(2);
+        let shadow = 0.45 * (-reach * 1.6).exp();
+        *color = color.map(|c| c * (1.0 - shadow));
+    }
+}
+
+/// Lays one part over the colour so far.
+fn paint_part(
+    color: &mut Rgb,
+    part: &shapes::Part,
+    p: [f32; 2],
+    frame: &Frame,
+    surface: &surfaces::Surface,
+) {
+    let mut distance = part.shape.distance(p);
+    if distance > 0.12 + frame.pixel {
+        return;
+    }
+    if part.tint != shapes::Tint::Fixed([0.0; 3]) {
+        distance += surface.ragged(p);
+    }
+    let coverage = (0.5 - distance / frame.pixel).clamp(0.0, 1.0);
+    if coverage <= 0.0 {
+        return;
+    }
+    let step = 0.01;
+    let gx = part.shape.distance([p[0] + step, p[1]]) - part.shape.distance([p[0] - step, p[1]]);
+    let gy = part.shape.distance([p[0], p[1] + step]) - part.shape.distance([p[0], p[1] - step]);
+    let slope = (1.0 + distance / part.bevel).clamp(0.0, 1.0).powi(2) * 0.9;
+    let length = (gx * gx + gy * gy).sqrt().max(1e-6);
+    let side = if frame.pose.mirrored { -1.0 } else { 1.0 };
+    let normal = normalize([side * slope * gx / length, slope * gy / length, 1.0 - 0.6 * slope]);
+    let (painted, alpha) = surface.paint(part.tint, p, normal, frame.pose.light);
+    // A thin darker rim sets the parts off from one another.
+    let rim = 1.0 - 0.45 * (1.0 + distance / 0.045).clamp(0.0, 1.0);
+    for c in 0..3 {
+        let a = coverage * alpha;
+        color[c] = color[c] * (1.0 - a) + painted[c] * rim * a;
+    }
+}
+
+fn normalize(v: [f32; 3]) -> [f32; 3] {
+    let length = (v[0] * v[0] + v[1] * v[1] + v[2] * v[2]).sqrt().max(1e-6);
+    v.map(|c| c / length)
+}
+
+fn pick<T: Copy>(all: &[T], random: &mut Philox) -> T {
+    all[random.below(all.len() as u32) as usize]
+}
+
+/// One of them, but not this one.
+fn other<T: Copy + PartialEq>(all: &[T], not: T, random: &mut Philox) -> T {
+    loop {
+        let chosen = pick(all, random);
+        if chosen != not {
+            return chosen;
+        }
+    }
+}
+
+/// A pattern's colour that shows on the given one.
+fn contrast(on: Color, random: &mut Philox) -> Color {
+    let base = on.rgb();
+    loop {
+        let color = pick(Color::ALL, random);
+        let rgb = color.rgb();
+        let apart: f32 = (0..3).map(|c| (rgb[c] - base[c]).abs()).sum();
+        if apart > 0.9 {
+            return color;
+        }
+    }
+}
+
+/// A pale backdrop, of any hue.
+fn pale(random: &mut Philox) -> Rgb {
+    let depth = 0.35 * random.uniform();
+    std::array::from_fn(|_| 0.95 - depth * random.uniform() - 0.25 * depth)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_same_scene_gives_the_same_bytes() {
+        let scene = Scene::random(Object::Fish, 3);
+        assert_eq!(scene.render(48), scene.render(48));
+        assert_ne!(scene.render(48), Scene::random(Object::Fish, 4).render(48));
+    }
+
+    #[test]
+    fn every_change_is_seen_in_the_picture() {
+        let plain = Scene::plain(Object::Mug, Color::Blue, 1);
+        let before = plain.render(64);
+        let all = words::every_change();
+        for change in all.iter().filter(|c| plain.with(&[**c]) != plain) {
+            let after = plain.with(&[*change]).render(64);
+            let difference: u64 = before
+                .iter()
+                .zip(&after)
+                .map(|(a, b)| u64::from(a.abs_diff(*b)))
+                .sum();
+            assert!(difference > 10_000, "{change:?} is hardly seen: {difference}");
+        }
+    }
+
+    #[test]
+    fn every_object_covers_a_fair_part_of_its_picture() {
+        for object in Object::ALL {
+            let parts = shapes::parts(*object);
+            let inside = (0..4096)
+                .filter(|i| {
+                    let p = [(i % 64) as f32 / 32.0 - 1.0, (i / 64) as f32 / 32.0 - 1.0];
+                    parts.iter().any(|part| part.shape.distance(p) < 0.0)
+                })
+                .count();
+            let share = inside as f32 / 4096.0;
+            assert!((0.1..0.8).contains(&share), "{object:?} covers {share}");
+        }
+    }
+}

@@ -1,7 +1,8 @@
 //! A small renderer of our own: scenes in, pictures out, the same bytes for the same scene.
 //!
 //! It draws what the small Flux learns from. A [`Scene`] names an object, where it stands, what
-//! it is made of, what lies behind it and what falls in front of it. Changing some of these and
+//! it is made of, what lies behind it and what falls in front of it, in the attributes of the
+//! [`vocabulary`]; every attribute with a [`Look`] can be drawn. Changing some of these and
 //! keeping the geometry gives an exact before/after pair, which no collection of photographs
 //! can. It is not a 3-D engine: every object is a stack of flat shapes with signed distances
 //! ([`shapes`]), and the distance to the rim, read as a height, is what the light falls on.
@@ -12,19 +13,22 @@
 //! 3. The overlay (snow, leaves, ...) and then the light's colouring of the whole picture.
 //!
 //! ```
-//! use simpatico_engine::render::{Change, Color, Material, Object, Scene};
+//! use simpatico_engine::render::{Color, Object, Scene};
+//! use simpatico_engine::vocabulary;
 //! let before = Scene::plain(Object::Mug, Color::Red, 7);
-//! let after = before.with(&[Change::Material(Material::Gold)]);
-//! let picture = after.render(64);
-//! assert_eq!(picture.len(), 64 * 64 * 3);
-//! assert_eq!(after.caption(), "a golden mug in front of a plain backdrop");
+//! let gold = vocabulary::find("polished gold").unwrap();
+//! let after = before.clone().with(&[gold]);
+//! assert_eq!(after.render(64).len(), 64 * 64 * 3);
+//! assert_eq!(after.caption(), "a mug made of polished gold");
 //! ```
 
 pub mod places;
+pub mod props;
 pub mod shapes;
 pub mod surfaces;
 pub mod words;
 
+use crate::vocabulary::{self, Attribute, Category, Look};
 use simpatico_schema::random::Philox;
 
 /// Red, green and blue, each 0..=1, gamma-encoded (what a PNG holds, divided by 255).
@@ -99,51 +103,6 @@ impl Color {
     }
 }
 
-named! {
-    /// What the object is made of.
-    Material {
-        Plain "plain", Wood "wooden", Gold "golden", Silver "silver", Copper "copper",
-        Marble "marble", Stone "stone", Brick "brick", Ice "ice", Glass "glass", Fur "furry",
-        Leather "leather", Knit "knitted", Rust "rusty", Moss "mossy", Lava "lava",
-    }
-}
-
-named! {
-    /// What is painted on the object.
-    Pattern {
-        None "no pattern", Stripes "stripes", Dots "polka dots", Stars "stars", Checks "checks",
-        Hearts "hearts", Zigzag "zigzags", Flowers "flowers", Scales "scales",
-    }
-}
-
-named! {
-    /// What falls or floats in front of everything.
-    Overlay {
-        None "nothing", Snow "falling snow", Rain "rain", Sparkles "sparkles",
-        Grain "film grain", Leaves "autumn leaves", Bubbles "bubbles", LightLeaks "light leaks",
-        Petals "cherry petals", Confetti "confetti", Fireflies "fireflies", Fog "fog",
-    }
-}
-
-named! {
-    /// What lies behind the object.
-    Background {
-        Plain "a plain backdrop", Beach "a beach", Forest "a forest",
-        NightCity "a city at night", StarrySky "a starry sky", Meadow "a meadow",
-        Mountains "mountains", BrickWall "a brick wall", Room "a cosy room", Sea "the sea",
-        Desert "a desert", Clouds "clouds", Garden "a flower garden", Sunset "a sunset",
-    }
-}
-
-named! {
-    /// How the whole picture is lit and coloured.
-    Light {
-        Day "daylight", GoldenHour "golden hour light", Moonlight "moonlight",
-        Neon "neon glow", Noir "black and white", Sepia "vintage sepia tones",
-        Pastel "soft pastel tones", Dramatic "dramatic dark light", Vivid "vivid colours",
-    }
-}
-
 /// Where the object stands: kept by every change, so that pairs agree pixel for pixel.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Pose {
@@ -162,47 +121,20 @@ pub struct Pose {
 }
 
 /// Everything that a picture shows.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct Scene {
     /// What it shows.
     pub object: Object,
     /// Where the object stands.
     pub pose: Pose,
-    /// Its colour; materials such as gold bring their own.
+    /// Its colour, until an attribute gives it another.
     pub color: Color,
-    /// What it is made of.
-    pub material: Material,
-    /// What is painted on it.
-    pub pattern: Pattern,
-    /// The colour of the pattern.
-    pub pattern_color: Color,
-    /// What lies behind it.
-    pub background: Background,
-    /// The colour of a plain backdrop.
+    /// The colour of the backdrop, until an attribute gives it another background.
     pub backdrop: Rgb,
-    /// What falls in front.
-    pub overlay: Overlay,
-    /// How it is lit.
-    pub light: Light,
+    /// What else it has, at most one of each category, the latest last.
+    pub attributes: Vec<&'static Attribute>,
     /// Chooses grain, stars, leaves: everything small and accidental.
     pub seed: u64,
-}
-
-/// One attribute of a scene and its new value.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub enum Change {
-    /// Another colour.
-    Color(Color),
-    /// Another material.
-    Material(Material),
-    /// Another pattern.
-    Pattern(Pattern),
-    /// Another overlay.
-    Overlay(Overlay),
-    /// Another background.
-    Background(Background),
-    /// Another light.
-    Light(Light),
 }
 
 impl Scene {
@@ -213,13 +145,8 @@ impl Scene {
             object,
             pose: Pose::random(&mut random),
             color,
-            material: Material::Plain,
-            pattern: Pattern::None,
-            pattern_color: contrast(color, &mut random),
-            background: Background::Plain,
             backdrop: pale(&mut random),
-            overlay: Overlay::None,
-            light: Light::Day,
+            attributes: Vec::new(),
             seed,
         }
     }
@@ -227,79 +154,62 @@ impl Scene {
     /// A scene with everything chosen at random: mostly plain, at times not.
     pub fn random(object: Object, seed: u64) -> Self {
         let mut random = Philox::new(seed, 0x5ce4f);
-        let color = pick(Color::ALL, &mut random);
-        let mut scene = Self::plain(object, color, seed);
-        if random.uniform() < 0.30 {
-            scene.material = pick(Material::ALL, &mut random);
+        let scene = Self::plain(object, pick(Color::ALL, &mut random), seed);
+        let mut chosen = Vec::new();
+        for (category, chance) in [
+            (Category::Background, 0.45),
+            (Category::Material, 0.25),
+            (Category::Pattern, 0.12),
+            (Category::Overlay, 0.06),
+            (Category::Light, 0.06),
+            (Category::Tone, 0.06),
+        ] {
+            if random.uniform() < chance {
+                chosen.push(draw(category, &mut random));
+            }
         }
-        if random.uniform() < 0.20 {
-            scene.pattern = pick(Pattern::ALL, &mut random);
-        }
-        if random.uniform() < 0.50 {
-            scene.background = pick(Background::ALL, &mut random);
-        }
-        if random.uniform() < 0.12 {
-            scene.overlay = pick(Overlay::ALL, &mut random);
-        }
-        if random.uniform() < 0.15 {
-            scene.light = pick(Light::ALL, &mut random);
-        }
-        scene
+        scene.with(&chosen)
     }
 
-    /// The same scene with these changes; the geometry stays.
-    pub fn with(mut self, changes: &[Change]) -> Self {
-        for change in changes {
-            match *change {
-                Change::Color(color) => {
-                    self.color = color;
-                    if !surfaces::takes_color(self.material) {
-                        self.material = Material::Plain;
-                    }
-                    if self.pattern_color == color {
-                        self.pattern_color = contrast(color, &mut Philox::new(self.seed, 9));
-                    }
-                }
-                Change::Material(material) => self.material = material,
-                Change::Pattern(pattern) => self.pattern = pattern,
-                Change::Overlay(overlay) => self.overlay = overlay,
-                Change::Background(background) => self.background = background,
-                Change::Light(light) => self.light = light,
-            }
+    /// The same scene with these attributes; the geometry stays. One that has no
+    /// [`Look`] is taken over in words only.
+    pub fn with(mut self, attributes: &[&'static Attribute]) -> Self {
+        for &attribute in attributes {
+            // A new material shows its own colour; a new colour covers a print.
+            let hides = |old: &Attribute| match attribute.category {
+                Category::Material => matches!(old.category, Category::Color | Category::Pattern),
+                Category::Color => old.category == Category::Pattern,
+                _ => false,
+            };
+            self.attributes
+                .retain(|old| old.category != attribute.category && !hides(old));
+            self.attributes.push(attribute);
         }
         self
     }
 
-    /// One to `most` changes, each of another kind and each to something the scene has not.
-    pub fn random_changes(&self, most: usize, random: &mut Philox) -> Vec<Change> {
-        let mut kinds = [0u32, 1, 2, 3, 4, 5];
-        random.shuffle(&mut kinds);
-        let count = 1 + random.below(most.clamp(1, 6) as u32) as usize;
-        let mut changes = Vec::with_capacity(count);
-        for kind in kinds {
-            let color_and_material = |c: &Change| {
-                matches!(c, Change::Color(_)) && kind == 1
-                    || matches!(c, Change::Material(_)) && kind == 0
-            };
-            if changes.len() == count || changes.iter().any(color_and_material) {
-                continue;
+    /// One to `most` attributes, each of another category and none that the scene has:
+    /// what an edit could ask for. At most one of them is about the object's surface.
+    pub fn random_edit(&self, most: usize, random: &mut Philox) -> Vec<&'static Attribute> {
+        let count = 1 + random.below(most.max(1) as u32) as usize;
+        let mut edit: Vec<&'static Attribute> = Vec::with_capacity(count);
+        while edit.len() < count {
+            let category = *weighted(&EDITED, |(_, weight)| *weight, random);
+            let attribute = draw(category.0, random);
+            let clash = |a: &&Attribute| a.category == attribute.category
+                || surface(a.category) && surface(attribute.category);
+            let has = self.attributes.iter().any(|a| a.name == attribute.name);
+            if !has && !edit.iter().any(clash) {
+                edit.push(attribute);
             }
-            changes.push(match kind {
-                0 => Change::Color(other(Color::ALL, self.color, random)),
-                1 => Change::Material(other(&Material::ALL[1..], self.material, random)),
-                2 => Change::Pattern(other(&Pattern::ALL[1..], self.pattern, random)),
-                3 => Change::Overlay(other(&Overlay::ALL[1..], self.overlay, random)),
-                4 => Change::Background(other(&Background::ALL[1..], self.background, random)),
-                _ => Change::Light(other(&Light::ALL[1..], self.light, random)),
-            });
         }
-        changes.sort_unstable();
-        changes
+        edit.sort_by_key(|a| a.category);
+        edit
     }
 
-    /// The picture, `size` by `size`, rows of RGB bytes. Milliseconds at 128.
+    /// The picture, `size` by `size`, rows of RGB bytes. A few milliseconds at 128.
     pub fn render(&self, size: usize) -> Vec<u8> {
-        let place = places::Place::new(self.background, self.backdrop, self.seed);
+        let place = places::Place::new(self);
         let surface = surfaces::Surface::new(self);
         let parts = shapes::parts(self.object);
         let frame = Frame::new(&self.pose, size);
@@ -314,11 +224,80 @@ impl Scene {
             }
             *pixel = color;
         }
-        places::overlay(&mut picture, size, self.overlay, self.seed);
-        places::relight(&mut picture, size, self.light, self.seed);
+        for look in self.looks() {
+            match *look {
+                Look::Prop(kind, rgb) => props::add(&mut picture, size, kind, unpack(rgb), &frame),
+                Look::Light(kind, rgb) => {
+                    places::light(&mut picture, size, kind, unpack(rgb), &self.pose);
+                }
+                Look::Overlay(kind, rgb) => {
+                    places::overlay(&mut picture, size, kind, unpack(rgb), self.seed);
+                }
+                _ => {}
+            }
+        }
+        for look in self.looks() {
+            match look {
+                Look::Tone { .. } => places::tone(&mut picture, look),
+                Look::Style(kind) => places::style(&mut picture, size, *kind, self.seed),
+                _ => {}
+            }
+        }
         let byte = |v: f32| (v.clamp(0.0, 1.0) * 255.0 + 0.5) as u8;
         picture.iter().flat_map(|rgb| rgb.map(byte)).collect()
     }
+
+    /// The looks of its attributes, the latest last.
+    fn looks(&self) -> impl Iterator<Item = &'static Look> {
+        self.attributes.iter().filter_map(|a| a.look.as_ref())
+    }
+}
+
+/// How often an edit touches a category: what the small model can show clearly comes often.
+const EDITED: [(Category, f32); 9] = [
+    (Category::Color, 0.20),
+    (Category::Material, 0.18),
+    (Category::Pattern, 0.14),
+    (Category::Background, 0.18),
+    (Category::Overlay, 0.12),
+    (Category::Tone, 0.07),
+    (Category::Light, 0.05),
+    (Category::Style, 0.03),
+    (Category::Object, 0.03),
+];
+
+/// Whether the category is about what the object's surface looks like.
+fn surface(category: Category) -> bool {
+    matches!(category, Category::Color | Category::Material | Category::Pattern)
+}
+
+/// One attribute of a category that has a look, the common ones oftener.
+fn draw(category: Category, random: &mut Philox) -> &'static Attribute {
+    weighted(
+        vocabulary::all(),
+        |a| if a.category == category && a.look.is_some() { a.weight() } else { 0.0 },
+        random,
+    )
+}
+
+/// One of the items, in proportion to its weight. Some weight must be positive.
+fn weighted<'a, T>(items: &'a [T], weight: impl Fn(&T) -> f32, random: &mut Philox) -> &'a T {
+    let total: f32 = items.iter().map(&weight).sum();
+    let mut left = random.uniform() * total;
+    let mut last = &items[0];
+    for item in items.iter().filter(|item| weight(item) > 0.0) {
+        last = item;
+        left -= weight(item);
+        if left < 0.0 {
+            break;
+        }
+    }
+    last
+}
+
+/// 0xRRGGBB as three numbers of 0..=1.
+pub fn unpack(rgb: vocabulary::Rgb) -> Rgb {
+    [rgb >> 16, rgb >> 8, rgb].map(|c| (c & 255) as f32 / 255.0)
 }
 
 impl Pose {
@@ -376,6 +355,12 @@ impl Frame {
         [if self.pose.mirrored { -u } else { u }, v]
     }
 
+    /// Object coordinates, neither mirrored nor stretched: for things beside the object.
+    fn to_object_upright(&self, x: f32, y: f32) -> [f32; 2] {
+        let at = |v: f32, center: f32| (v - 0.5 - center) / self.pose.scale;
+        [at(x, self.pose.center[0]), at(y, self.pose.center[1])]
+    }
+
     /// The soft shadow on the ground below the object.
     fn shade(&self, color: &mut Rgb, x: f32, y: f32) {
         let dx = (x - 0.5 - self.pose.center[0] + 0.05 * self.pose.light[0]) / self.pose.scale;
@@ -430,29 +415,6 @@ fn pick<T: Copy>(all: &[T], random: &mut Philox) -> T {
     all[random.below(all.len() as u32) as usize]
 }
 
-/// One of them, but not this one.
-fn other<T: Copy + PartialEq>(all: &[T], not: T, random: &mut Philox) -> T {
-    loop {
-        let chosen = pick(all, random);
-        if chosen != not {
-            return chosen;
-        }
-    }
-}
-
-/// A pattern's colour that shows on the given one.
-fn contrast(on: Color, random: &mut Philox) -> Color {
-    let base = on.rgb();
-    loop {
-        let color = pick(Color::ALL, random);
-        let rgb = color.rgb();
-        let apart: f32 = (0..3).map(|c| (rgb[c] - base[c]).abs()).sum();
-        if apart > 0.9 {
-            return color;
-        }
-    }
-}
-
 /// A pale backdrop, of any hue.
 fn pale(random: &mut Philox) -> Rgb {
     let depth = 0.35 * random.uniform();
@@ -471,18 +433,17 @@ mod tests {
     }
 
     #[test]
-    fn every_change_is_seen_in_the_picture() {
+    fn every_attribute_with_a_look_is_seen_in_the_picture() {
         let plain = Scene::plain(Object::Mug, Color::Blue, 1);
         let before = plain.render(64);
-        let all = words::every_change();
-        for change in all.iter().filter(|c| plain.with(&[**c]) != plain) {
-            let after = plain.with(&[*change]).render(64);
+        for attribute in vocabulary::all().iter().filter(|a| a.look.is_some()) {
+            let after = plain.clone().with(&[attribute]).render(64);
             let difference: u64 = before
                 .iter()
                 .zip(&after)
                 .map(|(a, b)| u64::from(a.abs_diff(*b)))
                 .sum();
-            assert!(difference > 10_000, "{change:?} is hardly seen: {difference}");
+            assert!(difference > 5_000, "{} is hardly seen: {difference}", attribute.name);
         }
     }
 

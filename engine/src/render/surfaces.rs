@@ -1,7 +1,8 @@
 //! Materials and patterns: the colour of a point on the object, lit.
 
 use super::shapes::Tint;
-use super::{Color, Material, Pattern, Rgb, Scene};
+use super::{Rgb, Scene, unpack};
+use crate::vocabulary::{Look, MaterialKind, PatternKind};
 
 /// A hash of two lattice coordinates and a seed, uniform in 0..1.
 pub fn hash(x: i32, y: i32, seed: u64) -> f32 {
@@ -26,7 +27,8 @@ pub fn noise(x: f32, y: f32, seed: u64) -> f32 {
 
 /// Three octaves of noise, in 0..1.
 pub fn clouds(x: f32, y: f32, seed: u64) -> f32 {
-    (noise(x, y, seed) * 4.0 + noise(2.0 * x, 2.0 * y, seed ^ 1) * 2.0
+    (noise(x, y, seed) * 4.0
+        + noise(2.0 * x, 2.0 * y, seed ^ 1) * 2.0
         + noise(4.0 * x, 4.0 * y, seed ^ 2))
         / 7.0
 }
@@ -37,12 +39,14 @@ pub fn mix(a: Rgb, b: Rgb, t: f32) -> Rgb {
     std::array::from_fn(|c| a[c] * (1.0 - t) + b[c] * t)
 }
 
-/// Whether the object's colour shows in this material.
-pub fn takes_color(material: Material) -> bool {
-    matches!(
-        material,
-        Material::Plain | Material::Glass | Material::Fur | Material::Leather | Material::Knit
-    )
+/// Lighter for positive `by`, darker for negative.
+pub fn shade(rgb: Rgb, by: f32) -> Rgb {
+    mix(rgb, if by > 0.0 { [1.0; 3] } else { [0.0; 3] }, by.abs())
+}
+
+/// Brightness as the eye weighs it.
+pub fn gray(rgb: Rgb) -> f32 {
+    0.30 * rgb[0] + 0.59 * rgb[1] + 0.11 * rgb[2]
 }
 
 /// How a material answers to light.
@@ -53,7 +57,7 @@ struct Finish {
     gloss: f32,
     /// Its sharpness.
     shininess: f32,
-    /// How much the material glows or mirrors by itself, 0..1.
+    /// How much shows whatever the light, 0..1.
     glow: f32,
     /// 1 is solid.
     alpha: f32,
@@ -61,49 +65,61 @@ struct Finish {
 
 /// The look of one object, ready to be asked point by point.
 pub struct Surface {
-    color: Rgb,
-    material: Material,
-    pattern: Pattern,
-    pattern_color: Rgb,
+    colors: Vec<Rgb>,
+    material: Option<MaterialKind>,
+    pattern: Option<(PatternKind, [Rgb; 2])>,
     seed: u64,
 }
 
 impl Surface {
-    /// The surface of the scene's object.
+    /// The surface of the scene's object: of colour, material and pattern the latest one
+    /// decides the colours.
     pub fn new(scene: &Scene) -> Self {
-        Self {
-            color: scene.color.rgb(),
-            material: scene.material,
-            pattern: scene.pattern,
-            pattern_color: scene.pattern_color.rgb(),
+        let mut surface = Self {
+            colors: vec![scene.color.rgb()],
+            material: None,
+            pattern: None,
             seed: scene.seed,
+        };
+        for look in scene.looks() {
+            match *look {
+                Look::Colors(colors) => surface.colors = colors.iter().map(|c| unpack(*c)).collect(),
+                Look::Material(kind, rgb) => {
+                    surface.colors = vec![unpack(rgb)];
+                    surface.material = Some(kind);
+                }
+                Look::Pattern(kind, colors) => {
+                    surface.pattern = Some((kind, colors.map(unpack)));
+                    surface.colors = vec![unpack(colors[0])];
+                }
+                _ => {}
+            }
         }
+        surface
     }
 
     /// How far the outline is pushed in or out here: fur sticks out, others do not.
     pub fn ragged(&self, p: [f32; 2]) -> f32 {
         match self.material {
-            Material::Fur => 0.10 * (noise(p[0] * 22.0, p[1] * 22.0, self.seed) - 0.62),
-            Material::Moss => 0.05 * (noise(p[0] * 14.0, p[1] * 14.0, self.seed) - 0.6),
+            Some(MaterialKind::Fur) => 0.10 * (noise(p[0] * 22.0, p[1] * 22.0, self.seed) - 0.62),
+            Some(MaterialKind::Moss) => 0.05 * (noise(p[0] * 14.0, p[1] * 14.0, self.seed) - 0.6),
             _ => 0.0,
         }
     }
 
     /// Colour and opacity of a point, lit from `light` where the surface faces `normal`.
     pub fn paint(&self, tint: Tint, p: [f32; 2], normal: Rgb, light: Rgb) -> (Rgb, f32) {
-        let mut finish = match tint {
+        let finish = match tint {
             Tint::Fixed(rgb) => Finish::of(rgb, 0.15, 20.0),
-            Tint::Body | Tint::Second => self.finish(p, normal),
-        };
-        match tint {
-            Tint::Body => {
-                let t = pattern_at(self.pattern, p);
-                finish.base = mix(finish.base, self.pattern_color, t);
-                finish.glow *= 1.0 - t;
+            Tint::Body => self.finish(self.body(p), p, normal),
+            Tint::Second => {
+                let rgb = match &self.pattern {
+                    Some((_, [ground, figure])) => mix(*ground, *figure, 0.75),
+                    None => *self.colors.get(1).unwrap_or(&shade(self.colors[0], -0.25)),
+                };
+                self.finish(rgb, p, normal)
             }
-            Tint::Second => finish.base = finish.base.map(|c| c * 0.72),
-            Tint::Fixed(_) => {}
-        }
+        };
         let diffuse = dot(normal, light).max(0.0);
         let half = super::normalize([light[0], light[1], light[2] + 1.0]);
         let highlight = finish.gloss * dot(normal, half).max(0.0).powf(finish.shininess);
@@ -111,83 +127,105 @@ impl Surface {
         (finish.base.map(|c| c * lit + highlight), finish.alpha)
     }
 
-    fn finish(&self, p: [f32; 2], normal: Rgb) -> Finish {
+    /// The paint at a point of the main parts.
+    fn body(&self, p: [f32; 2]) -> Rgb {
+        if let Some((kind, [ground, figure])) = self.pattern {
+            return mix(ground, figure, pattern_at(kind, p, self.seed));
+        }
+        // Several colours lie in broad bands.
+        let band = (p[1] * 0.5 + 0.5).clamp(0.0, 0.999) * self.colors.len() as f32;
+        self.colors[(band as usize).min(self.colors.len() - 1)]
+    }
+
+    fn finish(&self, rgb: Rgb, p: [f32; 2], normal: Rgb) -> Finish {
         let (x, y, seed) = (p[0], p[1], self.seed);
         let n = |scale: f32| noise(x * scale, y * scale, seed);
-        match self.material {
-            Material::Plain => Finish::of(self.color, 0.35, 24.0),
-            Material::Wood => {
+        let matte = |base| Finish::of(base, 0.0, 1.0);
+        let Some(material) = self.material else {
+            return Finish::of(rgb, 0.35, 24.0);
+        };
+        match material {
+            MaterialKind::Wood => {
                 let ring = (x * 9.0 + 2.5 * clouds(x * 1.5, y * 0.6, seed)) * 2.2;
-                let grain = 0.5 + 0.5 * ring.sin();
-                let fine = noise(x * 40.0, y * 4.0, seed);
-                let base = mix([0.46, 0.27, 0.13], [0.76, 0.52, 0.29], 0.7 * grain + 0.3 * fine);
-                Finish::of(base, 0.10, 10.0)
+                let grain = 0.7 * (0.5 + 0.5 * ring.sin()) + 0.3 * noise(x * 40.0, y * 4.0, seed);
+                Finish::of(mix(shade(rgb, -0.42), shade(rgb, 0.16), grain), 0.10, 10.0)
             }
-            Material::Gold => metal([1.0, 0.76, 0.22], [0.50, 0.30, 0.04], normal),
-            Material::Silver => metal([0.95, 0.96, 0.98], [0.34, 0.37, 0.42], normal),
-            Material::Copper => metal([0.98, 0.62, 0.42], [0.42, 0.18, 0.09], normal),
-            Material::Marble => {
-                let warp = 3.0 * clouds(x * 2.0, y * 2.0, seed);
-                let vein = ((x + 0.6 * y) * 3.5 + warp * 2.2).sin().abs();
-                let base = mix([0.45, 0.46, 0.52], [0.95, 0.94, 0.93], vein.powf(0.35));
-                Finish::of(base, 0.40, 40.0)
+            MaterialKind::Metal => {
+                let band = 0.5 + 0.5 * (normal[1] * 5.0 + normal[0] * 2.2 - 0.6).sin();
+                let base = mix(shade(rgb, 0.30), shade(rgb, -0.62), band.powf(1.4));
+                let mut metal = Finish::of(base, 0.85, 26.0);
+                metal.glow = 0.45;
+                metal
             }
-            Material::Stone => {
-                let base = mix([0.34, 0.34, 0.35], [0.66, 0.65, 0.62], 0.5 * n(7.0) + 0.5 * n(19.0));
+            MaterialKind::Stone => {
+                let base = mix(shade(rgb, -0.45), shade(rgb, 0.15), 0.5 * n(7.0) + 0.5 * n(19.0));
                 Finish::of(base, 0.03, 6.0)
             }
-            Material::Brick => {
-                let line = (y * 5.5).floor();
-                let along = x * 3.0 + 0.5 * (line as i32 & 1) as f32;
-                let (fx, fy) = (along - along.floor(), y * 5.5 - line);
-                let mortar = fx < 0.10 || fy < 0.16;
-                let shade = 0.8 + 0.4 * hash(along.floor() as i32, line as i32, seed);
-                let base = [0.66 * shade, 0.27 * shade, 0.18 * shade];
-                Finish::of(if mortar { [0.80, 0.77, 0.72] } else { base }, 0.03, 6.0)
+            MaterialKind::Marble => {
+                let warp = 3.0 * clouds(x * 2.0, y * 2.0, seed);
+                let vein = ((x + 0.6 * y) * 3.5 + warp * 2.2).sin().abs().powf(0.35);
+                Finish::of(mix(shade(rgb, -0.55), rgb, vein), 0.40, 40.0)
             }
-            Material::Ice => {
+            MaterialKind::Glass => {
+                let mut glass = Finish::of(shade(rgb, 0.2), 0.95, 50.0);
+                glass.alpha = 0.45 + 0.5 * (1.0 - normal[2]).clamp(0.0, 1.0);
+                glass
+            }
+            MaterialKind::Fabric => {
+                let weave = 0.5 + 0.25 * ((x * 60.0).sin() + (y * 60.0).sin());
+                let fold = 0.5 + 0.5 * (x * 5.0 + 3.0 * clouds(x, y * 2.0, seed)).sin();
+                matte(shade(rgb, 0.24 * fold + 0.14 * weave - 0.24))
+            }
+            MaterialKind::Leather => {
+                Finish::of(rgb.map(|c| c * (0.66 + 0.5 * n(24.0))), 0.24, 14.0)
+            }
+            MaterialKind::Knit => {
+                let column = x * 9.0;
+                let lean = (column - column.floor() - 0.5).abs();
+                let stitch = 0.5 + 0.5 * ((y * 9.0 + lean * 1.4) * std::f32::consts::TAU).sin();
+                matte(mix(shade(rgb, -0.5), shade(rgb, 0.12), stitch.powf(0.7)))
+            }
+            MaterialKind::Paper => {
+                let facet = hash((x * 3.0 + y).floor() as i32, (y * 3.0 - x).floor() as i32, seed);
+                matte(shade(rgb, 0.34 * facet - 0.24))
+            }
+            MaterialKind::Ceramic => Finish::of(rgb, 0.80, 50.0),
+            MaterialKind::Fur => {
+                let hair = noise(x * 30.0 + 4.0 * y, y * 9.0, seed);
+                matte(mix(shade(rgb, -0.42), shade(rgb, 0.22), hair))
+            }
+            MaterialKind::Ice => {
                 let crack = (clouds(x * 3.0, y * 3.0, seed) - 0.5).abs();
-                let base = mix([0.97, 1.0, 1.0], [0.52, 0.80, 0.94], (crack * 14.0).min(1.0));
+                let base = mix([0.97, 1.0, 1.0], shade(rgb, -0.12), (crack * 14.0).min(1.0));
                 let mut ice = Finish::of(base, 0.75, 30.0);
                 (ice.alpha, ice.glow) = (0.86, 0.35);
                 ice
             }
-            Material::Glass => {
-                let mut glass = Finish::of(mix(self.color, [1.0; 3], 0.35), 0.95, 50.0);
-                glass.alpha = 0.42 + 0.5 * (1.0 - normal[2]).clamp(0.0, 1.0);
-                glass
+            MaterialKind::Wicker => {
+                let (i, j) = ((x * 8.0).floor() as i32, (y * 12.0).floor() as i32);
+                let across = if (i + j) & 1 == 0 { x * 8.0 } else { y * 12.0 };
+                let strand = (std::f32::consts::PI * (across - across.floor())).sin();
+                matte(mix(shade(rgb, -0.55), shade(rgb, 0.12), strand))
             }
-            Material::Fur => {
-                let hair = noise(x * 30.0 + 4.0 * y, y * 9.0, seed);
-                let base = mix(self.color.map(|c| c * 0.55), mix(self.color, [1.0; 3], 0.25), hair);
-                Finish::of(base, 0.0, 1.0)
+            MaterialKind::Plastic => {
+                let hue = [normal[0], normal[1], -normal[0]].map(|c| 0.5 + 0.5 * (c * 4.0).sin());
+                Finish::of(mix(rgb, hue, 0.18), 0.75, 18.0)
             }
-            Material::Leather => {
-                let grain = n(26.0);
-                let base = mix(self.color, [0.42, 0.22, 0.11], 0.60);
-                Finish::of(base.map(|c| c * (0.72 + 0.45 * grain)), 0.22, 14.0)
+            MaterialKind::Rust => {
+                let t = clouds(x * 4.0, y * 4.0, seed) * 2.0 - 0.5;
+                Finish::of(mix(shade(rgb, -0.55), shade(rgb, 0.25), t), 0.05, 8.0)
             }
-            Material::Knit => {
-                let column = x * 9.0;
-                let lean = (column - column.floor() - 0.5).abs();
-                let stitch = (0.5 + 0.5 * ((y * 9.0 + lean * 1.4) * 6.28).sin()).powf(0.7);
-                let base = mix(self.color.map(|c| c * 0.5), mix(self.color, [1.0; 3], 0.15), stitch);
-                Finish::of(base, 0.0, 1.0)
+            MaterialKind::Clay => matte(shade(rgb, 0.16 * n(9.0) - 0.10)),
+            MaterialKind::Crystal => {
+                let (i, j) = ((x * 2.6 + 0.8 * y).floor(), (y * 2.6 - 1.1 * x).floor());
+                let facet = hash(i as i32, j as i32, seed);
+                let mut crystal = Finish::of(shade(rgb, 0.9 * facet - 0.45), 0.6, 20.0);
+                (crystal.alpha, crystal.glow) = (0.93, 0.25);
+                crystal
             }
-            Material::Rust => {
-                let t = clouds(x * 4.0, y * 4.0, seed);
-                let base = mix([0.28, 0.13, 0.08], [0.80, 0.40, 0.16], (t - 0.25) * 2.0);
-                Finish::of(base, 0.05, 8.0)
-            }
-            Material::Moss => {
-                let base = mix([0.10, 0.24, 0.06], [0.48, 0.66, 0.20], 0.5 * n(12.0) + 0.5 * n(30.0));
-                Finish::of(base, 0.0, 1.0)
-            }
-            Material::Lava => {
-                let seam = (clouds(x * 3.5, y * 3.5, seed) - 0.48).abs() * 9.0;
-                let mut lava = Finish::of(mix([1.0, 0.62, 0.12], [0.16, 0.07, 0.06], seam), 0.0, 1.0);
-                lava.glow = (1.0 - seam).clamp(0.0, 0.9);
-                lava
+            MaterialKind::Moss => {
+                let t = 0.5 * n(12.0) + 0.5 * n(30.0);
+                matte(mix(shade(rgb, -0.55), shade(rgb, 0.2), t))
             }
         }
     }
@@ -205,83 +243,109 @@ impl Finish {
     }
 }
 
-/// Polished metal: bright and dark bands by where the surface looks.
-fn metal(bright: Rgb, dark: Rgb, normal: Rgb) -> Finish {
-    let band = 0.5 + 0.5 * (normal[1] * 5.0 + normal[0] * 2.2 - 0.6).sin();
-    let mut finish = Finish::of(mix(bright, dark, band.powf(1.4)), 0.85, 26.0);
-    finish.glow = 0.45;
-    finish
-}
-
 fn dot(a: Rgb, b: Rgb) -> f32 {
     a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 }
 
-/// 1 where the pattern covers, 0 where the material shows, soft between.
-fn pattern_at(pattern: Pattern, p: [f32; 2]) -> f32 {
+/// How far a coordinate is from the middle of its cell, 0..0.5.
+fn fold(v: f32) -> f32 {
+    (v - v.floor() - 0.5).abs()
+}
+
+/// 1 where the figure covers, 0 where the ground shows, soft between.
+fn pattern_at(pattern: PatternKind, p: [f32; 2], seed: u64) -> f32 {
     let edge = |distance: f32| (0.5 - distance * 14.0).clamp(0.0, 1.0);
-    // The cell of a staggered grid, and the place within it, -0.5..0.5.
+    let [px, py] = p;
+    // The cell of a staggered grid: the place within it (-0.5..0.5) and its numbers.
     let cell = |size: f32| {
-        let row = (p[1] / size).floor();
-        let x = p[0] / size + 0.5 * (row as i32 & 1) as f32;
-        [x - x.floor() - 0.5, p[1] / size - row - 0.5]
+        let row = (py / size).floor();
+        let x = px / size + 0.5 * (row as i32 & 1) as f32;
+        ([x - x.floor() - 0.5, py / size - row - 0.5], [x.floor() as i32, row as i32])
     };
+    let round = |[x, y]: [f32; 2]| ((x * x + y * y).sqrt(), y.atan2(x));
     match pattern {
-        Pattern::None => 0.0,
-        Pattern::Stripes => edge((((p[0] + 0.35 * p[1]) * 2.6).fract().abs() - 0.5).abs() * 0.38 - 0.095),
-        Pattern::Dots => {
-            let [x, y] = cell(0.36);
-            edge(((x * x + y * y).sqrt() - 0.29) * 0.36)
+        PatternKind::Stripes => edge((fold((px + 0.2 * py) * 2.6) - 0.25) * 0.38),
+        PatternKind::Dots => edge((round(cell(0.36).0).0 - 0.29) * 0.36),
+        PatternKind::Check => ((((px + 4.0) * 3.4).floor() + ((py + 4.0) * 3.4).floor()) as i32 & 1) as f32,
+        PatternKind::Plaid => {
+            let band = |v: f32| edge((fold(v * 2.2) - 0.2) * 0.45);
+            0.5 * band(px) + 0.5 * band(py)
         }
-        Pattern::Checks => {
-            let odd = ((p[0] * 3.4).floor() + (p[1] * 3.4).floor()) as i32 & 1;
-            odd as f32
+        PatternKind::Grid => {
+            let line = |v: f32| edge((0.42 - fold(v * 5.0)) * 0.2);
+            line(px).max(line(py))
         }
-        Pattern::Stars => {
-            let [x, y] = cell(0.46);
-            let (radius, angle) = ((x * x + y * y).sqrt(), x.atan2(-y));
+        PatternKind::Stars => {
+            let (radius, angle) = round(cell(0.46).0);
             let sector = std::f32::consts::TAU / 5.0;
-            let a = (angle + 10.0 * sector) % sector - 0.5 * sector;
-            // A star's rim: straight from tip to notch.
-            let t = 1.0 - (a.abs() / (0.5 * sector));
-            edge((radius - (0.42 - 0.25 * t.clamp(0.0, 1.0))) * 0.40)
+            let a = (angle + 0.25 * sector + 10.0 * sector) % sector - 0.5 * sector;
+            edge((radius - 0.17 - 0.25 * (a.abs() / (0.5 * sector))) * 0.40)
         }
-        Pattern::Hearts => {
-            let [x, y] = cell(0.46);
+        PatternKind::Hearts => {
+            let [x, y] = cell(0.46).0;
             let (x, y) = (x.abs() * 2.7, (0.12 - y) * 2.7);
             let k = y - (x * 0.8).sqrt() * 0.62;
             edge(((x * x + k * k).sqrt() - 0.80) * 0.17)
         }
-        Pattern::Zigzag => {
-            let tooth = ((p[0] * 3.2).fract().abs() - 0.5).abs() * 0.34;
-            let y = (p[1] + tooth) * 3.2;
-            edge(((y - y.floor() - 0.5).abs() - 0.25) * 0.31)
-        }
-        Pattern::Flowers => {
-            let [x, y] = cell(0.48);
-            let (radius, angle) = ((x * x + y * y).sqrt(), y.atan2(x));
+        PatternKind::Zigzag => edge((fold((py + fold(px * 3.2) * 0.34) * 3.2) - 0.25) * 0.31),
+        PatternKind::Flowers => {
+            let (radius, angle) = round(cell(0.48).0);
             let petal = 0.26 + 0.13 * (angle * 5.0).cos();
             edge((radius - petal) * 0.48) * (1.0 - edge((radius - 0.09) * 0.48))
         }
-        Pattern::Scales => {
-            let [x, y] = cell(0.30);
-            let ring = ((x * x + (y + 0.5) * (y + 0.5)).sqrt() - 0.62).abs();
-            edge((ring - 0.13) * 0.30)
+        PatternKind::Leaves => {
+            let ([x, y], [i, j]) = cell(0.5);
+            let (sin, cos) = (hash(i, j, 77) * 6.3).sin_cos();
+            let (u, v) = (cos * x + sin * y, cos * y - sin * x);
+            edge((u.abs() - 0.26 * (1.0 - (v / 0.46).powi(2))) * 0.5) * (1.0 - edge((u.abs() - 0.03) * 0.5))
+        }
+        PatternKind::Waves | PatternKind::Scales => {
+            let [x, y] = cell(if pattern == PatternKind::Waves { 0.42 } else { 0.30 }).0;
+            let radius = (x * x + (y + 0.5) * (y + 0.5)).sqrt();
+            let rings = if pattern == PatternKind::Waves { fold(radius * 3.2) - 0.22 } else { (radius - 0.62).abs() - 0.13 };
+            edge(rings * 0.30)
+        }
+        PatternKind::Spots => {
+            let ([x, y], [i, j]) = cell(0.34);
+            let at = [x + 0.3 * (hash(i, j, 3) - 0.5), y + 0.3 * (hash(i, j, 4) - 0.5)];
+            let (radius, angle) = round(at);
+            edge(((radius - 0.26).abs() - 0.09 * (1.0 + (angle * 3.0 + i as f32).sin())) * 0.34)
+        }
+        PatternKind::Tiger => {
+            let warp = 0.22 * (noise(px * 3.0, py * 3.0, seed) - 0.5);
+            edge((fold((py + warp) * 3.0) - 0.10 - 0.14 * noise(px * 2.5, py * 6.0, seed ^ 5)) * 0.33)
+        }
+        PatternKind::Camouflage => edge((clouds(px * 3.0, py * 3.0, seed) - 0.5) * 0.6),
+        PatternKind::Triangles => {
+            let (x, y) = (px * 3.2, py * 3.2);
+            let up = (x - x.floor()) + (y - y.floor()) < 1.0;
+            f32::from(up)
+        }
+        PatternKind::Hexagons => {
+            let (radius, angle) = round(cell(0.34).0);
+            let third = std::f32::consts::PI / 3.0;
+            let a = (angle + 12.0 * third) % third - 0.5 * third;
+            edge((0.40 - radius * a.cos()) * 0.34)
+        }
+        PatternKind::Swirls => {
+            let (radius, angle) = round(cell(0.52).0);
+            edge((fold(radius * 3.0 + angle / std::f32::consts::TAU) - 0.18) * 0.17 + (radius - 0.46).max(0.0))
+        }
+        PatternKind::Circuit => {
+            let (i, j) = ((px * 4.5).floor(), (py * 4.5).floor());
+            let (x, y) = (px * 4.5 - i - 0.5, py * 4.5 - j - 0.5);
+            let line = if hash(i as i32, j as i32, 9) < 0.5 { x } else { y };
+            let pad = round([x, y]).0 - 0.2;
+            edge((line.abs() - 0.09).min(pad) * 0.22)
+        }
+        PatternKind::Speckles => {
+            let ([x, y], [i, j]) = cell(0.20);
+            let at = [x + 0.5 * (hash(i, j, 3) - 0.5), y + 0.5 * (hash(i, j, 4) - 0.5)];
+            edge((round(at).0 - 0.12 - 0.2 * hash(i, j, 5)) * 0.2)
+        }
+        PatternKind::Diamonds => {
+            let [x, y] = [fold(px * 2.4), fold(py * 1.8)];
+            edge((x + y - 0.42) * 0.45)
         }
     }
-}
-
-/// The nearest named colour, for words.
-pub fn nearest_color(rgb: Rgb) -> Color {
-    let far = |color: &Color| -> f32 {
-        let other = color.rgb();
-        (0..3).map(|c| (rgb[c] - other[c]).powi(2)).sum()
-    };
-    let mut best = Color::Red;
-    for color in Color::ALL {
-        if far(color) < far(&best) {
-            best = *color;
-        }
-    }
-    best
 }

@@ -196,8 +196,10 @@ impl Scene {
         while edit.len() < count {
             let category = *weighted(&EDITED, |(_, weight)| *weight, random);
             let attribute = draw(category.0, random);
-            let clash = |a: &&Attribute| a.category == attribute.category
-                || surface(a.category) && surface(attribute.category);
+            let clash = |a: &&Attribute| {
+                a.category == attribute.category
+                    || surface(a.category) && surface(attribute.category)
+            };
             let has = self.attributes.iter().any(|a| a.name == attribute.name);
             if !has && !edit.iter().any(clash) {
                 edit.push(attribute);
@@ -268,14 +270,23 @@ const EDITED: [(Category, f32); 9] = [
 
 /// Whether the category is about what the object's surface looks like.
 fn surface(category: Category) -> bool {
-    matches!(category, Category::Color | Category::Material | Category::Pattern)
+    matches!(
+        category,
+        Category::Color | Category::Material | Category::Pattern
+    )
 }
 
 /// One attribute of a category that has a look, the common ones oftener.
 fn draw(category: Category, random: &mut Philox) -> &'static Attribute {
     weighted(
         vocabulary::all(),
-        |a| if a.category == category && a.look.is_some() { a.weight() } else { 0.0 },
+        |a| {
+            if a.category == category && a.look.is_some() {
+                a.weight()
+            } else {
+                0.0
+            }
+        },
         random,
     )
 }
@@ -305,7 +316,7 @@ impl Pose {
     fn random(random: &mut Philox) -> Self {
         let mut spread = |width: f32| (random.uniform() - 0.5) * 2.0 * width;
         let center = [spread(0.06), 0.03 + spread(0.05)];
-        let scale = 0.33 + spread(0.05);
+        let scale = 0.37 + spread(0.04);
         let angle = spread(0.12);
         let stretch = 1.0 + spread(0.10);
         let mirrored = spread(1.0) > 0.0;
@@ -396,7 +407,11 @@ fn paint_part(
     let slope = (1.0 + distance / part.bevel).clamp(0.0, 1.0).powi(2) * 0.9;
     let length = (gx * gx + gy * gy).sqrt().max(1e-6);
     let side = if frame.pose.mirrored { -1.0 } else { 1.0 };
-    let normal = normalize([side * slope * gx / length, slope * gy / length, 1.0 - 0.6 * slope]);
+    let normal = normalize([
+        side * slope * gx / length,
+        slope * gy / length,
+        1.0 - 0.6 * slope,
+    ]);
     let (painted, alpha) = surface.paint(part.tint, p, normal, frame.pose.light);
     // A thin darker rim sets the parts off from one another.
     let rim = 1.0 - 0.45 * (1.0 + distance / 0.045).clamp(0.0, 1.0);
@@ -443,7 +458,11 @@ mod tests {
                 .zip(&after)
                 .map(|(a, b)| u64::from(a.abs_diff(*b)))
                 .sum();
-            assert!(difference > 5_000, "{} is hardly seen: {difference}", attribute.name);
+            assert!(
+                difference > 5_000,
+                "{} is hardly seen: {difference}",
+                attribute.name
+            );
         }
     }
 

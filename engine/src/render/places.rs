@@ -44,7 +44,11 @@ impl Place {
                 let (line, along) = (y * 6.0, x * 1.3 + 0.37 * (y * 6.0).floor());
                 let grain = noise(x * 7.0, y * 70.0, s);
                 let seam = line - line.floor() < 0.09 || along - along.floor() < 0.015;
-                if seam { shade(b, -0.5) } else { mix(a, b, 0.8 * grain) }
+                if seam {
+                    shade(b, -0.5)
+                } else {
+                    mix(a, b, 0.8 * grain)
+                }
             }
             BackgroundKind::Bricks => {
                 let line = (y * 11.0).floor();
@@ -123,7 +127,11 @@ impl Place {
                 let top = 0.15 + 0.42 * hash(column as i32, 1, s);
                 let night = gray(a) < 0.4;
                 if y > 0.84 {
-                    return if night { shade(a, -0.2) } else { shade(b, -0.3) };
+                    return if night {
+                        shade(a, -0.2)
+                    } else {
+                        shade(b, -0.3)
+                    };
                 }
                 if y < top {
                     return if night { mix(a, b, 0.45 * y) } else { sky(0.7) };
@@ -133,7 +141,11 @@ impl Place {
                 let lit = hash(wx as i32, wy as i32, s ^ 3);
                 let wall = if night { shade(a, 0.06) } else { b };
                 if pane && lit > 0.5 {
-                    if night { mix(b, [0.4, 0.9, 1.0], (lit - 0.5) * 2.0) } else { shade(b, 0.4) }
+                    if night {
+                        mix(b, [0.4, 0.9, 1.0], (lit - 0.5) * 2.0)
+                    } else {
+                        shade(b, 0.4)
+                    }
                 } else {
                     shade(wall, 0.2 * hash(column as i32, 2, s) - 0.1)
                 }
@@ -166,7 +178,11 @@ impl Place {
                     let hues = [[0.95, 0.35, 0.50], [0.98, 0.85, 0.30], [0.97, 0.96, 0.97]];
                     return hues[((pick - 0.55) * 6.6) as usize % 3];
                 }
-                mix(shade(b, -0.35), shade(b, 0.25), noise(x * 50.0, y * 16.0, s))
+                mix(
+                    shade(b, -0.35),
+                    shade(b, 0.25),
+                    noise(x * 50.0, y * 16.0, s),
+                )
             }
             BackgroundKind::Sunset => {
                 let (dx, dy) = (x - 0.68, y - 0.48);
@@ -206,7 +222,8 @@ impl Place {
             }
             BackgroundKind::Aurora => {
                 let curtain = 0.30 + 0.12 * (x * 6.0 + (s % 5) as f32).sin();
-                let veil = (-((y - curtain) * 5.0).powi(2)).exp() * (0.5 + 0.5 * noise(x * 22.0, y * 3.0, s));
+                let veil = (-((y - curtain) * 5.0).powi(2)).exp()
+                    * (0.5 + 0.5 * noise(x * 22.0, y * 3.0, s));
                 if y > 0.78 - 0.1 * noise(x * 5.0, 1.0, s) {
                     return shade(a, -0.6);
                 }
@@ -308,7 +325,8 @@ pub fn overlay(picture: &mut [Rgb], size: usize, kind: OverlayKind, rgb: Rgb, se
                 .collect();
             each(picture, size, |x, y, pixel| {
                 let on = |[sx, sy, long]: &[f32; 3]| {
-                    (x - sx - 0.01 * (y * 9.0).sin()).abs() < 0.005 && (y - sy).abs() < 0.2 + 0.4 * long
+                    (x - sx - 0.01 * (y * 9.0).sin()).abs() < 0.005
+                        && (y - sy).abs() < 0.2 + 0.4 * long
                 };
                 let dust = noise(x * 60.0, y * 60.0, seed) > 0.93;
                 if dust || at.iter().any(on) {
@@ -387,7 +405,13 @@ fn fleck(kind: OverlayKind, rgb: Rgb, random: &mut Philox) -> Fleck {
         OverlayKind::Sparkles => of(Kind::Cross, round(0.03 + 0.06 * size), 0.0, rgb, 1.0),
         OverlayKind::Leaves => {
             let rgb = shade(rgb, 0.7 * hue - 0.35);
-            of(Kind::Leaf, [0.020 + 0.012 * size, 0.038 + 0.02 * size], turn, rgb, 1.0)
+            of(
+                Kind::Leaf,
+                [0.020 + 0.012 * size, 0.038 + 0.02 * size],
+                turn,
+                rgb,
+                1.0,
+            )
         }
         OverlayKind::Bubbles => of(Kind::Ring, round(0.025 + 0.05 * size), 0.0, rgb, 0.85),
         OverlayKind::Petals => of(
@@ -397,13 +421,31 @@ fn fleck(kind: OverlayKind, rgb: Rgb, random: &mut Philox) -> Fleck {
             rgb,
             1.0,
         ),
-        OverlayKind::Confetti => of(Kind::Disc, [0.011, 0.02], turn, bright[(hue * 4.99) as usize], 1.0),
+        OverlayKind::Confetti => of(
+            Kind::Disc,
+            [0.011, 0.02],
+            turn,
+            bright[(hue * 4.99) as usize],
+            1.0,
+        ),
         OverlayKind::Fireflies => of(Kind::Glow, round(0.03 + 0.03 * size), 0.0, rgb, 1.0),
         OverlayKind::Embers => of(Kind::Glow, round(0.012 + 0.016 * size), 0.0, rgb, 1.0),
-        OverlayKind::Hearts => of(Kind::Heart, round(0.03 + 0.03 * size), 0.4 * (hue - 0.5), rgb, 0.95),
+        OverlayKind::Hearts => of(
+            Kind::Heart,
+            round(0.03 + 0.03 * size),
+            0.4 * (hue - 0.5),
+            rgb,
+            0.95,
+        ),
         OverlayKind::Splatter => {
             let r = 0.008 + 0.045 * size * size;
-            of(Kind::Disc, [r, r * (0.7 + 0.6 * hue)], turn, bright[(hue * 4.99) as usize], 0.95)
+            of(
+                Kind::Disc,
+                [r, r * (0.7 + 0.6 * hue)],
+                turn,
+                bright[(hue * 4.99) as usize],
+                0.95,
+            )
         }
         OverlayKind::Stars => of(Kind::Disc, round(0.004 + 0.006 * size), 0.0, rgb, 1.0),
         _ => of(Kind::Disc, round(0.006 + 0.012 * size), 0.0, rgb, 0.95),
@@ -445,7 +487,8 @@ fn stamp(picture: &mut [Rgb], size: usize, fleck: &Fleck) {
                 }
                 Kind::Glow => (-(radius * 2.2).powi(2) * 0.35).exp(),
                 Kind::Cross => {
-                    let spike = |long: f32, thin: f32| (1.0 - long.abs() - 7.0 * thin.abs()).max(0.0);
+                    let spike =
+                        |long: f32, thin: f32| (1.0 - long.abs() - 7.0 * thin.abs()).max(0.0);
                     (spike(a, b).max(spike(b, a)) * 2.0).min(1.0) + (1.0 - radius * 4.0).max(0.0)
                 }
             };
@@ -543,7 +586,11 @@ pub fn style(picture: &mut [Rgb], size: usize, kind: StyleKind, seed: u64) {
                 let (u, v) = ((x + y) * 24.0, (x - y) * 24.0);
                 let dot = ((u - u.floor() - 0.5).powi(2) + (v - v.floor() - 0.5).powi(2)).sqrt();
                 let ink = dot < 0.72 * (1.0 - level).sqrt();
-                if ink { steps(pixel.map(|c| c * 0.8), 3.0) } else { [0.98, 0.96, 0.90] }
+                if ink {
+                    steps(pixel.map(|c| c * 0.8), 3.0)
+                } else {
+                    [0.98, 0.96, 0.90]
+                }
             }
             StyleKind::PencilSketch => {
                 let hatch = 0.5 + 0.5 * ((x + y) * 150.0).sin();
@@ -561,7 +608,11 @@ pub fn style(picture: &mut [Rgb], size: usize, kind: StyleKind, seed: u64) {
                 let gap = (u - u.floor()).min(v - v.floor()) < 0.14;
                 let stone = at(center(x, 20.0), center(y, 20.0));
                 let vary = 0.3 * hash(u as i32, v as i32, seed) - 0.15;
-                if gap { [0.82, 0.80, 0.76] } else { shade(stone, vary) }
+                if gap {
+                    [0.82, 0.80, 0.76]
+                } else {
+                    shade(stone, vary)
+                }
             }
             StyleKind::CelShaded => mix(steps(*pixel, 3.0), [0.05; 3], edge(x, y) * 1.4 - 0.3),
             StyleKind::Blueprint => {
@@ -572,7 +623,11 @@ pub fn style(picture: &mut [Rgb], size: usize, kind: StyleKind, seed: u64) {
             StyleKind::Woodcut => {
                 let groove = 0.5 + 0.5 * ((y + 0.03 * (x * 12.0).sin()) * 170.0).sin();
                 let ink = level + 0.35 * groove < 0.72 || edge(x, y) > 0.6;
-                if ink { [0.13, 0.10, 0.08] } else { [0.93, 0.88, 0.76] }
+                if ink {
+                    [0.13, 0.10, 0.08]
+                } else {
+                    [0.93, 0.88, 0.76]
+                }
             }
             StyleKind::StainedGlass | StyleKind::LowPoly => {
                 let (site, gap) = nearest_site(x, y, 9.0, seed);

@@ -83,7 +83,9 @@ impl Surface {
         };
         for look in scene.looks() {
             match *look {
-                Look::Colors(colors) => surface.colors = colors.iter().map(|c| unpack(*c)).collect(),
+                Look::Colors(colors) => {
+                    surface.colors = colors.iter().map(|c| unpack(*c)).collect()
+                }
                 Look::Material(kind, rgb) => {
                     surface.colors = vec![unpack(rgb)];
                     surface.material = Some(kind);
@@ -158,7 +160,11 @@ impl Surface {
                 metal
             }
             MaterialKind::Stone => {
-                let base = mix(shade(rgb, -0.45), shade(rgb, 0.15), 0.5 * n(7.0) + 0.5 * n(19.0));
+                let base = mix(
+                    shade(rgb, -0.45),
+                    shade(rgb, 0.15),
+                    0.5 * n(7.0) + 0.5 * n(19.0),
+                );
                 Finish::of(base, 0.03, 6.0)
             }
             MaterialKind::Marble => {
@@ -186,7 +192,11 @@ impl Surface {
                 matte(mix(shade(rgb, -0.5), shade(rgb, 0.12), stitch.powf(0.7)))
             }
             MaterialKind::Paper => {
-                let facet = hash((x * 3.0 + y).floor() as i32, (y * 3.0 - x).floor() as i32, seed);
+                let facet = hash(
+                    (x * 3.0 + y).floor() as i32,
+                    (y * 3.0 - x).floor() as i32,
+                    seed,
+                );
                 matte(shade(rgb, 0.34 * facet - 0.24))
             }
             MaterialKind::Ceramic => Finish::of(rgb, 0.80, 50.0),
@@ -260,13 +270,18 @@ fn pattern_at(pattern: PatternKind, p: [f32; 2], seed: u64) -> f32 {
     let cell = |size: f32| {
         let row = (py / size).floor();
         let x = px / size + 0.5 * (row as i32 & 1) as f32;
-        ([x - x.floor() - 0.5, py / size - row - 0.5], [x.floor() as i32, row as i32])
+        (
+            [x - x.floor() - 0.5, py / size - row - 0.5],
+            [x.floor() as i32, row as i32],
+        )
     };
     let round = |[x, y]: [f32; 2]| ((x * x + y * y).sqrt(), y.atan2(x));
     match pattern {
         PatternKind::Stripes => edge((fold((px + 0.2 * py) * 2.6) - 0.25) * 0.38),
         PatternKind::Dots => edge((round(cell(0.36).0).0 - 0.29) * 0.36),
-        PatternKind::Check => ((((px + 4.0) * 3.4).floor() + ((py + 4.0) * 3.4).floor()) as i32 & 1) as f32,
+        PatternKind::Check => {
+            ((((px + 4.0) * 3.4).floor() + ((py + 4.0) * 3.4).floor()) as i32 & 1) as f32
+        }
         PatternKind::Plaid => {
             let band = |v: f32| edge((fold(v * 2.2) - 0.2) * 0.45);
             0.5 * band(px) + 0.5 * band(py)
@@ -297,23 +312,39 @@ fn pattern_at(pattern: PatternKind, p: [f32; 2], seed: u64) -> f32 {
             let ([x, y], [i, j]) = cell(0.5);
             let (sin, cos) = (hash(i, j, 77) * 6.3).sin_cos();
             let (u, v) = (cos * x + sin * y, cos * y - sin * x);
-            edge((u.abs() - 0.26 * (1.0 - (v / 0.46).powi(2))) * 0.5) * (1.0 - edge((u.abs() - 0.03) * 0.5))
+            edge((u.abs() - 0.26 * (1.0 - (v / 0.46).powi(2))) * 0.5)
+                * (1.0 - edge((u.abs() - 0.03) * 0.5))
         }
         PatternKind::Waves | PatternKind::Scales => {
-            let [x, y] = cell(if pattern == PatternKind::Waves { 0.42 } else { 0.30 }).0;
+            let [x, y] = cell(if pattern == PatternKind::Waves {
+                0.42
+            } else {
+                0.30
+            })
+            .0;
             let radius = (x * x + (y + 0.5) * (y + 0.5)).sqrt();
-            let rings = if pattern == PatternKind::Waves { fold(radius * 3.2) - 0.22 } else { (radius - 0.62).abs() - 0.13 };
+            let rings = if pattern == PatternKind::Waves {
+                fold(radius * 3.2) - 0.22
+            } else {
+                (radius - 0.62).abs() - 0.13
+            };
             edge(rings * 0.30)
         }
         PatternKind::Spots => {
             let ([x, y], [i, j]) = cell(0.34);
-            let at = [x + 0.3 * (hash(i, j, 3) - 0.5), y + 0.3 * (hash(i, j, 4) - 0.5)];
+            let at = [
+                x + 0.3 * (hash(i, j, 3) - 0.5),
+                y + 0.3 * (hash(i, j, 4) - 0.5),
+            ];
             let (radius, angle) = round(at);
             edge(((radius - 0.26).abs() - 0.09 * (1.0 + (angle * 3.0 + i as f32).sin())) * 0.34)
         }
         PatternKind::Tiger => {
             let warp = 0.22 * (noise(px * 3.0, py * 3.0, seed) - 0.5);
-            edge((fold((py + warp) * 3.0) - 0.10 - 0.14 * noise(px * 2.5, py * 6.0, seed ^ 5)) * 0.33)
+            edge(
+                (fold((py + warp) * 3.0) - 0.10 - 0.14 * noise(px * 2.5, py * 6.0, seed ^ 5))
+                    * 0.33,
+            )
         }
         PatternKind::Camouflage => edge((clouds(px * 3.0, py * 3.0, seed) - 0.5) * 0.6),
         PatternKind::Triangles => {
@@ -329,18 +360,28 @@ fn pattern_at(pattern: PatternKind, p: [f32; 2], seed: u64) -> f32 {
         }
         PatternKind::Swirls => {
             let (radius, angle) = round(cell(0.52).0);
-            edge((fold(radius * 3.0 + angle / std::f32::consts::TAU) - 0.18) * 0.17 + (radius - 0.46).max(0.0))
+            edge(
+                (fold(radius * 3.0 + angle / std::f32::consts::TAU) - 0.18) * 0.17
+                    + (radius - 0.46).max(0.0),
+            )
         }
         PatternKind::Circuit => {
             let (i, j) = ((px * 4.5).floor(), (py * 4.5).floor());
             let (x, y) = (px * 4.5 - i - 0.5, py * 4.5 - j - 0.5);
-            let line = if hash(i as i32, j as i32, 9) < 0.5 { x } else { y };
+            let line = if hash(i as i32, j as i32, 9) < 0.5 {
+                x
+            } else {
+                y
+            };
             let pad = round([x, y]).0 - 0.2;
             edge((line.abs() - 0.09).min(pad) * 0.22)
         }
         PatternKind::Speckles => {
             let ([x, y], [i, j]) = cell(0.20);
-            let at = [x + 0.5 * (hash(i, j, 3) - 0.5), y + 0.5 * (hash(i, j, 4) - 0.5)];
+            let at = [
+                x + 0.5 * (hash(i, j, 3) - 0.5),
+                y + 0.5 * (hash(i, j, 4) - 0.5),
+            ];
             edge((round(at).0 - 0.12 - 0.2 * hash(i, j, 5)) * 0.2)
         }
         PatternKind::Diamonds => {

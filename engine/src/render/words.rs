@@ -20,7 +20,12 @@ impl Scene {
     fn caption_with(&self, say: impl Fn(&'static Attribute) -> &'static str) -> String {
         let mut sorted = self.attributes.clone();
         sorted.sort_by_key(|a| place_in_caption(a.category));
-        let painted = |a: &&Attribute| matches!(a.category, Category::Color | Category::Material | Category::Pattern);
+        let painted = |a: &&Attribute| {
+            matches!(
+                a.category,
+                Category::Color | Category::Material | Category::Pattern
+            )
+        };
         let object = self.object.word();
         let mut text = if sorted.iter().any(painted) {
             with_article(object)
@@ -31,7 +36,9 @@ impl Scene {
             text += match attribute.category {
                 Category::Color => " in ",
                 Category::Material => " made of ",
-                Category::Pattern | Category::Object | Category::Overlay | Category::Tone => " with ",
+                Category::Pattern | Category::Object | Category::Overlay | Category::Tone => {
+                    " with "
+                }
                 Category::Background => " in front of ",
                 Category::Light => " under ",
                 Category::Style => " as ",
@@ -89,15 +96,65 @@ fn with_article(words: &str) -> String {
 fn clause(attribute: &Attribute, say: &str, object: &str, random: &mut Philox) -> String {
     let bare = strip_article(say);
     let forms: &[&str] = match attribute.category {
-        Category::Color => &["paint the {o} in {w}", "change the {o} to {w}", "give the {o} {w}", "make the {o} {b}", "recolor it in {w}"],
-        Category::Material => &["make the {o} out of {w}", "turn the {o} into {w}", "give the {o} a texture of {w}", "remake it in {w}", "let the {o} be made of {w}"],
-        Category::Pattern => &["cover the {o} with {w}", "decorate the {o} with {w}", "add {w} to the {o}", "give it {w}", "print {w} on the {o}"],
-        Category::Background => &["place the {o} in front of {w}", "change the background to {w}", "set it against {w}", "put {w} behind the {o}", "replace the background with {w}"],
-        Category::Overlay => &["add {w}", "overlay {w}", "fill the air with {w}", "cover the scene with {w}", "give it {w}"],
-        Category::Tone => &["apply {w}", "shift the picture to {w}", "grade it with {w}", "give it {w}"],
-        Category::Light => &["light it with {w}", "bathe the scene in {w}", "add {w}", "use {w}"],
-        Category::Style => &["turn it into {w}", "redraw it as {w}", "render the {o} as {w}", "make it look like {w}"],
-        Category::Object => &["add {w}", "put {w} beside the {o}", "include {w}", "place {w} next to it"],
+        Category::Color => &[
+            "paint the {o} in {w}",
+            "change the {o} to {w}",
+            "give the {o} {w}",
+            "make the {o} {b}",
+            "recolor it in {w}",
+        ],
+        Category::Material => &[
+            "make the {o} out of {w}",
+            "turn the {o} into {w}",
+            "give the {o} a texture of {w}",
+            "remake it in {w}",
+            "let the {o} be made of {w}",
+        ],
+        Category::Pattern => &[
+            "cover the {o} with {w}",
+            "decorate the {o} with {w}",
+            "add {w} to the {o}",
+            "give it {w}",
+            "print {w} on the {o}",
+        ],
+        Category::Background => &[
+            "place the {o} in front of {w}",
+            "change the background to {w}",
+            "set it against {w}",
+            "put {w} behind the {o}",
+            "replace the background with {w}",
+        ],
+        Category::Overlay => &[
+            "add {w}",
+            "overlay {w}",
+            "fill the air with {w}",
+            "cover the scene with {w}",
+            "give it {w}",
+        ],
+        Category::Tone => &[
+            "apply {w}",
+            "shift the picture to {w}",
+            "grade it with {w}",
+            "give it {w}",
+        ],
+        Category::Light => &[
+            "light it with {w}",
+            "bathe the scene in {w}",
+            "add {w}",
+            "use {w}",
+        ],
+        Category::Style => &[
+            "turn it into {w}",
+            "redraw it as {w}",
+            "render the {o} as {w}",
+            "make it look like {w}",
+        ],
+        Category::Object => &[
+            "add {w}",
+            "put {w} beside the {o}",
+            "include {w}",
+            "place {w} next to it",
+        ],
     };
     let form = random.choose(forms).copied().unwrap_or("add {w}");
     form.replace("{o}", object)
@@ -132,6 +189,9 @@ mod tests {
         let scene = Scene::plain(Object::Umbrella, Color::Red, 1);
         assert_eq!(scene.caption(), "a red umbrella");
         let scene = scene.with(&[beach, marble]);
-        assert_eq!(scene.caption(), "an umbrella made of white marble in front of a sandy beach");
+        assert_eq!(
+            scene.caption(),
+            "an umbrella made of white marble in front of a sandy beach"
+        );
     }
 }

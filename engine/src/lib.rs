@@ -13,6 +13,7 @@ pub mod eval_prompts;
 pub mod flux;
 pub mod generate;
 pub mod gguf;
+pub mod grammar;
 pub mod lm;
 pub mod lora;
 pub mod lpips;

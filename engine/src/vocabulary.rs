@@ -439,9 +439,9 @@ pub struct Attribute {
 }
 
 impl Attribute {
-    /// How often it comes up, relative to others of its cluster: halves with each rarity step.
+    /// How often it comes up, relative to others of its cluster: 0.4 to the power of the rarity.
     pub fn weight(&self) -> f32 {
-        0.5f32.powi(i32::from(self.rarity))
+        0.4f32.powi(i32::from(self.rarity))
     }
 
     /// Noun phrases that say it, the name first.

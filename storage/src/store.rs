@@ -1,0 +1,1172 @@
+//! The store: one directory, one owner, one log; appends from many threads.
+//!
+//! # How an append becomes durable
+//!
+//! 1. The caller takes the state's lock, offers the events to the graph (so that the next
+//!    snapshot sees them), and encodes those that changed something into the open payload.
+//! 2. It lets the lock go, rings the writer thread, and waits.
+//! 3. The writer takes whatever all callers have encoded since its last turn, writes it as
+//!    one frame, syncs once, moves the mark, and wakes everyone whose events are in it.
+//!
+//! While the writer syncs, others fill the next payload: one sync serves all who wait.
+//! After any failed write or sync nothing more is taken: what the kernel holds and what the
+//! disk holds can no longer be told apart, and only a reopening, which reads, settles it.
+//!
+//! Locks are taken in the order state, log, queue; the writer, which holds the log, only
+//! *tries* for the state.
+
+use crate::embed::{self, Embedder};
+use crate::error::{Result, StoreError};
+use crate::graph::{AttributeId, Change, Register, UserId};
+use crate::log::{
+    self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness,
+};
+use crate::mark::{self, Mark, MarkFile};
+use crate::snapshot::{Counts, Polarities, Snapshot};
+use crate::state::{State, edge_change, invalid};
+use serde::{Deserialize, Serialize};
+use simpatico_schema::edit::{EditRecord, PreferencePair};
+use simpatico_schema::{Event, check_name};
+use std::borrow::Cow;
+use std::collections::VecDeque;
+use std::fs::{File, OpenOptions, TryLockError};
+use std::io::{Read, Seek, Write};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::JoinHandle;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+/// How events of one append are taken to the graph: so many at a time.
+const BATCH: usize = 1024;
+/// An event without a time that meets a register of the same millisecond comes after it, but
+/// never by more than this, in milliseconds.
+const ARRIVAL_BUMP_MAX_MS: i64 = 1000;
+/// The longest feature vector.
+const FEATURE_MAX: usize = 65_536;
+
+/// How a store is opened. [`Options::default`] suits nearly everyone.
+#[derive(Clone, Debug)]
+pub struct Options {
+    /// Makes the store where there is none.
+    pub create: bool,
+    /// How far ahead of the clock an event's time may lie, in milliseconds; a later time is
+    /// taken as this much ahead, so that a wrong clock cannot win for ever.
+    pub future_max_ms: i64,
+    /// Bytes accepted but not yet written; beyond it, appends wait.
+    pub pending_max_bytes: usize,
+    /// Bytes of a log segment before the next one is begun.
+    pub segment_bytes: u64,
+    /// What cached embeddings may take, in bytes.
+    pub embedding_cache_bytes: usize,
+    /// Whether sled mirrors what is looked up. Without it a store opens from its log alone.
+    pub mirror: bool,
+    /// sled's page cache, in bytes.
+    pub mirror_cache_bytes: u64,
+    /// After this many changed users without a checkpoint the mirror is brought up to date.
+    pub checkpoint_users: usize,
+    /// After this long without an event the mirror is brought up to date.
+    pub checkpoint_idle: Duration,
+}
+
+impl Default for Options {
+    fn default() -> Self {
+        Self {
+            create: true,
+            future_max_ms: 5 * 60 * 1000,
+            pending_max_bytes: 64 << 20,
+            segment_bytes: 64 << 20,
+            embedding_cache_bytes: crate::sage::DEFAULT_CACHE_BYTES,
+            mirror: true,
+            mirror_cache_bytes: 16 << 20,
+            checkpoint_users: 1 << 20,
+            checkpoint_idle: Duration::from_secs(2),
+        }
+    }
+}
+
+/// When an append returns.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Ack {
+    /// When the events are on disk (`fdatasync` has returned).
+    #[default]
+    Durable,
+    /// When readers see them; they reach the disk within milliseconds, unless it fails.
+    Accepted,
+}
+
+/// What an append did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Receipt {
+    /// Events that changed a register.
+    pub applied: u64,
+    /// Events that lost against what the register held, or repeated it.
+    pub unchanged: u64,
+    /// A snapshot as of this sequence number or later includes them all.
+    pub as_of: u64,
+}
+
+/// What a forget removed. Holds no name.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ForgetReceipt {
+    /// The sequence number of the forgetting.
+    pub as_of: u64,
+    /// When, in milliseconds since 1970.
+    pub at: i64,
+    /// Registers removed, passes and clears included.
+    pub registers: u64,
+    /// Edges among them.
+    pub edges: u64,
+    /// Preference pairs removed.
+    pub pairs: u64,
+    /// Edit records removed.
+    pub edits: u64,
+    /// Lines removed from the rejected events.
+    pub rejected: u64,
+    /// Whether bytes are left in files until the next compaction.
+    pub compact_needed: bool,
+}
+
+/// What a store holds and takes.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Stats {
+    /// How many there are of everything.
+    #[serde(flatten)]
+    pub counts: Counts,
+    /// Registers by what they say.
+    #[serde(flatten)]
+    pub registers: Polarities,
+    /// The sequence number of the last operation.
+    pub as_of: u64,
+    /// The last sequence number that is on disk.
+    pub durable: u64,
+    /// BLAKE3 of the encoder's weights, in hex.
+    pub encoder: Option<String>,
+    /// How often the log was compacted.
+    pub generation: u64,
+    /// Bytes of the log.
+    pub log_bytes: u64,
+    /// Bytes of all files of the store.
+    pub disk_bytes: u64,
+}
+
+/// An open store. `Send + Sync`: share it by reference or `Arc`. Dropping it closes it.
+pub struct Store {
+    pub(crate) shared: Arc<Shared>,
+    threads: Vec<JoinHandle<()>>,
+}
+
+/// What the store's threads share.
+pub(crate) struct Shared {
+    pub path: PathBuf,
+    pub options: Options,
+    pub inner: Mutex<Inner>,
+    pub log: Mutex<LogWriter>,
+    pub queue: Mutex<Queue>,
+    /// Rung when the queue has work for the writer.
+    work: Condvar,
+    /// Rung when the queue has room again.
+    room: Condvar,
+    commit: Mutex<Commit>,
+    /// Rung after each commit.
+    done: Condvar,
+    refused: AtomicBool,
+    /// Held for its lock.
+    lock_file: File,
+}
+
+/// The live state, and what of it is not on its way to disk yet.
+pub(crate) struct Inner {
+    pub state: State,
+    pub payload: Payload,
+    scratch: Vec<(u32, u32)>,
+}
+
+/// Payloads on their way to disk.
+#[derive(Default)]
+pub(crate) struct Queue {
+    full: VecDeque<Payload>,
+    bytes: usize,
+    /// Somebody waits for the open payload.
+    wanted: bool,
+    closing: bool,
+    spare: Vec<Vec<u8>>,
+}
+
+#[derive(Default)]
+struct Commit {
+    durable: u64,
+    failure: Option<String>,
+}
+
+/// A lock whose data is right even if a thread died holding it: every change under these
+/// locks is complete before anything that could panic.
+pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+/// Milliseconds since 1970.
+pub(crate) fn now_ms() -> i64 {
+    let elapsed = SystemTime::now().duration_since(UNIX_EPOCH);
+    elapsed.map_or(0, |d| i64::try_from(d.as_millis()).unwrap_or(i64::MAX))
+}
+
+/// The places inside a store's directory.
+pub(crate) struct Places {
+    pub log: PathBuf,
+    pub mark: PathBuf,
+    pub sled: PathBuf,
+    pub encoders: PathBuf,
+    pub rejected: PathBuf,
+}
+
+impl Places {
+    pub(crate) fn of(store: &Path) -> Self {
+        Self {
+            log: store.join("log"),
+            mark: store.join("mark"),
+            sled: store.join("sled"),
+            encoders: store.join("encoders"),
+            rejected: store.join("rejected.jsonl"),
+        }
+    }
+}
+
+/// Takes the directory for this handle alone.
+fn lock_store(path: &Path) -> Result<File> {
+    let lock_path = path.join("lock");
+    let mut file = OpenOptions::new()
+        .read(true)
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(&lock_path)
+        .map_err(StoreError::io("open", &lock_path))?;
+    match file.try_lock() {
+        Ok(()) => {}
+        Err(TryLockError::WouldBlock) => {
+            let mut text = String::new();
+            let _ = (&mut file).take(64).read_to_string(&mut text);
+            let owner = match text.trim().parse::<u32>() {
+                Ok(pid) => format!("process {pid}"),
+                Err(_) => "another process".into(),
+            };
+            return Err(StoreError::Locked {
+                path: path.into(),
+                owner,
+            });
+        }
+        Err(TryLockError::Error(e)) => return Err(StoreError::io("lock", &lock_path)(e)),
+    }
+    let write = |file: &mut File| {
+        file.set_len(0)?;
+        file.rewind()?;
+        writeln!(file, "{}", std::process::id())
+    };
+    write(&mut file).map_err(StoreError::io("write", &lock_path))?;
+    Ok(file)
+}
+
+/// Makes the directory if it may, and sees that it holds a store or nothing.
+fn prepare_directory(path: &Path, create: bool) -> Result<()> {
+    let places = Places::of(path);
+    match std::fs::read_dir(path) {
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
+            if !create {
+                return Err(StoreError::Missing { path: path.into() });
+            }
+            std::fs::create_dir_all(path).map_err(StoreError::io("create", path))?;
+            log::sync_parent(path)?;
+        }
+        Err(e) => return Err(StoreError::io("open", path)(e)),
+        Ok(_) if places.log.is_dir() || path.join("lock").is_file() => {}
+        Ok(mut entries) => match entries.next() {
+            Some(Ok(entry)) => {
+                return Err(StoreError::NotAStore {
+                    path: path.into(),
+                    found: entry.file_name().to_string_lossy().into_owned(),
+                });
+            }
+            _ if !create => return Err(StoreError::Missing { path: path.into() }),
+            _ => {}
+        },
+    }
+    for dir in [&places.log, &places.encoders] {
+        if !dir.is_dir() {
+            std::fs::create_dir(dir).map_err(StoreError::io("create", dir))?;
+            log::sync_dir(path)?;
+        }
+    }
+    Ok(())
+}
+
+/// A log that was read, and the state it leads to.
+pub(crate) struct Loaded {
+    pub state: State,
+    pub log: LogWriter,
+    pub damage: Option<String>,
+}
+
+/// Reads the valid log of a directory, or starts one.
+pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Result<Loaded> {
+    let places = Places::of(path);
+    let mark = mark::read(&places.mark)?;
+    let segments = log::list_segments(&places.log)?;
+    let Some(generation) = valid_generation(&places, mark.as_ref(), &segments)? else {
+        return start_log(&places, options);
+    };
+    for (other, _, file) in &segments {
+        if *other != generation {
+            std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
+        }
+    }
+    let mut state = State::default();
+    let end = log::replay(
+        path,
+        &places.log,
+        generation,
+        mark.as_ref(),
+        strictness,
+        |frame| state.apply_frame(frame),
+    )?;
+    for (_, number, file) in segments.iter().filter(|s| s.0 == generation) {
+        if *number > end.number {
+            std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
+        }
+    }
+    let damage = end.damage.clone();
+    let mut log = if end.at.store_id == 0 && end.offset == 0 {
+        // Not even the first segment's header is whole: begin anew after what was known.
+        return start_log(&places, options);
+    } else {
+        LogWriter::resume(end, options.segment_bytes)?
+    };
+    log.set_mark(MarkFile::replace(&places.mark, &log.at)?);
+    state.seq = log.at.seq;
+    Ok(Loaded { state, log, damage })
+}
+
+/// The generation that counts; `None` where no log was ever completed.
+fn valid_generation(
+    places: &Places,
+    mark: Option<&Mark>,
+    segments: &[(u64, u64, PathBuf)],
+) -> Result<Option<u64>> {
+    if let Some(mark) = mark {
+        return Ok(Some(mark.generation));
+    }
+    let mut generations: Vec<u64> = segments.iter().map(|s| s.0).collect();
+    generations.dedup();
+    match generations[..] {
+        [] => Ok(None),
+        // Without a mark a first segment that holds no frame was never acknowledged to anyone.
+        [_] if segments.len() == 1 => {
+            let file = &segments[0].2;
+            let length = std::fs::metadata(file).map_err(StoreError::io("read", file))?;
+            Ok((length.len() > log::SEGMENT_HEADER as u64).then_some(segments[0].0))
+        }
+        [only] => Ok(Some(only)),
+        _ => Err(StoreError::corrupt(
+            &places.mark,
+            0,
+            format!(
+                "expected a mark that says which of the logs {generations:?} counts, got none that is whole"
+            ),
+        )),
+    }
+}
+
+fn start_log(places: &Places, options: &Options) -> Result<Loaded> {
+    let store_id = random_id();
+    let at = Mark {
+        generation: 1,
+        store_id,
+        seq: 0,
+        digest: log::genesis_digest(store_id, 1),
+        frames: 0,
+    };
+    let mut log = LogWriter::create(&places.log, at, 1, options.segment_bytes, None)?;
+    log.set_mark(MarkFile::replace(&places.mark, &at)?);
+    Ok(Loaded {
+        state: State::default(),
+        log,
+        damage: None,
+    })
+}
+
+/// A number that tells stores apart; not a secret.
+fn random_id() -> u64 {
+    use std::hash::{BuildHasher, Hasher};
+    let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
+    hasher.write_i64(now_ms());
+    hasher.write_u32(std::process::id());
+    hasher.finish() | 1
+}
+
+impl Store {
+    /// Opens the store in a directory, or makes one there. Reads what is needed to answer
+    /// (about 5 million events a second), heals a torn end, and owns the directory until it
+    /// is dropped: a second open, from whatever process, is [`StoreError::Locked`].
+    pub fn open(path: impl AsRef<Path>, options: Options) -> Result<Self> {
+        let path = path.as_ref();
+        prepare_directory(path, options.create)?;
+        let lock_file = lock_store(path)?;
+        let loaded = load(path, &options, Strictness::Exact)?;
+        Self::start(path, options, lock_file, loaded)
+    }
+
+    fn start(path: &Path, options: Options, lock_file: File, loaded: Loaded) -> Result<Self> {
+        let Loaded { mut state, log, .. } = loaded;
+        state.load_encoder(&Places::of(path).encoders, options.embedding_cache_bytes);
+        let durable = state.seq;
+        let shared = Arc::new(Shared {
+            path: path.into(),
+            options,
+            inner: Mutex::new(Inner {
+                payload: Payload::new(state.seq + 1, Vec::new()),
+                state,
+                scratch: Vec::new(),
+            }),
+            log: Mutex::new(log),
+            queue: Mutex::default(),
+            work: Condvar::new(),
+            room: Condvar::new(),
+            commit: Mutex::new(Commit {
+                durable,
+                failure: None,
+            }),
+            done: Condvar::new(),
+            refused: AtomicBool::new(false),
+            lock_file,
+        });
+        let writer = shared.clone();
+        let spawned = std::thread::Builder::new()
+            .name("simpatico-log".into())
+            .spawn(move || writer.write_loop())
+            .map_err(StoreError::io("start a thread for", path))?;
+        Ok(Self {
+            shared,
+            threads: vec![spawned],
+        })
+    }
+
+    /// The store's directory.
+    pub fn path(&self) -> &Path {
+        &self.shared.path
+    }
+
+    /// Takes events and returns when they are on disk. See [`Self::append_with`].
+    pub fn append(&self, events: &[Event]) -> Result<Receipt> {
+        self.append_with(events, Ack::Durable)
+    }
+
+    /// Takes events, in the caller's order (which only matters for those without a time).
+    ///
+    /// All or nothing: one bad name refuses the batch ([`StoreError::Event`]), and after a
+    /// crash a batch is there wholly or not at all, up to 4 MiB encoded (about half a million
+    /// events); a longer one may be cut between such pieces. A snapshot sees it wholly.
+    /// Costs about 0.2 µs an event, and one `fdatasync` shared with all who wait.
+    pub fn append_with(&self, events: &[Event], ack: Ack) -> Result<Receipt> {
+        for (index, event) in events.iter().enumerate() {
+            event
+                .check_names()
+                .map_err(|reason| StoreError::Event { index, reason })?;
+        }
+        self.shared.check_writable()?;
+        self.shared.wait_for_room()?;
+        let receipt = {
+            let mut inner = lock(&self.shared.inner);
+            self.shared.check_writable()?;
+            inner.append(&self.shared, events)?
+        };
+        self.shared.ring(receipt.as_of, ack)?;
+        Ok(receipt)
+    }
+
+    /// A consistent moment to read from, which includes every append that has returned.
+    /// O(1); waits at most for the append that is being applied.
+    pub fn snapshot(&self) -> Snapshot {
+        Snapshot {
+            state: lock(&self.shared.inner).state.clone(),
+        }
+    }
+
+    /// Gives attributes their text vectors. All finite, 1 to 65,536 numbers, and of the
+    /// encoder's length where one is set; an attribute the store does not know is made known.
+    pub fn set_features(&self, features: &[(String, Vec<f32>)]) -> Result<()> {
+        for (name, vector) in features {
+            check_vector("attribute", name, vector)?;
+        }
+        self.shared.operate(|inner, shared| {
+            if let Some(dim) = inner.state.attribute_dim() {
+                check_dims(features, dim)?;
+            }
+            for (name, vector) in features {
+                let attribute = inner.define_attribute(shared, name)?;
+                let record = Record::Feature {
+                    attribute,
+                    vector: Cow::Borrowed(vector),
+                };
+                inner.record(shared, &record)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Gives users their learned vectors; like [`Self::set_features`].
+    pub fn set_user_features(&self, features: &[(String, Vec<f32>)]) -> Result<()> {
+        for (name, vector) in features {
+            check_vector("user", name, vector)?;
+        }
+        self.shared.operate(|inner, shared| {
+            if let Some(dim) = inner.state.user_dim() {
+                check_dims(features, dim)?;
+            }
+            for (name, vector) in features {
+                let user = inner.define_user(shared, name)?;
+                let record = Record::UserFeature {
+                    user,
+                    vector: Cow::Borrowed(vector),
+                };
+                inner.record(shared, &record)?;
+            }
+            Ok(())
+        })
+    }
+
+    /// Sets the GraphSAGE weights that embeddings are made with: a safetensors file with its
+    /// config in the metadata, which is copied into the store. Returns its BLAKE3 in hex.
+    /// Every embedding made before is void; O(edges).
+    pub fn set_encoder(&self, weights: &Path) -> Result<String> {
+        let bytes = std::fs::read(weights).map_err(StoreError::io("read", weights))?;
+        let digest = blake3::hash(&bytes).to_hex().to_string();
+        let cache_bytes = self.shared.options.embedding_cache_bytes;
+        let sage = embed::new_sage(weights, &bytes, cache_bytes)?;
+        let places = Places::of(&self.shared.path);
+        let file = places.encoders.join(format!("{digest}.safetensors"));
+        write_whole(&file, &bytes)?;
+        self.shared.operate(|inner, shared| {
+            let sage = inner.state.fill_sage(sage, weights)?;
+            let record = Record::Encoder {
+                digest: Cow::Borrowed(&digest),
+            };
+            inner.record(shared, &record)?;
+            inner.state.sage = Embedder::Ready(sage);
+            Ok(())
+        })?;
+        Ok(digest)
+    }
+
+    /// BLAKE3 of the encoder's weights, in hex.
+    pub fn encoder_digest(&self) -> Option<String> {
+        self.snapshot().encoder_digest().map(str::to_string)
+    }
+
+    /// An attribute's text vector.
+    pub fn feature(&self, attribute: &str) -> Option<Vec<f32>> {
+        self.snapshot().feature(attribute)
+    }
+
+    /// The attributes without a text vector, in order of first appearance.
+    pub fn attributes_without_feature(&self) -> Vec<String> {
+        self.snapshot().attributes_without_feature()
+    }
+
+    /// Adds preference pairs.
+    pub fn put_pairs(&self, pairs: &[PreferencePair]) -> Result<()> {
+        for (index, pair) in pairs.iter().enumerate() {
+            check_name("user", &pair.user).map_err(|reason| StoreError::Event { index, reason })?;
+        }
+        self.shared.operate(|inner, shared| {
+            for pair in pairs {
+                let user = inner.define_user(shared, &pair.user)?;
+                let pair = PairRecord::from_schema(pair);
+                inner.record(shared, &Record::Pair { user, pair })?;
+            }
+            Ok(())
+        })
+    }
+
+    /// All preference pairs of this moment, in order of arrival.
+    pub fn pairs(&self) -> impl Iterator<Item = Arc<PreferencePair>> + use<> {
+        let pairs = self.snapshot().state.pairs;
+        (0..pairs.len()).map(move |place| pairs[place].1.clone())
+    }
+
+    /// Adds an edit record, or replaces the one of the same id.
+    pub fn put_edit(&self, edit: &EditRecord) -> Result<()> {
+        let bad = |reason| StoreError::Event { index: 0, reason };
+        check_name("user", &edit.user).map_err(bad)?;
+        check_name("edit id", &edit.id).map_err(bad)?;
+        self.shared.operate(|inner, shared| {
+            let user = inner.define_user(shared, &edit.user)?;
+            let edit = StoredEdit::from_schema(edit);
+            inner.record(shared, &Record::Edit { user, edit })
+        })
+    }
+
+    /// The edit of this id.
+    pub fn edit(&self, id: &str) -> Option<EditRecord> {
+        self.snapshot().edit(id)
+    }
+
+    /// All edits of this moment, by id.
+    pub fn edits(&self) -> Vec<Arc<EditRecord>> {
+        self.snapshot().edits().collect()
+    }
+
+    /// Removes a user: registers, pairs, edits, vectors, rejected lines. The log keeps the
+    /// old bytes until [`Self::compact`]; the forgetting itself names nobody.
+    pub fn forget(&self, user: &str) -> Result<ForgetReceipt> {
+        let unknown = || StoreError::UnknownUser { user: user.into() };
+        if !self.snapshot().has_user(user) {
+            return Err(unknown());
+        }
+        let rejected = self.shared.forget_rejected(user)?;
+        let mut gone = None;
+        self.shared.operate(|inner, shared| {
+            let id = inner.state.graph.user_id(user).ok_or_else(unknown)?;
+            inner.log_record(shared, &Record::Forget { user: id.0 })?;
+            gone = Some(inner.state.forget(id.0));
+            Ok(())
+        })?;
+        let gone = gone.unwrap_or_default();
+        Ok(ForgetReceipt {
+            as_of: self.snapshot().as_of(),
+            at: now_ms(),
+            registers: gone.registers,
+            edges: gone.edges,
+            pairs: gone.pairs,
+            edits: gone.edits,
+            rejected,
+            compact_needed: true,
+        })
+    }
+
+    /// Keeps an input line that was no event, with where it came from and why, in
+    /// `rejected.jsonl`. At most 4 KiB of it are kept.
+    pub fn reject(&self, file: &str, line: u64, reason: &str, raw: &[u8]) -> Result<()> {
+        let raw = String::from_utf8_lossy(&raw[..raw.len().min(4096)]);
+        let mut text = serde_json::json!({
+            "file": file, "line": line, "reason": reason, "raw": raw, "at": now_ms()
+        })
+        .to_string();
+        text.push('\n');
+        let path = Places::of(&self.shared.path).rejected;
+        let _order = lock(&self.shared.queue);
+        OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(&path)
+            .and_then(|mut f| f.write_all(text.as_bytes()))
+            .map_err(StoreError::io("write", &path))
+    }
+
+    /// How much there is of everything, counted now: O(registers).
+    pub fn stats(&self) -> Result<Stats> {
+        let snapshot = self.snapshot();
+        let mut registers = Polarities::default();
+        for user in snapshot.state.users() {
+            for (_, register) in snapshot.state.graph.registers(user) {
+                registers.add(register.polarity);
+            }
+        }
+        let (generation, log_bytes) = {
+            let log = lock(&self.shared.log);
+            (log.at.generation, log.bytes())
+        };
+        Ok(Stats {
+            counts: snapshot.counts(),
+            registers,
+            as_of: snapshot.as_of(),
+            durable: lock(&self.shared.commit).durable,
+            encoder: snapshot.encoder_digest().map(str::to_string),
+            generation,
+            log_bytes,
+            disk_bytes: directory_bytes(&self.shared.path),
+        })
+    }
+
+    /// Waits until everything accepted so far is on disk.
+    pub fn flush(&self) -> Result<()> {
+        let seq = lock(&self.shared.inner).state.seq;
+        self.shared.ring(seq, Ack::Durable)
+    }
+
+    /// Closes the store and says whether everything reached the disk. Dropping does the
+    /// same, silently.
+    pub fn close(mut self) -> Result<()> {
+        self.shut()
+    }
+
+    fn shut(&mut self) -> Result<()> {
+        if self.threads.is_empty() {
+            return Ok(());
+        }
+        lock(&self.shared.queue).closing = true;
+        self.shared.work.notify_all();
+        for thread in self.threads.drain(..) {
+            let _ = thread.join();
+        }
+        let result = match self.shared.failure() {
+            Some(failure) => Err(failure),
+            None => lock(&self.shared.log).sync_mark(),
+        };
+        self.shared.refused.store(true, Ordering::Release);
+        let _ = self.shared.lock_file.unlock();
+        result
+    }
+}
+
+impl Drop for Store {
+    fn drop(&mut self) {
+        let _ = self.shut();
+    }
+}
+
+impl Shared {
+    /// The error that everything gets after the first failure.
+    fn failure(&self) -> Option<StoreError> {
+        let reason = lock(&self.commit).failure.clone()?;
+        Some(StoreError::Poisoned { reason })
+    }
+
+    fn check_writable(&self) -> Result<()> {
+        if self.refused.load(Ordering::Acquire) {
+            return Err(self.failure().unwrap_or(StoreError::Closed));
+        }
+        Ok(())
+    }
+
+    /// Remembers the first failure and lets everyone know.
+    pub(crate) fn poison(&self, error: &StoreError) {
+        lock(&self.commit)
+            .failure
+            .get_or_insert_with(|| error.to_string());
+        self.refused.store(true, Ordering::Release);
+        self.done.notify_all();
+        let _queue = lock(&self.queue);
+        self.room.notify_all();
+    }
+
+    fn wait_for_room(&self) -> Result<()> {
+        let mut queue = lock(&self.queue);
+        while queue.bytes > self.options.pending_max_bytes {
+            self.check_writable()?;
+            queue = self
+                .room
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        Ok(())
+    }
+
+    /// Hands a full payload to the writer, waiting while too much is on its way.
+    fn enqueue(&self, payload: Payload) -> Result<Vec<u8>> {
+        let mut queue = lock(&self.queue);
+        while queue.bytes > self.options.pending_max_bytes {
+            self.check_writable()?;
+            queue = self
+                .room
+                .wait(queue)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        queue.bytes += payload.len();
+        queue.full.push_back(payload);
+        self.work.notify_one();
+        Ok(queue.spare.pop().unwrap_or_default())
+    }
+
+    /// Rings the writer; with [`Ack::Durable`] waits until `seq` is on disk.
+    fn ring(&self, seq: u64, ack: Ack) -> Result<()> {
+        let mut commit = lock(&self.commit);
+        if commit.durable >= seq {
+            return Ok(());
+        }
+        drop(commit);
+        {
+            let mut queue = lock(&self.queue);
+            if !queue.wanted {
+                queue.wanted = true;
+                self.work.notify_one();
+            }
+        }
+        if ack == Ack::Accepted {
+            return Ok(());
+        }
+        commit = lock(&self.commit);
+        loop {
+            if commit.durable >= seq {
+                return Ok(());
+            }
+            if let Some(reason) = &commit.failure {
+                let reason = reason.clone();
+                return Err(StoreError::Poisoned { reason });
+            }
+            commit = self
+                .done
+                .wait(commit)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+    }
+
+    /// Runs an operation other than an append, and waits until it is on disk.
+    fn operate(&self, operation: impl FnOnce(&mut Inner, &Self) -> Result<()>) -> Result<()> {
+        self.check_writable()?;
+        self.wait_for_room()?;
+        let seq = {
+            let mut inner = lock(&self.inner);
+            self.check_writable()?;
+            operation(&mut inner, self)?;
+            inner.state.seq
+        };
+        self.ring(seq, Ack::Durable)
+    }
+
+    /// The writer thread.
+    fn write_loop(&self) {
+        loop {
+            let closing = {
+                let mut queue = lock(&self.queue);
+                while !queue.wanted && queue.full.is_empty() && !queue.closing {
+                    queue = self
+                        .work
+                        .wait(queue)
+                        .unwrap_or_else(PoisonError::into_inner);
+                }
+                queue.closing
+            };
+            let wrote = self.write_once(closing);
+            if let Err(error) = wrote {
+                self.poison(&error);
+                return;
+            }
+            if closing {
+                return;
+            }
+        }
+    }
+
+    /// One group commit. Takes the open payload too if the state's lock is free; `must`
+    /// waits for it.
+    fn write_once(&self, must: bool) -> Result<()> {
+        if must {
+            let mut inner = lock(&self.inner);
+            return self.commit_all(&mut inner).map(|_| ());
+        }
+        let mut log = lock(&self.log);
+        let open = match self.inner.try_lock() {
+            Ok(mut inner) => Some(inner.take_payload(self)),
+            Err(std::sync::TryLockError::Poisoned(e)) => Some(e.into_inner().take_payload(self)),
+            Err(std::sync::TryLockError::WouldBlock) => None,
+        };
+        let mut payloads: Vec<Payload> = {
+            let mut queue = lock(&self.queue);
+            if open.is_some() {
+                queue.wanted = false;
+            } else if queue.full.is_empty() {
+                // Somebody is at work; they ring when they are done. A snapshot or a count
+                // does not ring, so look again soon.
+                drop(log);
+                let wait = Duration::from_micros(50);
+                let _ = self.work.wait_timeout(queue, wait);
+                return Ok(());
+            }
+            queue.full.drain(..).collect()
+        };
+        payloads.extend(open.filter(|p| !p.is_empty()));
+        self.commit_payloads(&mut log, payloads)
+    }
+
+    /// Brings everything to disk while the caller holds the state, and returns the log.
+    pub(crate) fn commit_all(&self, inner: &mut Inner) -> Result<MutexGuard<'_, LogWriter>> {
+        let mut log = lock(&self.log);
+        let open = inner.take_payload(self);
+        let mut payloads: Vec<Payload> = lock(&self.queue).full.drain(..).collect();
+        payloads.push(open);
+        payloads.retain(|p| !p.is_empty());
+        self.check_writable()?;
+        self.commit_payloads(&mut log, payloads)
+            .inspect_err(|e| self.poison(e))?;
+        Ok(log)
+    }
+
+    fn commit_payloads(&self, log: &mut LogWriter, mut payloads: Vec<Payload>) -> Result<()> {
+        if payloads.is_empty() {
+            return Ok(());
+        }
+        log.commit(&mut payloads)?;
+        let bytes: usize = payloads.iter().map(Payload::len).sum();
+        lock(&self.commit).durable = log.at.seq;
+        self.done.notify_all();
+        let mut queue = lock(&self.queue);
+        // An open payload was never counted.
+        queue.bytes = queue.bytes.saturating_sub(bytes);
+        if queue.full.is_empty() {
+            queue.bytes = 0;
+        }
+        for payload in payloads {
+            if queue.spare.len() < 4 {
+                queue.spare.push(payload.into_bytes());
+            }
+        }
+        self.room.notify_all();
+        Ok(())
+    }
+
+    /// Drops the rejected lines that hold a user's name. Returns how many.
+    fn forget_rejected(&self, user: &str) -> Result<u64> {
+        let path = Places::of(&self.path).rejected;
+        let _order = lock(&self.queue);
+        let text = match std::fs::read(&path) {
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
+            other => other.map_err(StoreError::io("read", &path))?,
+        };
+        let holds = |line: &[u8]| {
+            let escaped = serde_json::to_string(user).unwrap_or_default();
+            let escaped = escaped.trim_matches('"');
+            let twice = serde_json::to_string(escaped).unwrap_or_default();
+            let forms = [user, escaped, twice.trim_matches('"')];
+            let line = String::from_utf8_lossy(line);
+            forms.iter().any(|form| line.contains(form))
+        };
+        let (mut kept, mut dropped) = (Vec::with_capacity(text.len()), 0);
+        for line in text.split_inclusive(|b| *b == b'\n') {
+            if holds(line) {
+                dropped += 1;
+            } else {
+                kept.extend_from_slice(line);
+            }
+        }
+        if dropped > 0 {
+            write_whole(&path, &kept)?;
+        }
+        Ok(dropped)
+    }
+}
+
+impl Inner {
+    /// The open payload, with an empty one in its place.
+    fn take_payload(&mut self, shared: &Shared) -> Payload {
+        let spare = lock(&shared.queue).spare.pop().unwrap_or_default();
+        let next = Payload::new(self.payload.next_seq(), spare);
+        std::mem::replace(&mut self.payload, next)
+    }
+
+    fn make_room(&mut self, shared: &Shared) -> Result<()> {
+        if self.payload.is_full() {
+            let next = Payload::new(self.payload.next_seq(), Vec::new());
+            let full = std::mem::replace(&mut self.payload, next);
+            let spare = shared.enqueue(full)?;
+            self.payload = Payload::new(self.payload.next_seq(), spare);
+        }
+        Ok(())
+    }
+
+    /// Logs one record with a sequence number of its own, without applying it.
+    fn log_record(&mut self, shared: &Shared, record: &Record<'_>) -> Result<()> {
+        self.make_room(shared)?;
+        self.payload.push(record)?;
+        self.payload.count_one();
+        self.state.seq += 1;
+        Ok(())
+    }
+
+    /// Logs and applies one record.
+    fn record(&mut self, shared: &Shared, record: &Record<'_>) -> Result<()> {
+        self.log_record(shared, record)?;
+        self.state
+            .apply(record)
+            .map_err(|e| invalid("record", "one the state takes", e))
+    }
+
+    fn define_user(&mut self, shared: &Shared, name: &str) -> Result<u32> {
+        if let Some(id) = self.state.graph.user_id(name) {
+            return Ok(id.0);
+        }
+        self.make_room(shared)?;
+        let number = self.state.graph.user_id_end();
+        if number == u32::MAX {
+            return Err(StoreError::TooMany {
+                what: "users",
+                max: u64::from(number),
+            });
+        }
+        let name_record = Cow::Borrowed(name);
+        self.payload.push(&Record::DefineUser {
+            number,
+            name: name_record,
+        })?;
+        Ok(self.state.graph.add_user(name).0)
+    }
+
+    fn define_attribute(&mut self, shared: &Shared, name: &str) -> Result<u32> {
+        if let Some(id) = self.state.graph.attribute_id(name) {
+            return Ok(id.0);
+        }
+        self.make_room(shared)?;
+        let number = self.state.graph.attribute_count() as u32;
+        if number == u32::MAX >> 3 {
+            return Err(StoreError::TooMany {
+                what: "attributes",
+                max: u64::from(number),
+            });
+        }
+        let name_record = Cow::Borrowed(name);
+        self.payload.push(&Record::DefineAttribute {
+            number,
+            name: name_record,
+        })?;
+        Ok(self.state.graph.add_attribute(name).0)
+    }
+
+    /// Applies events and encodes those that changed something.
+    fn append(&mut self, shared: &Shared, events: &[Event]) -> Result<Receipt> {
+        let now = now_ms();
+        let latest = now.saturating_add(shared.options.future_max_ms);
+        let mut receipt = Receipt::default();
+        let mut numbers = std::mem::take(&mut self.scratch);
+        let mut batch = Vec::with_capacity(BATCH.min(events.len()));
+        for events in events.chunks(BATCH) {
+            self.resolve(shared, events, &mut numbers)?;
+            batch.clear();
+            batch.extend(
+                events
+                    .iter()
+                    .zip(&numbers)
+                    .map(|(event, &(user, attribute))| {
+                        let register = Register {
+                            polarity: event.polarity,
+                            at: event.at.map_or(now, |at| at.min(latest)),
+                            id: event.id.as_deref().unwrap_or(""),
+                        };
+                        (UserId(user), AttributeId(attribute), register)
+                    }),
+            );
+            let changes = self.state.graph.set_batch(&batch);
+            for ((event, to), change) in events.iter().zip(&batch).zip(changes) {
+                self.take_change(shared, *to, change, event.at.is_none(), &mut receipt)?;
+            }
+        }
+        self.scratch = numbers;
+        receipt.as_of = self.state.seq;
+        Ok(receipt)
+    }
+
+    /// The numbers of the events' users and attributes, new ones defined.
+    fn resolve(
+        &mut self,
+        shared: &Shared,
+        events: &[Event],
+        numbers: &mut Vec<(u32, u32)>,
+    ) -> Result<()> {
+        numbers.clear();
+        let mut previous: Option<(&str, u32)> = None;
+        for event in events {
+            let user = match previous {
+                Some((name, number)) if name == event.user => number,
+                _ => self.define_user(shared, &event.user)?,
+            };
+            previous = Some((&event.user, user));
+            let attribute = self.define_attribute(shared, &event.attribute)?;
+            numbers.push((user, attribute));
+        }
+        Ok(())
+    }
+
+    /// Logs what an event changed.
+    fn take_change(
+        &mut self,
+        shared: &Shared,
+        (user, attribute, mut register): (UserId, AttributeId, Register<'_>),
+        mut change: Change,
+        timeless: bool,
+        receipt: &mut Receipt,
+    ) -> Result<()> {
+        if change == Change::Unchanged && timeless {
+            if let Some(at) = self.arrival_after(user, attribute, &register) {
+                register.at = at;
+                change = self.state.graph.set(user, attribute, register);
+            }
+        }
+        if change == Change::Unchanged {
+            receipt.unchanged += 1;
+            return Ok(());
+        }
+        receipt.applied += 1;
+        self.make_room(shared)?;
+        self.payload.push_event(&EventRecord {
+            user: user.0,
+            attribute: attribute.0,
+            polarity: register.polarity,
+            at: register.at,
+            id: register.id,
+        });
+        self.payload.count_one();
+        self.state.seq += 1;
+        if let Some((old, new)) = edge_change(change) {
+            self.state.on_edge(user, attribute, old, new);
+        }
+        Ok(())
+    }
+
+    /// An event without a time counts from its arrival, and what arrives later in the same
+    /// millisecond is later: the time just after the register it meets there.
+    fn arrival_after(
+        &self,
+        user: UserId,
+        attribute: AttributeId,
+        register: &Register<'_>,
+    ) -> Option<i64> {
+        let mut held = self.state.graph.registers(user);
+        let (_, held) = held.find(|(a, _)| *a == attribute)?;
+        let ahead = held.at.checked_sub(register.at)?;
+        let differs = held.polarity != register.polarity;
+        (differs && (0..ARRIVAL_BUMP_MAX_MS).contains(&ahead)).then(|| held.at + 1)
+    }
+}
+
+fn check_vector(what: &'static str, name: &str, vector: &[f32]) -> Result<()> {
+    check_name(what, name).map_err(|reason| StoreError::Event { index: 0, reason })?;
+    if vector.is_empty() || vector.len() > FEATURE_MAX {
+        return Err(invalid("feature", "1 to 65,536 numbers", vector.len()));
+    }
+    match vector.iter().find(|x| !x.is_finite()) {
+        Some(bad) => Err(invalid("feature", "finite numbers", bad)),
+        None => Ok(()),
+    }
+}
+
+fn check_dims(features: &[(String, Vec<f32>)], dim: usize) -> Result<()> {
+    match features.iter().find(|(_, vector)| vector.len() != dim) {
+        Some((name, vector)) => Err(StoreError::Invalid {
+            what: "feature",
+            expected: format!("{dim} numbers, as the encoder takes"),
+            got: format!("{} for {name:?}", vector.len()),
+        }),
+        None => Ok(()),
+    }
+}
+
+/// Writes a file beside its place, syncs it, and renames it there: whole or not at all.
+pub(crate) fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let fresh = path.with_extension("tmp");
+    let mut file = File::create(&fresh).map_err(StoreError::io("create", &fresh))?;
+    file.write_all(bytes)
+        .map_err(StoreError::io("write", &fresh))?;
+    file.sync_all().map_err(StoreError::io("sync", &fresh))?;
+    std::fs::rename(&fresh, path).map_err(StoreError::io("rename", &fresh))?;
+    log::sync_parent(path)
+}
+
+/// Bytes of all files in a directory, as far as they can be looked at.
+pub(crate) fn directory_bytes(path: &Path) -> u64 {
+    let Ok(entries) = std::fs::read_dir(path) else {
+        return 0;
+    };
+    let bytes = entries.flatten().map(|entry| match entry.file_type() {
+        Ok(kind) if kind.is_dir() => directory_bytes(&entry.path()),
+        _ => entry.metadata().map_or(0, |m| m.len()),
+    });
+    bytes.sum()
+}

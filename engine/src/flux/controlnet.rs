@@ -10,13 +10,14 @@
 
 use super::transformer::{
     After, Block, Config as TrunkConfig, Inputs, Modulation, Modulator, Residuals, Rope, Spread,
-    Trunk, linear, pack,
+    Trunk, drop_held, held, linear, pack,
 };
 use crate::nn::Linear;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder};
 use serde::{Deserialize, Serialize};
+use std::sync::{Arc, RwLock};
 
 /// The shape of a ControlNet, with the field names of diffusers' `config.json`.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
@@ -130,7 +131,7 @@ pub struct ControlNet {
     control_in: Linear,
     hint: Option<Hint>,
     mode: Option<Tensor>,
-    modulator: Option<Modulator>,
+    modulator: RwLock<Option<Arc<Modulator>>>,
     trunk: Trunk,
     double_out: Vec<Linear>,
     single_out: Vec<Linear>,
@@ -168,7 +169,7 @@ impl ControlNet {
                 .num_mode
                 .map(|m| vb.get((m, d), "controlnet_mode_embedder.weight"))
                 .transpose()?,
-            modulator: Some(Modulator::new(shape, false, vb)?),
+            modulator: RwLock::new(Some(Arc::new(Modulator::new(shape, false, vb)?))),
             trunk,
             double_out: outs("controlnet_blocks", shape.num_layers)?,
             single_out: outs("controlnet_single_blocks", shape.num_single_layers)?,
@@ -197,15 +198,13 @@ impl ControlNet {
     ///
     /// # Errors
     /// Once it has been dropped.
-    pub fn modulator(&self) -> Result<&Modulator> {
-        self.modulator.as_ref().ok_or_else(|| {
-            Error::BadRequest("the modulation weights were dropped: load the model again".into())
-        })
+    pub fn modulator(&self) -> Result<Arc<Modulator>> {
+        held(&self.modulator)
     }
 
     /// Frees the modulation weights, once all steps' modulation has been computed.
-    pub fn drop_modulator(&mut self) {
-        self.modulator = None;
+    pub fn drop_modulator(&self) {
+        drop_held(&self.modulator);
     }
 
     /// What does not change from step to step.

@@ -22,6 +22,7 @@ use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
+use std::sync::{Arc, RwLock};
 
 /// The shape of a Flux transformer, with the field names of diffusers' `config.json`.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -298,12 +299,41 @@ pub struct Modulator {
     dtype: DType,
 }
 
+/// The modulator, unless it was dropped.
+pub(crate) fn held(modulator: &RwLock<Option<Arc<Modulator>>>) -> Result<Arc<Modulator>> {
+    let held = modulator.read().unwrap_or_else(|e| e.into_inner());
+    held.clone().ok_or_else(|| {
+        Error::BadRequest("the modulation weights were dropped: load the model again".into())
+    })
+}
+
+/// Drops it.
+pub(crate) fn drop_held(modulator: &RwLock<Option<Arc<Modulator>>>) {
+    *modulator.write().unwrap_or_else(|e| e.into_inner()) = None;
+}
+
 /// All shifts, scales and gates of one evaluation. Each tensor is (b, k·d).
 #[derive(Clone, Debug)]
 pub struct Modulation {
     double: Vec<(Tensor, Tensor)>,
     single: Vec<Tensor>,
     last: Option<Tensor>,
+}
+
+impl Modulation {
+    /// Items `first` to `first + n` of the batch, as when several steps were computed at once.
+    pub fn rows(&self, first: usize, n: usize) -> Result<Self> {
+        let rows = |x: &Tensor| -> Result<Tensor> { Ok(x.narrow(0, first, n)?) };
+        Ok(Self {
+            double: self
+                .double
+                .iter()
+                .map(|(image, text)| Ok((rows(image)?, rows(text)?)))
+                .collect::<Result<_>>()?,
+            single: self.single.iter().map(rows).collect::<Result<_>>()?,
+            last: self.last.as_ref().map(rows).transpose()?,
+        })
+    }
 }
 
 impl Modulator {
@@ -884,7 +914,7 @@ pub struct FluxTransformer {
     config: Config,
     image_in: Linear,
     text_in: Linear,
-    modulator: Option<Modulator>,
+    modulator: RwLock<Option<Arc<Modulator>>>,
     trunk: Trunk,
     last: Linear,
     dtype: DType,
@@ -908,7 +938,7 @@ impl FluxTransformer {
         Ok(Self {
             image_in: linear(config.in_channels, d, vb.pp("img_in"))?,
             text_in: linear(config.joint_attention_dim, d, vb.pp("txt_in"))?,
-            modulator: Some(Modulator::new(config, true, vb)?),
+            modulator: RwLock::new(Some(Arc::new(Modulator::new(config, true, vb)?))),
             trunk,
             last: linear(d, config.out(), vb.pp("final_layer.linear"))?,
             config: config.clone(),
@@ -947,16 +977,14 @@ impl FluxTransformer {
     ///
     /// # Errors
     /// Once it has been dropped.
-    pub fn modulator(&self) -> Result<&Modulator> {
-        self.modulator.as_ref().ok_or_else(|| {
-            Error::BadRequest("the modulation weights were dropped: load the model again".into())
-        })
+    pub fn modulator(&self) -> Result<Arc<Modulator>> {
+        held(&self.modulator)
     }
 
     /// Frees the modulation weights, once all steps' modulation has been computed: a quarter
     /// of FLUX.1-dev.
-    pub fn drop_modulator(&mut self) {
-        self.modulator = None;
+    pub fn drop_modulator(&self) {
+        drop_held(&self.modulator);
     }
 
     /// Text token states (b, t, joint_attention_dim) to (b, t, d); the same at every step.

@@ -210,7 +210,7 @@ impl Model {
             .collect()
     }
 
-    fn from_nothing(&self, encoder: &Encoder) -> Vec<Vec<f32>> {
+    fn recomputed(&self, encoder: &Encoder) -> Vec<Vec<f32>> {
         let users: Vec<_> = (0..USERS).map(|u| self.users.get(&u).cloned()).collect();
         let attributes = (0..ATTRIBUTES).map(|a| self.attributes.get(&a).cloned());
         let attributes: Vec<_> = attributes.collect();
@@ -224,7 +224,7 @@ impl Model {
 
     /// Every user's embedding, alone and in a batch, is the recomputed one.
     fn assert_equal(&self, sage: &Sage) {
-        let expected = self.from_nothing(sage.encoder());
+        let expected = self.recomputed(sage.encoder());
         for (user, expected) in (0..).zip(&expected) {
             let ours = sage.embedding(UserId(user), &self.own_edges(user));
             assert_eq!(bits(&ours), bits(expected), "user {user}");

@@ -1,0 +1,574 @@
+//! Quantised matrices laid out for this processor's dot products.
+//!
+//! candle multiplies by Q4_1 one number at a time. Here the blocks of 16 rows are
+//! interleaved when the model is loaded, so that one instruction (AVX-512 VNNI `vpdpbusd`)
+//! multiplies 4 numbers of each of 16 rows, no sum runs across lanes, and a row's scales
+//! meet the row's sum in the same lane. The weights themselves are not changed: Q4_1 stays
+//! d·q + m, Q8_0 stays d·q, with the file's own 16-bit scales.
+//!
+//! Activations are rounded to 8 bits in blocks of 32, as llama.cpp does (`ggml-quants.c`,
+//! `quantize_row_q8_1`), so greedy decoding follows the same path; the dot products of the
+//! 8-bit numbers are exact.
+//!
+//! Layout, for each tile of 16 rows and each block of 32 columns:
+//! 1. lines of 64 bytes, 4 bytes of each row: Q4_1 has four (column k in the low nibble of
+//!    byte k of its row, column 16 + k in the high one), Q8_0 has eight, stored with 128
+//!    added because `vpdpbusd` takes one unsigned factor;
+//! 2. the 16 scales d as f16, then, for Q4_1, the 16 offsets m.
+
+use candle_core::quantized::GgmlDType;
+use half::f16;
+use rayon::prelude::*;
+
+const ROWS: usize = 16;
+const BLOCK: usize = 32;
+
+/// 64 bytes where a register expects them.
+#[derive(Clone, Copy)]
+#[repr(C, align(64))]
+struct Line([u8; 64]);
+
+/// Which of the two formats a matrix has.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    Q4_1,
+    Q8_0,
+}
+
+impl Kind {
+    fn lines(self) -> usize {
+        match self {
+            Self::Q4_1 => 4,
+            Self::Q8_0 => 8,
+        }
+    }
+
+    fn scales(self) -> usize {
+        match self {
+            Self::Q4_1 => 2 * ROWS,
+            Self::Q8_0 => ROWS,
+        }
+    }
+}
+
+/// A matrix [rows, cols] in blocks of 4 or 8 bits.
+pub struct Packed {
+    kind: Kind,
+    rows: usize,
+    cols: usize,
+    lines: Vec<Line>,
+    scales: Vec<f16>,
+}
+
+impl std::fmt::Debug for Packed {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Packed[{:?}; {} x {}]", self.kind, self.rows, self.cols)
+    }
+}
+
+/// Rows of activations, rounded to 8 bits in blocks of 32.
+pub struct Activations {
+    rows: usize,
+    cols: usize,
+    /// Four numbers in each, as `vpdpbusd` takes them.
+    quads: Vec<i32>,
+    /// The scale of each block.
+    scale: Vec<f32>,
+    /// scale · sum of each block, for Q4_1's offsets.
+    weighted_sum: Vec<f32>,
+    /// -128 · sum of each block, for Q8_0's added 128.
+    correction: Vec<i32>,
+}
+
+impl Activations {
+    /// Rounds x, rows of `cols` numbers; `cols` must be a multiple of 32.
+    pub fn new(x: &[f32], cols: usize) -> Self {
+        let blocks = x.len() / BLOCK;
+        let mut acts = Self {
+            rows: x.len() / cols.max(1),
+            cols,
+            quads: Vec::with_capacity(blocks * 8),
+            scale: Vec::with_capacity(blocks),
+            weighted_sum: Vec::with_capacity(blocks),
+            correction: Vec::with_capacity(blocks),
+        };
+        for block in x.chunks_exact(BLOCK) {
+            acts.push(block);
+        }
+        acts
+    }
+
+    fn push(&mut self, block: &[f32]) {
+        let mut lanes = [0f32; 8];
+        for part in block.chunks_exact(8) {
+            for (l, x) in lanes.iter_mut().zip(part) {
+                *l = l.max(x.abs());
+            }
+        }
+        let largest = lanes.iter().fold(0f32, |a, b| a.max(*b));
+        let d = largest / 127.0;
+        let inverse = if largest > 0.0 { 127.0 / largest } else { 0.0 };
+        let mut q = [0i8; BLOCK];
+        for (q, x) in q.iter_mut().zip(block) {
+            // Adding 1.5 · 2^23 rounds to the nearest integer, ties to even, and leaves it
+            // in the low bits.
+            *q = (x * inverse + 12_582_912.0).to_bits() as i8;
+        }
+        let sum: i32 = q.iter().map(|q| i32::from(*q)).sum();
+        for quad in q.chunks_exact(4) {
+            let bytes = [quad[0] as u8, quad[1] as u8, quad[2] as u8, quad[3] as u8];
+            self.quads.push(i32::from_le_bytes(bytes));
+        }
+        self.scale.push(f16::from_f32(d).to_f32());
+        self.weighted_sum
+            .push(f16::from_f32(d * sum as f32).to_f32());
+        self.correction.push(-128 * sum);
+    }
+}
+
+impl Packed {
+    /// Interleaves the blocks of a GGUF tensor. `None` where the format, or a number of rows
+    /// that is no multiple of 16, is not ours.
+    pub fn new(dtype: GgmlDType, rows: usize, cols: usize, blocks: &[u8]) -> Option<Self> {
+        let kind = match dtype {
+            GgmlDType::Q4_1 => Kind::Q4_1,
+            GgmlDType::Q8_0 => Kind::Q8_0,
+            _ => return None,
+        };
+        let per_row = cols / BLOCK;
+        let size = dtype.type_size();
+        if !rows.is_multiple_of(ROWS)
+            || !cols.is_multiple_of(BLOCK)
+            || blocks.len() != rows * per_row * size
+        {
+            return None;
+        }
+        let mut lines = vec![Line([0; 64]); rows / ROWS * per_row * kind.lines()];
+        let mut scales = vec![f16::ZERO; rows / ROWS * per_row * kind.scales()];
+        for (i, block) in blocks.chunks_exact(size).enumerate() {
+            let (row, b) = (i / per_row, i % per_row);
+            let (tile, lane) = (row / ROWS, row % ROWS);
+            let at = tile * per_row + b;
+            let scales = &mut scales[at * kind.scales()..][..kind.scales()];
+            scales[lane] = f16::from_le_bytes([block[0], block[1]]);
+            let (quants, flip) = match kind {
+                Kind::Q4_1 => {
+                    scales[ROWS + lane] = f16::from_le_bytes([block[2], block[3]]);
+                    (&block[4..], 0)
+                }
+                Kind::Q8_0 => (&block[2..], 0x80),
+            };
+            let lines = &mut lines[at * kind.lines()..][..kind.lines()];
+            for (line, four) in lines.iter_mut().zip(quants.chunks_exact(4)) {
+                for (to, from) in line.0[lane * 4..].iter_mut().zip(four) {
+                    *to = from ^ flip;
+                }
+            }
+        }
+        Some(Self {
+            kind,
+            rows,
+            cols,
+            lines,
+            scales,
+        })
+    }
+
+    /// How many rows there are.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// How many columns there are.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Row `row` in f32.
+    pub fn row(&self, row: usize, out: &mut [f32]) {
+        let per_row = self.cols / BLOCK;
+        let (tile, lane) = (row / ROWS, row % ROWS);
+        for (b, out) in out.chunks_exact_mut(BLOCK).enumerate().take(per_row) {
+            let at = tile * per_row + b;
+            let scales = &self.scales[at * self.kind.scales()..];
+            let d = scales[lane].to_f32();
+            let lines = &self.lines[at * self.kind.lines()..];
+            for (k, x) in out.iter_mut().enumerate() {
+                *x = match self.kind {
+                    Kind::Q8_0 => {
+                        let q = lines[k / 4].0[lane * 4 + k % 4] ^ 0x80;
+                        d * f32::from(q as i8)
+                    }
+                    Kind::Q4_1 => {
+                        let byte = lines[k % 16 / 4].0[lane * 4 + k % 4];
+                        let q = if k < 16 { byte & 15 } else { byte >> 4 };
+                        d * f32::from(q) + scales[ROWS + lane].to_f32()
+                    }
+                };
+            }
+        }
+    }
+
+    /// The whole matrix in f32, row after row.
+    pub fn dequantised(&self) -> Vec<f32> {
+        let mut all = vec![0.0; self.rows * self.cols];
+        for (i, row) in all.chunks_exact_mut(self.cols).enumerate() {
+            self.row(i, row);
+        }
+        all
+    }
+
+    /// x·Wᵀ: for each row of x its products with all rows of the matrix, [x.rows, rows].
+    pub fn times(&self, x: &Activations) -> Vec<f32> {
+        assert_eq!(x.cols, self.cols, "activations of another width");
+        let tiles = self.rows / ROWS;
+        // Tile after tile, within it row of x after row of x: a tile is one thread's.
+        let mut out = vec![0f32; x.rows * self.rows];
+        let tile_len = x.rows * ROWS;
+        let chunk = tiles
+            .div_ceil(4 * rayon::current_num_threads())
+            .clamp(1, 96);
+        let work = |(first, out): (usize, &mut [f32])| {
+            for (i, out) in out.chunks_exact_mut(tile_len).enumerate() {
+                self.tile(first * chunk + i, x, out);
+            }
+        };
+        if tiles * x.rows * self.cols < 1 << 15 {
+            work((0, &mut out));
+            return self.by_rows(out, x.rows);
+        }
+        out.par_chunks_mut(tile_len * chunk)
+            .enumerate()
+            .for_each(work);
+        self.by_rows(out, x.rows)
+    }
+
+    fn by_rows(&self, tiles: Vec<f32>, rows: usize) -> Vec<f32> {
+        if rows == 1 {
+            return tiles;
+        }
+        let mut out = vec![0f32; tiles.len()];
+        out.par_chunks_mut(self.rows)
+            .enumerate()
+            .for_each(|(r, out)| {
+                for (tile, to) in out.chunks_exact_mut(ROWS).enumerate() {
+                    to.copy_from_slice(&tiles[(tile * rows + r) * ROWS..][..ROWS]);
+                }
+            });
+        out
+    }
+
+    /// One tile times every row of x.
+    fn tile(&self, tile: usize, x: &Activations, out: &mut [f32]) {
+        let blocks = self.cols / BLOCK;
+        let lines = &self.lines[tile * blocks * self.kind.lines()..][..blocks * self.kind.lines()];
+        let scales =
+            &self.scales[tile * blocks * self.kind.scales()..][..blocks * self.kind.scales()];
+        let mut row = 0;
+        for (n, out) in pieces(x.rows, out) {
+            #[cfg(target_arch = "x86_64")]
+            if vnni::available() {
+                vnni::tile(self.kind, lines, scales, x, row, n, out);
+                row += n;
+                continue;
+            }
+            for (i, out) in out.chunks_exact_mut(ROWS).enumerate() {
+                portable_tile(self.kind, lines, scales, x, row + i, out);
+            }
+            row += n;
+        }
+    }
+}
+
+/// Cuts the output of a tile into pieces of 8, 4, 2 and 1 rows of x.
+fn pieces(rows: usize, mut out: &mut [f32]) -> impl Iterator<Item = (usize, &mut [f32])> {
+    let mut left = rows;
+    std::iter::from_fn(move || {
+        let n = [8, 4, 2, 1].into_iter().find(|n| *n <= left)?;
+        left -= n;
+        let (piece, rest) = std::mem::take(&mut out).split_at_mut(n * ROWS);
+        out = rest;
+        Some((n, piece))
+    })
+}
+
+/// The same sums as the vector kernel, in the same order, for any processor.
+fn portable_tile(
+    kind: Kind,
+    lines: &[Line],
+    scales: &[f16],
+    x: &Activations,
+    row: usize,
+    out: &mut [f32],
+) {
+    let blocks = x.cols / BLOCK;
+    let mut sum = [0f32; ROWS];
+    for b in 0..blocks {
+        let at = row * blocks + b;
+        let quads = &x.quads[at * 8..][..8];
+        let lines = &lines[b * kind.lines()..][..kind.lines()];
+        let scales = &scales[b * kind.scales()..][..kind.scales()];
+        let start = match kind {
+            Kind::Q4_1 => 0,
+            Kind::Q8_0 => x.correction[at],
+        };
+        let mut dot = [start; ROWS];
+        for (g, line) in lines.iter().enumerate() {
+            match kind {
+                Kind::Q4_1 => {
+                    add_products(&mut dot, &line.0, quads[g], |w| w & 15);
+                    add_products(&mut dot, &line.0, quads[4 + g], |w| w >> 4);
+                }
+                Kind::Q8_0 => add_products(&mut dot, &line.0, quads[g], |w| w),
+            }
+        }
+        for lane in 0..ROWS {
+            let d = scales[lane].to_f32() * x.scale[at];
+            sum[lane] = (dot[lane] as f32).mul_add(d, sum[lane]);
+            if kind == Kind::Q4_1 {
+                let m = scales[ROWS + lane].to_f32();
+                sum[lane] = m.mul_add(x.weighted_sum[at], sum[lane]);
+            }
+        }
+    }
+    out.copy_from_slice(&sum);
+}
+
+fn add_products(dot: &mut [i32; ROWS], line: &[u8; 64], quad: i32, weight: impl Fn(u8) -> u8) {
+    let a = quad.to_le_bytes();
+    for (dot, four) in dot.iter_mut().zip(line.chunks_exact(4)) {
+        for (w, a) in four.iter().zip(a) {
+            *dot += i32::from(weight(*w)) * i32::from(a as i8);
+        }
+    }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod vnni {
+    use super::{Activations, BLOCK, Kind, Line, ROWS, f16};
+    use std::arch::x86_64::*;
+
+    /// Whether this processor has the instructions.
+    pub(super) fn available() -> bool {
+        is_x86_feature_detected!("avx512f")
+            && is_x86_feature_detected!("avx512bw")
+            && is_x86_feature_detected!("avx512vnni")
+            && is_x86_feature_detected!("f16c")
+    }
+
+    /// Rows [row, row + n) of x times one tile; n is 1, 2, 4 or 8. [`available`] must have
+    /// said yes.
+    pub(super) fn tile(
+        kind: Kind,
+        lines: &[Line],
+        scales: &[f16],
+        x: &Activations,
+        row: usize,
+        n: usize,
+        out: &mut [f32],
+    ) {
+        let blocks = x.cols / BLOCK;
+        // The kernels read through pointers; what they read must exist.
+        assert!(lines.len() >= blocks * kind.lines() && scales.len() >= blocks * kind.scales());
+        assert!(x.scale.len() >= (row + n) * blocks && x.quads.len() >= (row + n) * blocks * 8);
+        assert!(x.weighted_sum.len() >= (row + n) * blocks);
+        assert!(x.correction.len() >= (row + n) * blocks && out.len() >= n * ROWS);
+        let first = row * blocks;
+        // SAFETY: the caller has asked `available`, so the instructions exist; the bounds of
+        // every pointer used within were asserted above.
+        unsafe {
+            match (kind, n) {
+                (Kind::Q4_1, 1) => q4_1::<1>(lines, scales, x, first, blocks, out),
+                (Kind::Q4_1, 2) => q4_1::<2>(lines, scales, x, first, blocks, out),
+                (Kind::Q4_1, 4) => q4_1::<4>(lines, scales, x, first, blocks, out),
+                (Kind::Q4_1, _) => q4_1::<8>(lines, scales, x, first, blocks, out),
+                (Kind::Q8_0, 1) => q8_0::<1>(lines, scales, x, first, blocks, out),
+                (Kind::Q8_0, 2) => q8_0::<2>(lines, scales, x, first, blocks, out),
+                (Kind::Q8_0, 4) => q8_0::<4>(lines, scales, x, first, blocks, out),
+                (Kind::Q8_0, _) => q8_0::<8>(lines, scales, x, first, blocks, out),
+            }
+        }
+    }
+
+    // SAFETY (of both kernels): the caller guarantees the target features, `blocks` blocks of
+    // lines and scales, (first + N · blocks) blocks of activations, and N · 16 outputs; all
+    // reads and writes below stay within these.
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,f16c")]
+    unsafe fn q4_1<const N: usize>(
+        lines: &[Line],
+        scales: &[f16],
+        x: &Activations,
+        first: usize,
+        blocks: usize,
+        out: &mut [f32],
+    ) {
+        let nibble = _mm512_set1_epi8(15);
+        let mut sum = [_mm512_setzero_ps(); N];
+        let (quads, scale) = (x.quads.as_ptr(), x.scale.as_ptr());
+        let weighted = x.weighted_sum.as_ptr();
+        for b in 0..blocks {
+            let mut low = [_mm512_setzero_si512(); N];
+            let mut high = [_mm512_setzero_si512(); N];
+            for g in 0..4 {
+                // SAFETY: line b·4 + g exists; `Line` is 64 bytes aligned to 64.
+                let w = unsafe { _mm512_load_si512(lines.as_ptr().add(b * 4 + g).cast()) };
+                let lo = _mm512_and_si512(w, nibble);
+                let hi = _mm512_and_si512(_mm512_srli_epi16::<4>(w), nibble);
+                for j in 0..N {
+                    let at = (first + j * blocks + b) * 8 + g;
+                    // SAFETY: row j has 8 quads for each block; at + 4 is the last used.
+                    let (a, c) = unsafe { (*quads.add(at), *quads.add(at + 4)) };
+                    low[j] = _mm512_dpbusd_epi32(low[j], lo, _mm512_set1_epi32(a));
+                    high[j] = _mm512_dpbusd_epi32(high[j], hi, _mm512_set1_epi32(c));
+                }
+            }
+            // SAFETY: block b has 32 scales: d of 16 rows, then m.
+            let (d, m) = unsafe {
+                let at = scales.as_ptr().add(b * 32).cast::<__m256i>();
+                (
+                    _mm512_cvtph_ps(_mm256_loadu_si256(at)),
+                    _mm512_cvtph_ps(_mm256_loadu_si256(at.add(1))),
+                )
+            };
+            for j in 0..N {
+                let at = first + j * blocks + b;
+                // SAFETY: one scale and one weighted sum for each block of row j.
+                let (s, ws) = unsafe { (*scale.add(at), *weighted.add(at)) };
+                let dot = _mm512_cvtepi32_ps(_mm512_add_epi32(low[j], high[j]));
+                sum[j] = _mm512_fmadd_ps(dot, _mm512_mul_ps(d, _mm512_set1_ps(s)), sum[j]);
+                sum[j] = _mm512_fmadd_ps(m, _mm512_set1_ps(ws), sum[j]);
+            }
+        }
+        for (j, sum) in sum.iter().enumerate() {
+            // SAFETY: out holds N · 16 numbers.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(j * ROWS), *sum) };
+        }
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,avx512vnni,f16c")]
+    unsafe fn q8_0<const N: usize>(
+        lines: &[Line],
+        scales: &[f16],
+        x: &Activations,
+        first: usize,
+        blocks: usize,
+        out: &mut [f32],
+    ) {
+        let mut sum = [_mm512_setzero_ps(); N];
+        let (quads, scale) = (x.quads.as_ptr(), x.scale.as_ptr());
+        let correction = x.correction.as_ptr();
+        for b in 0..blocks {
+            let mut dot = [_mm512_setzero_si512(); N];
+            for (j, dot) in dot.iter_mut().enumerate() {
+                // SAFETY: one correction for each block of row j.
+                *dot = _mm512_set1_epi32(unsafe { *correction.add(first + j * blocks + b) });
+            }
+            for g in 0..8 {
+                // SAFETY: line b·8 + g exists; `Line` is 64 bytes aligned to 64.
+                let w = unsafe { _mm512_load_si512(lines.as_ptr().add(b * 8 + g).cast()) };
+                for (j, dot) in dot.iter_mut().enumerate() {
+                    // SAFETY: row j has 8 quads for each block.
+                    let a = unsafe { *quads.add((first + j * blocks + b) * 8 + g) };
+                    *dot = _mm512_dpbusd_epi32(*dot, w, _mm512_set1_epi32(a));
+                }
+            }
+            // SAFETY: block b has 16 scales.
+            let d =
+                unsafe { _mm512_cvtph_ps(_mm256_loadu_si256(scales.as_ptr().add(b * 16).cast())) };
+            for j in 0..N {
+                // SAFETY: one scale for each block of row j.
+                let s = unsafe { *scale.add(first + j * blocks + b) };
+                let dot = _mm512_cvtepi32_ps(dot[j]);
+                sum[j] = _mm512_fmadd_ps(dot, _mm512_mul_ps(d, _mm512_set1_ps(s)), sum[j]);
+            }
+        }
+        for (j, sum) in sum.iter().enumerate() {
+            // SAFETY: out holds N · 16 numbers.
+            unsafe { _mm512_storeu_ps(out.as_mut_ptr().add(j * ROWS), *sum) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::quantized::QTensor;
+    use candle_core::{Device, Tensor};
+    use simpatico_schema::random::Philox;
+
+    fn quantised(dtype: GgmlDType, rows: usize, cols: usize) -> (Vec<f32>, Packed) {
+        let w = Tensor::from_vec(
+            Philox::new(1, 0).normals(rows * cols),
+            (rows, cols),
+            &Device::Cpu,
+        )
+        .unwrap();
+        let q = QTensor::quantize(&w, dtype).unwrap();
+        let exact = q.dequantize(&Device::Cpu).unwrap();
+        let packed = Packed::new(dtype, rows, cols, &q.data().unwrap()).unwrap();
+        (exact.flatten_all().unwrap().to_vec1().unwrap(), packed)
+    }
+
+    #[test]
+    fn packing_keeps_every_weight() {
+        for dtype in [GgmlDType::Q4_1, GgmlDType::Q8_0] {
+            let (exact, packed) = quantised(dtype, 48, 96);
+            assert_eq!(packed.dequantised(), exact, "{dtype:?}");
+        }
+    }
+
+    #[test]
+    fn products_are_those_of_the_rounded_activations() {
+        for dtype in [GgmlDType::Q4_1, GgmlDType::Q8_0] {
+            let (w, packed) = quantised(dtype, 64, 96);
+            for rows in [1, 2, 3, 15] {
+                let x = Philox::new(2, 0).normals(rows * 96);
+                let acts = Activations::new(&x, 96);
+                let got = packed.times(&acts);
+                for (i, got) in got.iter().enumerate() {
+                    let (r, n) = (i / 64, i % 64);
+                    let rounded = |k: usize| {
+                        let at = r * 96 + k;
+                        let q = acts.quads[at / 4].to_le_bytes()[at % 4] as i8;
+                        f64::from(q) * f64::from(acts.scale[at / 32])
+                    };
+                    let exact: f64 = (0..96).map(|k| rounded(k) * f64::from(w[n * 96 + k])).sum();
+                    // Q4_1's weighted sum is itself rounded to f16.
+                    assert!(
+                        (exact - f64::from(*got)).abs() < 0.06,
+                        "{dtype:?} {exact} {got}"
+                    );
+                    let plain: f64 = (0..96)
+                        .map(|k| f64::from(x[r * 96 + k]) * f64::from(w[n * 96 + k]))
+                        .sum();
+                    assert!(
+                        (plain - f64::from(*got)).abs() < 0.25,
+                        "{dtype:?} {plain} {got}"
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn the_portable_and_the_vector_kernel_agree_to_the_bit() {
+        for dtype in [GgmlDType::Q4_1, GgmlDType::Q8_0] {
+            let (_, packed) = quantised(dtype, 16, 160);
+            let acts = Activations::new(&Philox::new(3, 0).normals(11 * 160), 160);
+            let got = packed.times(&acts);
+            for row in 0..11 {
+                let mut portable = [0f32; ROWS];
+                portable_tile(
+                    packed.kind,
+                    &packed.lines,
+                    &packed.scales,
+                    &acts,
+                    row,
+                    &mut portable,
+                );
+                assert_eq!(got[row * 16..][..16], portable, "{dtype:?}, row {row}");
+            }
+        }
+    }
+}

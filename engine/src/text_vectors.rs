@@ -1,1 +1,212 @@
-//! Filled in by the work under way.
+//! Texts as vectors: what an attribute's words mean.
+//!
+//! MiniLM (BERT; mean over the tokens, length 1) as sentence-transformers computes it. The same
+//! code reads any BERT sentence encoder with mean pooling (gte-small, the judge of `eval
+//! prompts`). The token states serve the small picture model as its text input.
+//!
+//! Not here: training of encoders.
+//!
+//! ```no_run
+//! use candle_core::Device;
+//! use simpatico_engine::text_vectors::TextEncoder;
+//! let encoder = TextEncoder::open("models/minilm".as_ref(), &Device::Cpu)?;
+//! let vectors = encoder.encode(&["rustic wood", "weathered timber"])?;
+//! assert_eq!(vectors[0].len(), 384);
+//! # Ok::<(), simpatico_engine::Error>(())
+//! ```
+
+use crate::error::{Error, Result};
+use crate::weights::Weights;
+use candle_core::{DType, Device, Tensor};
+use candle_transformers::models::bert::{BertModel, Config};
+use simpatico_storage::Store;
+use std::path::Path;
+use tokenizers::{Tokenizer, TruncationParams};
+
+/// The most texts in one forward pass.
+const BATCH_TEXTS: usize = 64;
+
+/// A sentence encoder.
+pub struct TextEncoder {
+    model: BertModel,
+    tokenizer: Tokenizer,
+    device: Device,
+    /// Length of a vector.
+    pub dim: usize,
+    /// Longer texts are cut to so many tokens, the two special ones included.
+    pub max_tokens: usize,
+}
+
+/// Texts as the network saw them.
+pub struct TokenStates {
+    /// The last layer's states, (b, t, dim); 0 where the mask is 0.
+    pub states: Tensor,
+    /// Their mean over the tokens at length 1, (b, dim).
+    pub pooled: Tensor,
+    /// (b, t), f32: 1 for a token, 0 for padding.
+    pub mask: Tensor,
+}
+
+impl TextEncoder {
+    /// Opens a folder with config.json, tokenizer.json and model.safetensors; the maximum length
+    /// is sentence_bert_config.json's, or the positions the model has.
+    pub fn open(folder: &Path, device: &Device) -> Result<Self> {
+        let read = |name: &str| -> Result<Vec<u8>> {
+            let path = folder.join(name);
+            std::fs::read(&path).map_err(|_| Error::MissingModel {
+                help: "a sentence encoder has config.json, tokenizer.json and model.safetensors; \
+                       `simpatico models pull` fetches it"
+                    .into(),
+                path,
+            })
+        };
+        let weights = folder.join("model.safetensors");
+        if !weights.is_file() {
+            read("model.safetensors")?;
+        }
+        let file = |name: &str| folder.join(name).display().to_string();
+        let config: Config = serde_json::from_slice(&read("config.json")?)
+            .map_err(|e| Error::bad_model(file("config.json"), e.to_string()))?;
+        let mut max_tokens = config.max_position_embeddings;
+        if let Ok(bytes) = std::fs::read(folder.join("sentence_bert_config.json")) {
+            let value: serde_json::Value = serde_json::from_slice(&bytes)
+                .map_err(|e| Error::bad_model(file("sentence_bert_config.json"), e.to_string()))?;
+            let given = value["max_seq_length"].as_u64().and_then(|n| usize::try_from(n).ok());
+            max_tokens = given.unwrap_or(max_tokens).min(max_tokens);
+        }
+        let tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
+            .map_err(|e| Error::bad_model(file("tokenizer.json"), e.to_string()))?;
+        let vb = Weights::open(&weights)?.var_builder(DType::F32, device);
+        Self::new(&config, tokenizer, vb, max_tokens, device)
+    }
+
+    /// From parts already read.
+    pub fn new(
+        config: &Config,
+        mut tokenizer: Tokenizer,
+        vb: candle_nn::VarBuilder,
+        max_tokens: usize,
+        device: &Device,
+    ) -> Result<Self> {
+        tokenizer.with_padding(None);
+        Ok(Self {
+            model: BertModel::load(vb, config)?,
+            tokenizer,
+            device: device.clone(),
+            dim: config.hidden_size,
+            max_tokens,
+        })
+    }
+
+    /// One vector of length 1 for each text. Texts of like length share a pass, so the order of
+    /// work differs from the order given; the answers are in the order given.
+    pub fn encode(&self, texts: &[&str]) -> Result<Vec<Vec<f32>>> {
+        let mut order: Vec<usize> = (0..texts.len()).collect();
+        order.sort_by_key(|i| texts[*i].len());
+        let mut vectors = vec![Vec::new(); texts.len()];
+        for chunk in order.chunks(BATCH_TEXTS) {
+            let batch: Vec<&str> = chunk.iter().map(|i| texts[*i]).collect();
+            let rows = self.encode_tokens(&batch, self.max_tokens)?.pooled.to_vec2::<f32>()?;
+            for (i, row) in chunk.iter().zip(rows) {
+                vectors[*i] = row;
+            }
+        }
+        Ok(vectors)
+    }
+
+    /// Token states, their mean and the mask, padded to the longest text of the batch. Texts
+    /// longer than `max_tokens` are cut.
+    pub fn encode_tokens(&self, texts: &[&str], max_tokens: usize) -> Result<TokenStates> {
+        let rows = self.token_ids(texts, max_tokens.min(self.max_tokens))?;
+        let longest = rows.iter().map(Vec::len).max().unwrap_or(0).max(1);
+        let mut ids = vec![0u32; rows.len() * longest];
+        let mut mask = vec![0f32; rows.len() * longest];
+        for (i, row) in rows.iter().enumerate() {
+            ids[i * longest..i * longest + row.len()].copy_from_slice(row);
+            mask[i * longest..i * longest + row.len()].fill(1.0);
+        }
+        let shape = (rows.len(), longest);
+        let ids = Tensor::from_vec(ids, shape, &self.device)?;
+        let mask = Tensor::from_vec(mask, shape, &self.device)?;
+        // The padding adds the lowest f32 to the scores: exp gives exactly 0, so a text's
+        // states do not depend on its company beyond the order of additions.
+        let states = self.model.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
+        let states = states.broadcast_mul(&mask.unsqueeze(2)?)?; // (b, t, dim)
+        let count = mask.sum_keepdim(1)?.clamp(1e-9, f64::INFINITY)?;
+        let mean = states.sum(1)?.broadcast_div(&count)?; // (b, dim)
+        let length = mean.sqr()?.sum_keepdim(1)?.sqrt()?.clamp(1e-12, f64::INFINITY)?;
+        Ok(TokenStates {
+            pooled: mean.broadcast_div(&length)?,
+            states,
+            mask,
+        })
+    }
+
+    fn token_ids(&self, texts: &[&str], max_tokens: usize) -> Result<Vec<Vec<u32>>> {
+        let mut tokenizer = self.tokenizer.clone();
+        let cut = TruncationParams {
+            max_length: max_tokens,
+            ..TruncationParams::default()
+        };
+        let failed = |e: tokenizers::Error| Error::BadRequest(format!("tokenizing: {e}"));
+        tokenizer.with_truncation(Some(cut)).map_err(failed)?;
+        texts
+            .iter()
+            .map(|text| Ok(tokenizer.encode(text.trim(), true).map_err(failed)?.get_ids().to_vec()))
+            .collect()
+    }
+}
+
+/// Gives every attribute of the store that has none its text vector, in batches; returns how
+/// many. `progress` is told how many of how many are done.
+pub fn featurize(
+    store: &Store,
+    encoder: &TextEncoder,
+    mut progress: impl FnMut(usize, usize),
+) -> Result<usize> {
+    let missing = store.attributes_without_feature();
+    for (n, chunk) in missing.chunks(BATCH_TEXTS).enumerate() {
+        let texts: Vec<&str> = chunk.iter().map(String::as_str).collect();
+        let rows: Vec<(String, Vec<f32>)> =
+            chunk.iter().cloned().zip(encoder.encode(&texts)?).collect();
+        store
+            .set_features(&rows)
+            .map_err(|e| Error::BadRequest(format!("storing attribute vectors: {e}")))?;
+        progress(n * BATCH_TEXTS + chunk.len(), missing.len());
+    }
+    Ok(missing.len())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// MiniLM is not in the repository; it is looked for where `models pull` puts it.
+    fn minilm() -> Option<TextEncoder> {
+        let folder = std::env::var_os("SIMPATICO_MINILM").map(std::path::PathBuf::from)?;
+        TextEncoder::open(&folder, &Device::Cpu).ok()
+    }
+
+    #[test]
+    fn sentence_vectors_equal_those_of_sentence_transformers() {
+        let Some(encoder) = minilm() else {
+            eprintln!("skipped: SIMPATICO_MINILM names no folder with MiniLM");
+            return;
+        };
+        let golden: serde_json::Value = serde_json::from_str(include_str!(
+            "../../tests/golden/policy/minilm_sentences.json"
+        ))
+        .unwrap();
+        let texts: Vec<&str> =
+            golden["sentences"].as_array().unwrap().iter().map(|s| s.as_str().unwrap()).collect();
+        let vectors = encoder.encode(&texts).unwrap();
+        let mut worst = 0f64;
+        for (row, want) in vectors.iter().zip(golden["vectors"].as_array().unwrap()) {
+            for (x, y) in row.iter().zip(want.as_array().unwrap()) {
+                worst = worst.max((f64::from(*x) - y.as_f64().unwrap()).abs());
+            }
+        }
+        assert!(worst <= 1e-4, "largest difference {worst}");
+        eprintln!("largest difference {worst:.2e}");
+    }
+}

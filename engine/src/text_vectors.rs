@@ -71,7 +71,9 @@ impl TextEncoder {
         if let Ok(bytes) = std::fs::read(folder.join("sentence_bert_config.json")) {
             let value: serde_json::Value = serde_json::from_slice(&bytes)
                 .map_err(|e| Error::bad_model(file("sentence_bert_config.json"), e.to_string()))?;
-            let given = value["max_seq_length"].as_u64().and_then(|n| usize::try_from(n).ok());
+            let given = value["max_seq_length"]
+                .as_u64()
+                .and_then(|n| usize::try_from(n).ok());
             max_tokens = given.unwrap_or(max_tokens).min(max_tokens);
         }
         let tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
@@ -106,7 +108,10 @@ impl TextEncoder {
         let mut vectors = vec![Vec::new(); texts.len()];
         for chunk in order.chunks(BATCH_TEXTS) {
             let batch: Vec<&str> = chunk.iter().map(|i| texts[*i]).collect();
-            let rows = self.encode_tokens(&batch, self.max_tokens)?.pooled.to_vec2::<f32>()?;
+            let rows = self
+                .encode_tokens(&batch, self.max_tokens)?
+                .pooled
+                .to_vec2::<f32>()?;
             for (i, row) in chunk.iter().zip(rows) {
                 vectors[*i] = row;
             }
@@ -134,7 +139,11 @@ impl TextEncoder {
         let states = states.broadcast_mul(&mask.unsqueeze(2)?)?; // (b, t, dim)
         let count = mask.sum_keepdim(1)?.clamp(1e-9, f64::INFINITY)?;
         let mean = states.sum(1)?.broadcast_div(&count)?; // (b, dim)
-        let length = mean.sqr()?.sum_keepdim(1)?.sqrt()?.clamp(1e-12, f64::INFINITY)?;
+        let length = mean
+            .sqr()?
+            .sum_keepdim(1)?
+            .sqrt()?
+            .clamp(1e-12, f64::INFINITY)?;
         Ok(TokenStates {
             pooled: mean.broadcast_div(&length)?,
             states,
@@ -152,7 +161,13 @@ impl TextEncoder {
         tokenizer.with_truncation(Some(cut)).map_err(failed)?;
         texts
             .iter()
-            .map(|text| Ok(tokenizer.encode(text.trim(), true).map_err(failed)?.get_ids().to_vec()))
+            .map(|text| {
+                Ok(tokenizer
+                    .encode(text.trim(), true)
+                    .map_err(failed)?
+                    .get_ids()
+                    .to_vec())
+            })
             .collect()
     }
 }
@@ -197,8 +212,12 @@ mod tests {
             "../../tests/golden/policy/minilm_sentences.json"
         ))
         .unwrap();
-        let texts: Vec<&str> =
-            golden["sentences"].as_array().unwrap().iter().map(|s| s.as_str().unwrap()).collect();
+        let texts: Vec<&str> = golden["sentences"]
+            .as_array()
+            .unwrap()
+            .iter()
+            .map(|s| s.as_str().unwrap())
+            .collect();
         let vectors = encoder.encode(&texts).unwrap();
         let mut worst = 0f64;
         for (row, want) in vectors.iter().zip(golden["vectors"].as_array().unwrap()) {

@@ -39,4 +39,4 @@ pub mod transformer;
 pub mod vae;
 
 #[cfg(test)]
-mod golden_tests;
+pub(crate) mod golden_tests;

@@ -486,7 +486,7 @@ impl<'a> Field<'a> {
         }
         let residuals = Residuals::sum(all)?;
         let (flux, rope) = (self.flux, &self.rope);
-        let mut run = |branch: &mut Branch| -> Result<Tensor> {
+        let run = |branch: &mut Branch| -> Result<Tensor> {
             stop_if(cancel)?;
             let modulation = branch.modulations.at(step, time)?;
             let v = flux.forward_modulated(
@@ -840,4 +840,429 @@ pub fn mask_tokens(mask: &Tensor, pixels: usize) -> Result<Tensor> {
         .reshape((rows, pixels, columns, pixels))?
         .mean((1, 3))?
         .reshape((1, rows * columns, 1))?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::flux::controlnet::Config as ControlConfig;
+    use crate::flux::golden_tests::{Golden, builder, config, gap};
+    use crate::flux::transformer::{Config, pack, unpack};
+    use crate::flux::vae::Vae;
+
+    const DEV: Device = Device::Cpu;
+
+    /// The small networks of the golden files and their inputs: a picture of 2×3 tokens.
+    struct World {
+        golden: Golden,
+        flux: FluxTransformer,
+        union: ControlNet,
+        vae: Vae,
+    }
+
+    impl World {
+        fn new() -> Self {
+            let nets = Golden::open("networks.safetensors");
+            let load = |case: &str, levels| {
+                builder(nets.all(&format!("{case}/weights")), DType::F32, levels)
+            };
+            let flux: Config = config("networks.json", "transformer");
+            let union: ControlConfig = config("networks.json", "union");
+            let vae = config("networks.json", "vae_f8");
+            Self {
+                flux: FluxTransformer::new(&flux, load("transformer", 0)).unwrap(),
+                union: ControlNet::new(&union, load("union", 0)).unwrap(),
+                vae: Vae::new(&vae, load("vae_f8", 4)).unwrap(),
+                golden: Golden::open("pipelines.safetensors"),
+            }
+        }
+
+        fn prompt(&self) -> Prompt {
+            Prompt {
+                text: self.golden.get("text"),
+                pooled: self.golden.get("pooled"),
+            }
+        }
+
+        /// A picture of the golden file as packed latents.
+        fn latents(&self, name: &str) -> Tensor {
+            let picture = ((self.golden.get(name) * 2.0).unwrap() - 1.0).unwrap();
+            pack(&self.vae.encode(&picture).unwrap()).unwrap()
+        }
+
+        fn noise(&self) -> Tensor {
+            pack(&self.golden.get("noise")).unwrap()
+        }
+
+        fn conditions(&self, scale: f64) -> Conditions<'_> {
+            Conditions {
+                flux: &self.flux,
+                prompt: self.prompt(),
+                negative: None,
+                true_cfg: 1.0,
+                guidance: 3.5,
+                controls: vec![ControlInput::new(
+                    &self.union,
+                    self.latents("control"),
+                    Some(0),
+                    scale,
+                )],
+                rows: 2,
+                columns: 3,
+                cache_threshold: 0.0,
+            }
+        }
+
+        fn decoded(&self, latents: &Tensor) -> Tensor {
+            let picture = self.vae.decode(&unpack(latents, 4, 6).unwrap()).unwrap();
+            ((picture / 2.0).unwrap() + 0.5)
+                .unwrap()
+                .clamp(0f32, 1f32)
+                .unwrap()
+        }
+    }
+
+    /// Six tokens stand for the smallest size's schedule.
+    fn schedule(steps: usize) -> Schedule {
+        Schedule::full(&ScheduleConfig::dev(), steps, 6).unwrap()
+    }
+
+    #[test]
+    fn noise_levels_equal_diffusers_at_five_sizes() {
+        let golden = Golden::open("pipelines.safetensors");
+        for (tokens, steps) in [(64, 4), (256, 20), (1024, 28), (4096, 60), (16384, 50)] {
+            let ours = Schedule::full(&ScheduleConfig::dev(), steps, tokens).unwrap();
+            let ours = Tensor::new(ours.sigmas, &DEV).unwrap();
+            let worst = gap(&ours, &golden.get(&format!("sigmas/{tokens}_{steps}")));
+            assert!(worst < 1e-6, "{tokens} tokens: {worst}");
+        }
+        // A start level keeps the steps, and strength names the level that diffusers skips to.
+        let config = ScheduleConfig::dev();
+        let level = Schedule::level_of_strength(&config, 4096, 0.3);
+        let short = Schedule::from_level(&config, 60, 4096, level).unwrap();
+        assert_eq!(short.steps(), 60);
+        let cut = Schedule::full(&config, 60, 4096).unwrap().cut(0.3);
+        assert_eq!(cut.steps(), 18);
+        assert!((short.start() - cut.start()).abs() < 1e-6 && (cut.start() - 0.575).abs() < 1e-3);
+        assert!(Schedule::from_level(&config, 0, 64, 1.0).is_err());
+        assert!(Schedule::from_level(&config, 4, 64, f64::NAN).is_err());
+    }
+
+    #[test]
+    fn the_canny_pipeline_equals_diffusers_at_4_and_20_steps_and_within_a_control_window() {
+        let world = World::new();
+        for (steps, start, end) in [(4, 0.0, 1.0), (20, 0.0, 1.0), (20, 0.1, 0.6)] {
+            let mut conditions = world.conditions(0.6);
+            conditions.controls[0].start = start;
+            conditions.controls[0].end = end;
+            let watch = &mut Watch::default();
+            let out = generate(&conditions, &schedule(steps), &world.noise(), None, watch);
+            let out = out.unwrap();
+            let end = if end == 1.0 { "1.0" } else { "0.6" };
+            let expected = |kind| world.golden.get(&format!("canny_{steps}_{end}/{kind}"));
+            let (a, b) = (
+                gap(&out, &expected("latent")),
+                gap(&world.decoded(&out), &expected("pt")),
+            );
+            assert!(
+                a < 1e-4 && b < 1e-4,
+                "{steps} steps: latents {a}, picture {b}"
+            );
+        }
+    }
+
+    #[test]
+    fn the_img2img_pipeline_equals_diffusers_at_4_and_20_steps() {
+        let world = World::new();
+        for steps in [4, 20] {
+            let schedule = schedule(steps).cut(0.6);
+            let source = world.latents("picture");
+            let out = img2img(
+                &world.conditions(0.6),
+                &schedule,
+                &source,
+                &world.noise(),
+                None,
+                &mut Watch::default(),
+            );
+            let out = out.unwrap();
+            let expected = |kind| world.golden.get(&format!("img2img_{steps}/{kind}"));
+            let (a, b) = (
+                gap(&out, &expected("latent")),
+                gap(&world.decoded(&out), &expected("pt")),
+            );
+            assert!(
+                a < 1e-4 && b < 1e-4,
+                "{steps} steps: latents {a}, picture {b}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_batch_of_four_equals_four_singles() {
+        let world = World::new();
+        let shape = (2, 4, 6);
+        let pictures = [0, 1, 2, 3];
+        let all = packed_noise(7, &pictures, 0, shape, &DEV).unwrap();
+        let batch = generate(
+            &world.conditions(0.6),
+            &schedule(4),
+            &all,
+            None,
+            &mut Watch::default(),
+        )
+        .unwrap();
+        for i in pictures {
+            let one = packed_noise(7, &[i], 0, shape, &DEV).unwrap();
+            assert_eq!(gap(&one, &all.narrow(0, i as usize, 1).unwrap()), 0.0);
+            let alone = generate(
+                &world.conditions(0.6),
+                &schedule(4),
+                &one,
+                None,
+                &mut Watch::default(),
+            )
+            .unwrap();
+            let worst = gap(&alone, &batch.narrow(0, i as usize, 1).unwrap());
+            assert!(worst < 1e-5, "picture {i}: {worst}");
+        }
+    }
+
+    #[test]
+    fn a_batch_of_different_prompts_equals_each_alone() {
+        let world = World::new();
+        let noise = packed_noise(1, &[0, 1], 0, (2, 4, 6), &DEV).unwrap();
+        let run = |prompt: Prompt, noise: &Tensor| {
+            let conditions = Conditions {
+                prompt,
+                negative: Some(world.prompt()),
+                true_cfg: 2.0,
+                ..world.conditions(0.6)
+            };
+            generate(
+                &conditions,
+                &schedule(3),
+                noise,
+                None,
+                &mut Watch::default(),
+            )
+            .unwrap()
+        };
+        let prompt = |x: f64| Prompt {
+            text: (world.prompt().text * x).unwrap(),
+            pooled: (world.prompt().pooled * x).unwrap(),
+        };
+        let both = Prompt {
+            text: Tensor::cat(&[prompt(1.0).text, prompt(-0.5).text], 0).unwrap(),
+            pooled: Tensor::cat(&[prompt(1.0).pooled, prompt(-0.5).pooled], 0).unwrap(),
+        };
+        let batch = run(both, &noise);
+        for (i, x) in [1.0, -0.5].into_iter().enumerate() {
+            let alone = run(prompt(x), &noise.narrow(0, i, 1).unwrap());
+            let worst = gap(&alone, &batch.narrow(0, i, 1).unwrap());
+            assert!(worst < 1e-5, "prompt {i}: {worst}");
+        }
+    }
+
+    #[test]
+    fn several_controls_add_up_and_scale_nought_is_none() {
+        let world = World::new();
+        let run = |scales: &[f64]| {
+            let mut conditions = world.conditions(0.0);
+            let one = conditions.controls.remove(0);
+            conditions.controls = scales
+                .iter()
+                .map(|&scale| ControlInput {
+                    scale,
+                    ..one.clone()
+                })
+                .collect();
+            let watch = &mut Watch::default();
+            generate(&conditions, &schedule(3), &world.noise(), None, watch).unwrap()
+        };
+        assert!(gap(&run(&[0.6]), &run(&[0.4, 0.2])) < 1e-5);
+        assert_eq!(gap(&run(&[0.0]), &run(&[])), 0.0);
+        assert!(gap(&run(&[0.6]), &run(&[])) > 1e-2);
+    }
+
+    #[test]
+    fn flowedit_with_equal_conditions_returns_the_source_to_the_bit() {
+        let world = World::new();
+        let source = world.latents("picture");
+        let conditions = world.conditions(0.3);
+        let run = |origin: &Conditions, options: FlowEdit| {
+            flowedit(
+                origin,
+                &conditions,
+                &schedule(6),
+                &source,
+                |draw| packed_noise(3, &[0], draw, (2, 4, 6), &DEV),
+                &options,
+                None,
+                &mut Watch::default(),
+            )
+            .unwrap()
+        };
+        let options = FlowEdit {
+            n_max: 5,
+            n_min: 0,
+            n_avg: 2,
+        };
+        assert_eq!(gap(&run(&conditions, options.clone()), &source), 0.0);
+        let other = Conditions {
+            guidance: 1.0,
+            ..conditions.clone()
+        };
+        assert!(gap(&run(&other, options), &source) > 1e-3);
+        let tail = FlowEdit {
+            n_max: 5,
+            n_min: 2,
+            n_avg: 1,
+        };
+        assert!(gap(&run(&conditions, tail), &source) > 1e-3);
+    }
+
+    #[test]
+    fn rf_inversion_drawn_all_the_way_returns_the_source() {
+        let world = World::new();
+        let source = world.latents("picture");
+        let conditions = world.conditions(0.3);
+        let empty = Conditions {
+            guidance: 0.0,
+            controls: Vec::new(),
+            ..conditions.clone()
+        };
+        let run = |options: RfInversion| {
+            rf_inversion(
+                &empty,
+                &conditions,
+                &schedule(8),
+                &source,
+                &world.noise(),
+                &options,
+                None,
+                &mut Watch::default(),
+            )
+            .unwrap()
+        };
+        let drawn = |eta: f64, stop: f64| RfInversion {
+            eta,
+            stop,
+            ..RfInversion::paper()
+        };
+        let worst = gap(&run(drawn(1.0, 1.1)), &source);
+        assert!(worst < 1e-5, "{worst}");
+        // The longer it is drawn, the nearer it stays.
+        let mean = |x: &Tensor| {
+            let d = (x - &source).unwrap().abs().unwrap().mean_all().unwrap();
+            d.to_scalar::<f32>().unwrap()
+        };
+        let (short, long) = (mean(&run(drawn(0.9, 0.25))), mean(&run(drawn(0.9, 0.9))));
+        assert!(long < short, "{long} {short}");
+        // Down again along the field that led up (no draw either way): only the steps' own
+        // error remains, and it shrinks with them.
+        let there_and_back = |steps: usize| {
+            let free = RfInversion {
+                gamma: 0.0,
+                eta: 0.0,
+                ..RfInversion::paper()
+            };
+            let out = rf_inversion(
+                &empty,
+                &empty,
+                &schedule(steps),
+                &source,
+                &world.noise(),
+                &free,
+                None,
+                &mut Watch::default(),
+            );
+            mean(&out.unwrap())
+        };
+        let (coarse, fine) = (there_and_back(8), there_and_back(128));
+        assert!(fine < coarse / 4.0, "{fine} {coarse}");
+    }
+
+    #[test]
+    fn what_must_be_kept_is_the_source_at_the_end() {
+        let world = World::new();
+        let source = world.latents("picture");
+        let noise = world.noise();
+        let mut pixels = vec![0f32; 32 * 48];
+        pixels[..32 * 48 / 2].fill(1.0);
+        let pixels = Tensor::from_vec(pixels, (32, 48), &DEV).unwrap();
+        let mask = mask_tokens(&pixels, 16).unwrap();
+        assert_eq!(
+            mask.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            [1., 1., 1., 0., 0., 0.]
+        );
+        let keep = Keep {
+            mask: &mask,
+            source: &source,
+            noise: &noise,
+        };
+        let watch = &mut Watch::default();
+        let conditions = world.conditions(0.5);
+        let out = img2img(
+            &conditions,
+            &schedule(4),
+            &source,
+            &noise,
+            Some(&keep),
+            watch,
+        )
+        .unwrap();
+        let part = |x: &Tensor, first| x.narrow(1, first, 3).unwrap();
+        assert_eq!(gap(&part(&out, 3), &part(&source, 3)), 0.0);
+        assert!(gap(&part(&out, 0), &part(&source, 0)) > 1e-2);
+        assert!(mask_tokens(&pixels, 15).is_err());
+    }
+
+    #[test]
+    fn a_run_is_watched_and_can_be_cancelled_at_every_step() {
+        let world = World::new();
+        let conditions = world.conditions(0.5);
+        for stop_at in 1..=4 {
+            let flag = AtomicBool::new(false);
+            let mut seen = Vec::new();
+            let mut after = |step: &Step| {
+                assert_eq!(step.preview()?.dims(), step.latents.dims());
+                seen.push((step.done, step.total));
+                flag.store(step.done == stop_at, Ordering::Relaxed);
+                Ok(())
+            };
+            let mut watch = Watch::new(Some(&mut after), Some(&flag));
+            let out = generate(&conditions, &schedule(4), &world.noise(), None, &mut watch);
+            assert_eq!(seen.len(), stop_at);
+            assert_eq!(seen[0], (1, 4));
+            match stop_at {
+                4 => assert!(out.is_ok(), "cancelled after the last step: it is done"),
+                _ => assert!(matches!(out, Err(Error::Cancelled))),
+            }
+        }
+        // At the end the preview is the result.
+        let mut last = None;
+        let mut after = |step: &Step| {
+            last = Some(step.preview()?);
+            Ok(())
+        };
+        let mut watch = Watch::new(Some(&mut after), None);
+        let out = generate(&conditions, &schedule(2), &world.noise(), None, &mut watch).unwrap();
+        assert_eq!(gap(&last.unwrap(), &out), 0.0);
+    }
+
+    #[test]
+    fn dropping_the_modulation_weights_leaves_a_prepared_run_intact() {
+        let world = World::new();
+        let conditions = world.conditions(0.5);
+        let mut field = Field::new(&conditions, &schedule(2), 1).unwrap();
+        let before = field.at(1, &world.noise(), None).unwrap();
+        world.flux.drop_modulator();
+        world.union.drop_modulator();
+        assert_eq!(
+            gap(&field.at(1, &world.noise(), None).unwrap(), &before),
+            0.0
+        );
+        assert!(Field::new(&conditions, &schedule(2), 1).is_err());
+    }
 }

@@ -58,7 +58,11 @@ pub(crate) fn config<T: serde::de::DeserializeOwned>(file: &str, case: &str) -> 
     serde_json::from_value(all.remove(case).unwrap()).unwrap()
 }
 
-fn builder(weights: HashMap<String, Tensor>, dtype: DType, levels: usize) -> VarBuilder<'static> {
+pub(crate) fn builder(
+    weights: HashMap<String, Tensor>,
+    dtype: DType,
+    levels: usize,
+) -> VarBuilder<'static> {
     let list: Vec<&str> = weights.keys().map(String::as_str).collect();
     let layout = names::detect(&list).unwrap();
     let vb = VarBuilder::from_tensors(weights, dtype, &Device::Cpu);

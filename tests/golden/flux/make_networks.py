@@ -139,9 +139,12 @@ for name, layers, singles, extra in [
     ).sample)
 
 # 4. Autoencoders: four levels as FLUX's, three as the small one.
-for name, channels, layers in [("vae_f8", [4, 8, 8, 8], 2), ("vae_f4", [4, 8, 8], 1)]:
+# The first has 2 latent channels: packed they are the 8 of the transformers above.
+for name, channels, layers, latent in [
+    ("vae_f8", [4, 8, 8, 8], 2, 2), ("vae_f4", [4, 8, 8], 1, 4)
+]:
     vae = fill(AutoencoderKL(
-        in_channels=3, out_channels=3, latent_channels=4, block_out_channels=channels,
+        in_channels=3, out_channels=3, latent_channels=latent, block_out_channels=channels,
         down_block_types=["DownEncoderBlock2D"] * len(channels),
         up_block_types=["UpDecoderBlock2D"] * len(channels),
         layers_per_block=layers, norm_num_groups=4, use_quant_conv=False,

@@ -91,29 +91,23 @@ pub struct Roles {
     pub flux: Option<Flux>,
 }
 
-/// The parts of a picture model.
+/// The parts of a picture model: folders as diffusers writes them, each with its weights (one
+/// file or shards) and config.json.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct Flux {
     /// The transformer.
-    pub transformer: Network,
+    pub transformer: Location,
     /// The ControlNet; without it only backends without control run.
     #[serde(default)]
-    pub controlnet: Option<Network>,
+    pub controlnet: Option<Location>,
     /// The picture autoencoder.
-    pub vae: Network,
+    pub vae: Location,
+    /// The folder of scheduler_config.json; without it FLUX.1-dev's schedule.
+    #[serde(default)]
+    pub scheduler: Option<Location>,
     /// What reads the instruction.
     pub text: FluxText,
-}
-
-/// One network: weights (one file or several shards) and its diffusers config.json.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Network {
-    /// The weights.
-    pub weights: Vec<Location>,
-    /// The configuration.
-    pub config: Location,
 }
 
 /// What turns words into the picture model's conditioning.
@@ -129,12 +123,12 @@ pub enum FluxText {
     },
     /// T5 states and CLIP's pooled vector, as FLUX.1 takes them.
     T5Clip {
-        /// T5 encoder weights and configuration.
-        t5: Network,
+        /// T5 encoder, a folder.
+        t5: Location,
         /// T5's tokenizer.json.
         t5_tokenizer: Location,
-        /// CLIP text weights and configuration.
-        clip: Network,
+        /// CLIP text encoder, a folder.
+        clip: Location,
         /// CLIP's tokenizer.json.
         clip_tokenizer: Location,
         /// Tokens for T5.
@@ -498,18 +492,11 @@ pub fn locations(roles: &Roles) -> Vec<Location> {
     all
 }
 
-impl Network {
-    fn locations(&self) -> impl Iterator<Item = Location> {
-        self.weights.iter().chain([&self.config]).cloned()
-    }
-}
-
 impl Flux {
     /// Every file or folder of the picture model.
     pub fn locations(&self) -> Vec<Location> {
-        let mut all: Vec<Location> = self.transformer.locations().collect();
-        all.extend(self.controlnet.iter().flat_map(Network::locations));
-        all.extend(self.vae.locations());
+        let mut all = vec![self.transformer.clone(), self.vae.clone()];
+        all.extend(self.controlnet.iter().chain(&self.scheduler).cloned());
         match &self.text {
             FluxText::Minilm { model, .. } => all.push(model.clone()),
             FluxText::T5Clip {
@@ -518,10 +505,7 @@ impl Flux {
                 clip,
                 clip_tokenizer,
                 ..
-            } => {
-                all.extend(t5.locations().chain(clip.locations()));
-                all.extend([t5_tokenizer.clone(), clip_tokenizer.clone()]);
-            }
+            } => all.extend([t5, t5_tokenizer, clip, clip_tokenizer].map(Location::clone)),
         }
         all
     }

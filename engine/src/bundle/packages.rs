@@ -134,6 +134,12 @@ pub const MODELS: &[Model] = &[
                 "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
             ),
             file(
+                "sentence_bert_config.json",
+                "model/sentence_bert_config.json",
+                53,
+                "fc1993fde0a95c24ec6c022539d41cf6e2f7c9721e5415d6fb6897472a9cd4b7",
+            ),
+            file(
                 "config.json",
                 "model/config.json",
                 612,

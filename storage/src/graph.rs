@@ -30,7 +30,7 @@ mod query;
 mod registers;
 pub(crate) mod tree;
 
-use kernel::Kernel;
+use kernel::{Kernel, prefetch};
 use names::Names;
 use pack::Packs;
 use postings::{Layout, Posting};
@@ -87,6 +87,15 @@ pub struct Graph {
     kernel: Kernel,
     /// New bytes of a record, kept between events to spare an allocation each.
     scratch: Vec<u8>,
+}
+
+/// An edge to be moved in the postings.
+struct Move {
+    /// The attribute, then the move's number.
+    place: u64,
+    user: u32,
+    old: Option<Sign>,
+    new: Option<Sign>,
 }
 
 impl Default for Graph {
@@ -168,6 +177,68 @@ impl Graph {
     /// none: `Unchanged`. Costs O(the user's registers), a few bytes each, and nothing that
     /// grows with the attribute's degree.
     pub fn set(&mut self, user: UserId, attribute: AttributeId, to: Register<'_>) -> Change {
+        let change = self.set_register(user, attribute, to);
+        if let Change::Applied { old, new } = change {
+            self.move_edge(user.0, attribute.0, old, new);
+        }
+        change
+    }
+
+    /// Offers many events, as if one after the other, in their order. Several times faster
+    /// than as many calls of [`Self::set`] when the graph is larger than the caches: postings
+    /// are visited attribute by attribute, and what comes next is fetched ahead. Some ten
+    /// thousand events at once are best.
+    pub fn set_batch(&mut self, events: &[(UserId, AttributeId, Register<'_>)]) -> Vec<Change> {
+        let mut changes = Vec::with_capacity(events.len());
+        let mut moves = Vec::with_capacity(events.len());
+        for (i, &(user, attribute, to)) in events.iter().enumerate() {
+            if let Some(later) = events.get(i + 8) {
+                self.records.fetch_pack(later.0.0 as usize);
+            }
+            if let Some(later) = events.get(i + 4) {
+                self.records.fetch_string(later.0.0 as usize);
+            }
+            let change = self.set_register(user, attribute, to);
+            if let Change::Applied { old, new } = change
+                && old != new
+            {
+                moves.push(Move {
+                    place: u64::from(attribute.0) << 32 | moves.len() as u64,
+                    user: user.0,
+                    old,
+                    new,
+                });
+            }
+            changes.push(change);
+        }
+        // Events on one register keep their order, for the second half of `place` is theirs.
+        moves.sort_unstable_by_key(|m| m.place);
+        for (i, m) in moves.iter().enumerate() {
+            self.fetch_ahead(&moves[i..]);
+            self.move_edge(m.user, (m.place >> 32) as u32, m.old, m.new);
+        }
+        changes
+    }
+
+    /// Fetches for later moves, step by step, what leads to the bytes they will write.
+    fn fetch_ahead(&self, moves: &[Move]) {
+        let posting = |m: &Move| {
+            let both = self.postings.get((m.place >> 32) as usize)?;
+            let sign = m.new.or(m.old)?;
+            Some((&both[sign.index()], m.user))
+        };
+        if let Some((posting, _)) = moves.get(18).and_then(posting) {
+            prefetch(posting);
+        }
+        if let Some((posting, user)) = moves.get(12).and_then(posting) {
+            posting.fetch_chunk(user, self.layout);
+        }
+        if let Some((posting, user)) = moves.get(6).and_then(posting) {
+            posting.fetch_place(user, self.layout);
+        }
+    }
+
+    fn set_register(&mut self, user: UserId, attribute: AttributeId, to: Register<'_>) -> Change {
         if user.0 >= self.users.end() || attribute.0 >= self.attributes.end() {
             return Change::Unchanged;
         }
@@ -182,14 +253,7 @@ impl Graph {
         let range = (splice.from, splice.to);
         self.records.splice(index, range, &self.scratch);
         let (old, new) = (splice.old, to.polarity.sign());
-        self.move_edge(user.0, attribute.0, old, new);
         Change::Applied { old, new }
-    }
-
-    /// Offers many events, as if one after the other; faster where users repeat.
-    pub fn set_batch(&mut self, events: &[(UserId, AttributeId, Register<'_>)]) -> Vec<Change> {
-        let set = |&(user, attribute, to): &_| self.set(user, attribute, to);
-        events.iter().map(set).collect()
     }
 
     /// Removes a user's registers and name; the id is never given again.

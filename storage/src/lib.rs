@@ -43,6 +43,7 @@ pub mod sage;
 mod snapshot;
 mod state;
 mod store;
+pub mod workload;
 
 pub use error::{Result, StoreError};
 pub use snapshot::{By, Counts, Embedding, Polarities, Profile, Similar, Snapshot, Suggestion};

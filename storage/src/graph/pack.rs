@@ -4,6 +4,7 @@
 //! reference count per user copied. Sixteen side by side cost a memory move of a few
 //! kilobytes at most when one of them grows, and are copied in one piece.
 
+use super::kernel::prefetch;
 use super::tree::Tree;
 
 /// Strings in one allocation.
@@ -39,6 +40,22 @@ impl Packs {
         match self.tree.get(index / STRINGS) {
             Some(pack) => pack.get(index % STRINGS),
             None => &[],
+        }
+    }
+
+    /// Fetches what leads to string number `index`, for a read that comes later.
+    pub fn fetch_pack(&self, index: usize) {
+        if let Some(pack) = self.tree.get(index / STRINGS) {
+            prefetch(pack);
+            prefetch(&pack.bytes);
+        }
+    }
+
+    /// Fetches string number `index`, best after [`Self::fetch_pack`].
+    pub fn fetch_string(&self, index: usize) {
+        let string = self.get(index);
+        for line in string.chunks(64).take(6) {
+            prefetch(line.as_ptr());
         }
     }
 

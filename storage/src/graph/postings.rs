@@ -1,11 +1,11 @@
 //! Who has an edge to an attribute: per chunk of users a short list or a bitmap.
 //!
 //! A chunk is 65,536 users by id. While few of them are in the posting, a chunk is an
-//! unsorted list of 16-bit offsets; when more than one in 64 is, a bitmap counts faster and
-//! soon takes less room too. An event sets a bit or appends two bytes, so it costs the same
+//! unsorted list of 16-bit offsets; when more than one in 128 is, a bitmap counts faster. An event sets a bit or appends two bytes, so it costs the same
 //! whether ten users share the attribute or a million. Everything is behind `Arc`: what a
 //! snapshot holds is copied before it is changed, one chunk at a time.
 
+use super::kernel::prefetch;
 use std::sync::Arc;
 
 /// Users per 8-word block of a bitmap, the step in which kernels count.
@@ -24,7 +24,7 @@ impl Default for Layout {
     fn default() -> Self {
         Self {
             chunk_bits: 16,
-            dense_divisor: 64,
+            dense_divisor: 128,
         }
     }
 }
@@ -68,6 +68,30 @@ impl Posting {
 
     pub fn chunk(&self, chunk: usize) -> &Chunk {
         self.chunks.get(chunk).unwrap_or(&Chunk::Empty)
+    }
+
+    /// Fetches the head of the chunk a user is in.
+    pub fn fetch_chunk(&self, user: u32, layout: Layout) {
+        let chunk = (user >> layout.chunk_bits) as usize;
+        prefetch(self.chunks.as_ptr().wrapping_add(chunk));
+        // The reference counts stand before the first chunk.
+        prefetch(self.chunks.as_ptr().cast::<u8>().wrapping_sub(16));
+    }
+
+    /// Fetches where a user's entry would be written.
+    pub fn fetch_place(&self, user: u32, layout: Layout) {
+        match self.chunk((user >> layout.chunk_bits) as usize) {
+            Chunk::Empty => {}
+            Chunk::List { len, ids } => {
+                prefetch(ids.as_ptr().cast::<u8>().wrapping_sub(16));
+                prefetch(ids.as_ptr().wrapping_add(*len as usize));
+            }
+            Chunk::Bits { words, .. } => {
+                let word = user as usize % layout.chunk_users() / 64;
+                prefetch(words.as_ptr().cast::<u8>().wrapping_sub(16));
+                prefetch(words.as_ptr().wrapping_add(word));
+            }
+        }
     }
 
     /// Adds a user who is not in it. `user_end` is one more than the greatest user id.

@@ -7,7 +7,7 @@
 //! 4. At the end few candidates are left; only those that tie for the last places have
 //!    their names compared.
 
-use super::kernel::{Bitmaps, Kernel, MAX_COUNTED, count_list};
+use super::kernel::{Bitmaps, Kernel, MAX_COUNTED, count_list, prefetch_lists};
 use super::postings::{BLOCK_USERS, Chunk, Layout, Posting};
 
 /// An attribute's posting, or its likes and its dislikes.
@@ -101,6 +101,7 @@ impl<'a> Question<'a> {
                 (None, None) => {}
             }
         }
+        prefetch_lists(&self.lists);
         kernel.count(&self.bitmaps, &mut counters.bytes[..end]);
         for ids in &self.lists {
             count_list(ids, &mut counters.bytes);

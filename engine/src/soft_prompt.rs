@@ -1,1 +1,170 @@
-//! Filled in by the work under way.
+//! The soft prompt: a user's embedding as eight tokens that no word stands for.
+//!
+//! Two linear maps with a GELU between (the paper's two-layer MLP), reshaped to
+//! [tokens, hidden] and put at the very front of the sequence, before the system turn. The
+//! embedding is first brought to length √d, and the output is scaled to the size of the language
+//! model's own token embeddings, so that a fresh soft prompt neither drowns nor is drowned.
+//!
+//! Not here: who has which embedding (`storage`), or how it is trained (`train_policy`).
+
+use crate::error::{Error, Result};
+use crate::nn::{self, Linear};
+use crate::params::{Params, load_tensors};
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use serde::{Deserialize, Serialize};
+use std::path::Path;
+
+/// The sizes of a soft prompt.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SoftPromptConfig {
+    /// Length of a user's embedding.
+    pub embedding: usize,
+    /// Width between the two maps.
+    pub inner: usize,
+    /// How many tokens.
+    pub tokens: usize,
+    /// The language model's width.
+    pub hidden: usize,
+    /// Factor on the output.
+    pub scale: f64,
+    /// Whether embeddings are brought to length √d first.
+    pub normalize: bool,
+}
+
+/// The maps.
+#[derive(Clone, Debug)]
+pub struct SoftPrompt {
+    /// Its sizes.
+    pub config: SoftPromptConfig,
+    first: Linear,
+    second: Linear,
+}
+
+impl SoftPrompt {
+    /// Takes `mlp.0` and `mlp.2` from the builder.
+    pub fn new(config: SoftPromptConfig, vb: VarBuilder) -> Result<Self> {
+        let vb = vb.pp("mlp");
+        Ok(Self {
+            first: nn::linear(config.embedding, config.inner, vb.pp("0"))?,
+            second: nn::linear(config.inner, config.tokens * config.hidden, vb.pp("2"))?,
+            config,
+        })
+    }
+
+    /// A fresh one in its own parameters.
+    pub fn fresh(config: SoftPromptConfig, seed: u64, device: &Device) -> Result<(Self, Params)> {
+        let params = Params::new(seed, device.clone());
+        let soft = Self::new(config, params.builder(DType::F32))?;
+        Ok((soft, params))
+    }
+
+    /// Embeddings (b, d) to soft tokens (b, tokens, hidden).
+    pub fn forward(&self, embeddings: &Tensor) -> Result<Tensor> {
+        let (b, d) = embeddings.dims2()?;
+        if d != self.config.embedding {
+            return Err(Error::BadRequest(format!(
+                "the soft prompt expects embeddings of {} numbers, got {d}; the encoder and the \
+                 policy belong to different bundles",
+                self.config.embedding
+            )));
+        }
+        let x = match self.config.normalize {
+            true => {
+                let length = (embeddings.sqr()?.mean_keepdim(1)? + 1e-12)?.sqrt()?;
+                embeddings.broadcast_div(&length)?
+            }
+            false => embeddings.clone(),
+        };
+        let inner = nn::gelu_erf(&self.first.forward(&x)?)?; // (b, inner)
+        let out = self
+            .second
+            .forward(&inner)?
+            .affine(self.config.scale, 0.0)?;
+        Ok(out.reshape((b, self.config.tokens, self.config.hidden))?)
+    }
+
+    /// Writes parameters that [`Self::fresh`] made, with the sizes in the file's metadata.
+    pub fn save(
+        config: &SoftPromptConfig,
+        params: &Params,
+        path: &Path,
+        dtype: DType,
+    ) -> Result<()> {
+        let json = serde_json::to_string(config)
+            .map_err(|e| Error::BadRequest(format!("soft prompt sizes: {e}")))?;
+        params.save(path, dtype, &[("simpatico", json)])
+    }
+
+    /// Opens a file of [`Self::save`], with its parameters, ready to run or to train on.
+    pub fn load(path: &Path, device: &Device) -> Result<(Self, Params)> {
+        let file = path.display().to_string();
+        let bytes = std::fs::read(path).map_err(Error::io(path))?;
+        let bad = |reason: String| Error::bad_model(&file, reason);
+        let (_, header) =
+            safetensors::SafeTensors::read_metadata(&bytes).map_err(|e| bad(e.to_string()))?;
+        let json = header.metadata().as_ref().and_then(|m| m.get("simpatico"));
+        let json = json.ok_or_else(|| bad("expected the metadata key \"simpatico\"".into()))?;
+        let config: SoftPromptConfig =
+            serde_json::from_str(json).map_err(|e| bad(format!("metadata: {e}")))?;
+        let found = load_tensors(path, device)?;
+        let want = [
+            ("mlp.0.weight", vec![config.inner, config.embedding]),
+            (
+                "mlp.2.weight",
+                vec![config.tokens * config.hidden, config.inner],
+            ),
+        ];
+        for (name, shape) in want {
+            let got = found.get(name).map(|t| t.dims().to_vec());
+            if got.as_ref() != Some(&shape) {
+                return Err(bad(format!(
+                    "{name}: expected shape {shape:?}, got {got:?}"
+                )));
+            }
+        }
+        let (soft, params) = Self::fresh(config, 0, device)?;
+        params.load(path)?;
+        Ok((soft, params))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_soft_prompt_saves_loads_and_refuses_what_does_not_fit() {
+        let config = SoftPromptConfig {
+            embedding: 6,
+            inner: 5,
+            tokens: 8,
+            hidden: 4,
+            scale: 0.5,
+            normalize: true,
+        };
+        let (soft, params) = SoftPrompt::fresh(config.clone(), 3, &Device::Cpu).unwrap();
+        let x = Tensor::new(&[[1f32, 2.0, 3.0, -1.0, 0.0, 0.5]], &Device::Cpu).unwrap();
+        let y = soft.forward(&x).unwrap();
+        assert_eq!(y.dims(), [1, 8, 4]);
+        // Only the direction of an embedding counts.
+        let twice = soft.forward(&(&x * 2.0).unwrap()).unwrap();
+        let apart = (twice - &y).unwrap().abs().unwrap().max_all().unwrap();
+        assert!(apart.to_scalar::<f32>().unwrap() < 1e-5);
+        let path = std::env::temp_dir().join(format!("simpatico-soft-{}", std::process::id()));
+        SoftPrompt::save(&config, &params, &path, DType::F32).unwrap();
+        let (back, _) = SoftPrompt::load(&path, &Device::Cpu).unwrap();
+        let z = back.forward(&x).unwrap();
+        assert_eq!(
+            y.flatten_all().unwrap().to_vec1::<f32>().unwrap(),
+            z.flatten_all().unwrap().to_vec1::<f32>().unwrap()
+        );
+        assert!(
+            back.forward(&Tensor::zeros((1, 7), DType::F32, &Device::Cpu).unwrap())
+                .is_err()
+        );
+        std::fs::write(&path, b"short").unwrap();
+        assert!(SoftPrompt::load(&path, &Device::Cpu).is_err());
+        std::fs::remove_file(path).unwrap();
+    }
+}

@@ -23,6 +23,7 @@
 //! ```
 
 mod kernel;
+mod maximum;
 mod names;
 mod pack;
 mod postings;
@@ -31,6 +32,7 @@ mod registers;
 pub(crate) mod tree;
 
 use kernel::{Kernel, prefetch};
+use maximum::{ChangeCounts, Maximum, next_version};
 use names::Names;
 use pack::Packs;
 use postings::{Layout, Posting};
@@ -38,6 +40,7 @@ use query::{Counters, Question, Source, Top, chunks};
 use registers::{Edges, FORGOTTEN, Registers, plan};
 use simpatico_schema::{OverlapMode, Polarity, Sign};
 use std::cell::RefCell;
+use std::sync::{Arc, Mutex, PoisonError};
 use tree::Tree;
 
 /// A user's number, dense in order of first appearance and never reused.
@@ -83,6 +86,10 @@ pub struct Graph {
     /// By attribute, then [`Sign::index`].
     postings: Tree<[Posting; 2], 8>,
     edge_count: u64,
+    changes: ChangeCounts,
+    /// Grows by one with each change of an edge, along one history.
+    version: u64,
+    maximum: Arc<Maximum>,
     layout: Layout,
     kernel: Kernel,
     /// New bytes of a record, kept between events to spare an allocation each.
@@ -117,6 +124,9 @@ impl Graph {
             records: Packs::default(),
             postings: Tree::default(),
             edge_count: 0,
+            changes: ChangeCounts::default(),
+            version: 0,
+            maximum: Arc::default(),
             layout,
             kernel,
             scratch: Vec::new(),
@@ -300,6 +310,8 @@ impl Graph {
         if old == new {
             return;
         }
+        next_version(&mut self.maximum, &mut self.version);
+        *self.changes.get_mut(user as usize) += 1;
         let (end, layout) = (self.users.end(), self.layout);
         let postings = self.postings.get_mut(attribute as usize);
         if let Some(sign) = old {
@@ -346,28 +358,36 @@ impl Graph {
         mode: OverlapMode,
         threads: usize,
     ) -> Vec<Vec<(UserId, u32)>> {
-        let mut answers = vec![Vec::new(); users.len()];
-        let blocks = users.chunks(QUESTIONS).zip(answers.chunks_mut(QUESTIONS));
-        let blocks = std::sync::Mutex::new(blocks);
+        self.in_blocks(users, threads, |users, counters| {
+            self.similar_block(users, k, mode, counters)
+        })
+    }
+
+    /// Answers for many users in their order, a block of them at a time, on several threads.
+    fn in_blocks<A: Clone + Default + Send>(
+        &self,
+        users: &[UserId],
+        threads: usize,
+        answer: impl Fn(&[UserId], &mut Counters) -> Vec<A> + Sync,
+    ) -> Vec<A> {
+        let mut answers = vec![A::default(); users.len()];
+        // Small questions are not worth a thread, and few must still be shared out.
+        let size = users.len().div_ceil(threads.max(1) * 2).clamp(1, QUESTIONS);
+        let blocks = users.chunks(size).zip(answers.chunks_mut(size));
+        let threads = threads.min(blocks.len());
+        let blocks = Mutex::new(blocks);
         let work = || {
             let mut counters = Counters::default();
             loop {
-                let next = match blocks.lock() {
-                    Ok(mut blocks) => blocks.next(),
-                    Err(_) => None,
-                };
+                let next = blocks.lock().unwrap_or_else(PoisonError::into_inner).next();
                 let Some((users, answers)) = next else { return };
-                for (answer, found) in
-                    answers
-                        .iter_mut()
-                        .zip(self.similar_block(users, k, mode, &mut counters))
-                {
-                    *answer = found;
+                for (place, found) in answers.iter_mut().zip(answer(users, &mut counters)) {
+                    *place = found;
                 }
             }
         };
         std::thread::scope(|scope| {
-            for _ in 1..threads.max(1) {
+            for _ in 1..threads {
                 scope.spawn(work);
             }
             work();
@@ -443,15 +463,6 @@ impl Graph {
             .into_iter()
             .map(|(user, overlap)| (UserId(user), overlap));
         with_id.collect()
-    }
-
-    /// The greatest overlap of any two users (Eq. 6's denominator); 0 if none overlap.
-    pub fn max_overlap(&self, mode: OverlapMode) -> u32 {
-        let mut max = 0;
-        self.similar_all(1, mode, 2, |_, best| {
-            max = max.max(best.first().map_or(0, |n| n.1));
-        });
-        max
     }
 }
 

@@ -205,6 +205,12 @@ impl Top {
         }
     }
 
+    /// One of the best and its count.
+    pub fn best(self) -> Option<(u32, u32)> {
+        let candidates = self.candidates.into_iter();
+        candidates.max_by_key(|&(user, count)| (count, std::cmp::Reverse(user)))
+    }
+
     /// The best k, by count falling, then name rising.
     pub fn finish<'n>(mut self, name: impl Fn(u32) -> &'n [u8]) -> Vec<(u32, u32)> {
         let least = self.least;

@@ -164,6 +164,17 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
             if random.below(30) == 0 {
                 snapshots.push((graph.clone(), model.clone()));
             }
+            if random.below(10) == 0 {
+                let mode = [OverlapMode::Shared, OverlapMode::Agreeing][random.below(2) as usize];
+                assert_eq!(graph.max_overlap(mode), model.max_overlap(mode), "{seed}");
+            }
+            if random.below(60) == 0 {
+                // Go on from an older moment, as another history.
+                let back = random.below(snapshots.len() as u32 + 1) as usize;
+                if let Some((old_graph, old_model)) = snapshots.get(back) {
+                    (graph, model) = (old_graph.clone(), old_model.clone());
+                }
+            }
             step(&mut graph, &mut model, attributes, &mut random);
         }
         snapshots.push((graph, model));
@@ -171,4 +182,185 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
             assert_same(graph, model, &mut random);
         }
     }
+}
+
+#[test]
+fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
+    for seed in 0..12 {
+        let mut random = Philox::new(seed, 2);
+        let users = 600 + random.below(1_400);
+        let attributes = 4 + random.below(300);
+        let layout = Layout {
+            chunk_bits: 9 + random.below(3),
+            dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
+        };
+        let mut graph = Graph::with(layout, Kernel::Portable);
+        for attribute in 0..attributes {
+            graph.add_attribute(&format!("a{attribute}"));
+        }
+        let mut edges = vec![BTreeMap::new(); users as usize];
+        for user in 0..users {
+            graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
+            // One user likes everything: more than the byte counters hold.
+            let wanted = if user == 99 {
+                attributes
+            } else {
+                random.below(40)
+            };
+            for i in 0..wanted {
+                let attribute = if user == 99 {
+                    i
+                } else {
+                    random.below(attributes)
+                };
+                set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+            }
+        }
+        for at in 0..3_000 {
+            let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
+            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+            if at % 1_000 == 0 {
+                check_some(&mut graph, &edges, &mut random);
+            }
+        }
+        check_some(&mut graph, &edges, &mut random);
+    }
+}
+
+fn set_edge(
+    graph: &mut Graph,
+    edges: &mut [BTreeMap<u32, Sign>],
+    user: u32,
+    attribute: u32,
+    random: &mut Philox,
+) {
+    let polarity = Polarity::ALL[random.below(4) as usize];
+    let at = i64::from(random.next_u32());
+    let to = Register {
+        polarity,
+        at,
+        id: "",
+    };
+    let change = graph.set(UserId(user), AttributeId(attribute), to);
+    if let Change::Applied { new, .. } = change {
+        match new {
+            Some(sign) => edges[user as usize].insert(attribute, sign),
+            None => edges[user as usize].remove(&attribute),
+        };
+    }
+}
+
+fn check_some(graph: &mut Graph, edges: &[BTreeMap<u32, Sign>], random: &mut Philox) {
+    let users = edges.len() as u32;
+    let overlap = |a: &BTreeMap<u32, Sign>, b: &BTreeMap<u32, Sign>, mode| {
+        let common = a.iter().filter(|(attribute, sign)| match b.get(attribute) {
+            Some(other) => mode == OverlapMode::Shared || other == *sign,
+            None => false,
+        });
+        common.count() as u32
+    };
+    let mut asked: Vec<_> = (0..6).map(|_| UserId(random.below(users))).collect();
+    asked.push(UserId(99));
+    for mode in [OverlapMode::Shared, OverlapMode::Agreeing] {
+        let k = [1, 10, 70, 5_000][random.below(4) as usize];
+        let mut expected = Vec::new();
+        for &UserId(user) in &asked {
+            let mut all: Vec<_> = (0..users)
+                .filter(|&other| other != user)
+                .map(|other| {
+                    (
+                        UserId(other),
+                        overlap(&edges[user as usize], &edges[other as usize], mode),
+                    )
+                })
+                .filter(|(_, overlap)| *overlap > 0)
+                .collect();
+            all.sort_by_key(|&(other, n)| (Reverse(n), graph.user_name(other)));
+            all.truncate(k);
+            expected.push(all);
+        }
+        for &kernel in Kernel::present() {
+            graph.kernel = kernel;
+            assert_eq!(
+                graph.similar_many(&asked, k, mode, 2),
+                expected,
+                "{kernel:?}"
+            );
+            assert_eq!(graph.similar(asked[0], k, mode), expected[0], "{kernel:?}");
+        }
+        let mut max = 0;
+        graph.similar_all(1, mode, 2, |user, best| {
+            assert_eq!(graph.similar(user, 1, mode), best);
+            max = max.max(best.first().map_or(0, |n| n.1));
+        });
+        assert_eq!(graph.max_overlap(mode), max);
+    }
+}
+
+#[test]
+fn a_batch_does_what_its_events_do_one_by_one() {
+    for seed in 0..200 {
+        let mut random = Philox::new(seed, 3);
+        let mut one_by_one = Graph::new();
+        for i in 0..20 {
+            one_by_one.add_user(&format!("u{i}"));
+            one_by_one.add_attribute(&format!("a{i}"));
+        }
+        let mut batched = one_by_one.clone();
+        for _ in 0..4 {
+            let event = |_| {
+                let to = Register {
+                    polarity: Polarity::ALL[random.below(4) as usize],
+                    at: i64::from(random.below(6)),
+                    id: ["", "b"][random.below(2) as usize],
+                };
+                (UserId(random.below(21)), AttributeId(random.below(21)), to)
+            };
+            let events: Vec<_> = (0..150).map(event).collect();
+            let changes: Vec<_> = events
+                .iter()
+                .map(|e| one_by_one.set(e.0, e.1, e.2))
+                .collect();
+            assert_eq!(batched.set_batch(&events), changes);
+        }
+        assert_eq!(batched.edge_count(), one_by_one.edge_count());
+        for user in (0..20).map(UserId) {
+            assert!(batched.registers(user).eq(one_by_one.registers(user)));
+            for sign in [Sign::Dislike, Sign::Like] {
+                let attribute = AttributeId(user.0);
+                assert!(
+                    batched
+                        .posting(attribute, sign)
+                        .eq(one_by_one.posting(attribute, sign))
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn a_user_who_ties_with_everyone_gets_the_first_by_name() {
+    let mut graph = Graph::new();
+    let attribute = graph.add_attribute("a");
+    let like = Register {
+        polarity: Polarity::Like,
+        at: 0,
+        id: "",
+    };
+    let names: Vec<_> = (0..20_000_u32)
+        .map(|i| format!("{}", i.wrapping_mul(2_654_435_761)))
+        .collect();
+    for name in &names {
+        let user = graph.add_user(name);
+        graph.set(user, attribute, like);
+    }
+    let mut sorted: Vec<_> = names[1..].to_vec();
+    sorted.sort();
+    let found = graph.similar(UserId(0), 10, OverlapMode::Agreeing);
+    let found: Vec<_> = found
+        .iter()
+        .map(|&(u, n)| (graph.user_name(u), n))
+        .collect();
+    let expected: Vec<_> = sorted[..10].iter().map(|name| (name.as_str(), 1)).collect();
+    assert_eq!(found, expected);
 }

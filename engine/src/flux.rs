@@ -34,7 +34,9 @@
 
 pub mod controlnet;
 pub mod init;
+pub mod lora;
 pub mod names;
+pub mod text;
 pub mod transformer;
 pub mod vae;
 

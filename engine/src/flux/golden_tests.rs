@@ -7,6 +7,7 @@ use super::transformer::{
     self, Cache, FluxTransformer, Inputs, Residuals, Rope, Spread, image_ids, text_ids,
 };
 use super::vae::{self, Vae};
+use super::{lora, text};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
@@ -372,4 +373,214 @@ fn wrong_inputs_are_named() {
             prefix: "diffusion_model.".into()
         }
     );
+}
+
+#[test]
+fn the_text_encoders_equal_transformers() {
+    let g = Golden::open("text.safetensors");
+    let ids = |name: &str| -> Vec<Vec<u32>> {
+        let ids = g.get(name).to_dtype(DType::U32).unwrap();
+        ids.to_vec2().unwrap()
+    };
+    let vb = |case: &str| {
+        VarBuilder::from_tensors(g.all(&format!("{case}/weights")), DType::F32, &Device::Cpu)
+    };
+    let t5 = text::T5::new(&config("text.json", "t5"), vb("t5")).unwrap();
+    let worst = gap(&t5.states(&ids("t5/ids")).unwrap(), &g.get("t5/states"));
+    assert!(worst < 1e-4, "T5: {worst}");
+    assert!(t5.states(&[vec![1, 40]]).is_err());
+
+    let clip = text::Clip::new(&config("text.json", "clip"), vb("clip")).unwrap();
+    let (states, pooled) = clip.encode(&ids("clip/ids")).unwrap();
+    let (a, b) = (
+        gap(&states, &g.get("clip/states")),
+        gap(&pooled, &g.get("clip/pooled")),
+    );
+    assert!(a < 1e-4 && b < 1e-4, "CLIP: states {a}, pooled {b}");
+    assert!(clip.encode(&[vec![1, 2, 3]]).is_err(), "no end token");
+    assert_eq!(text::padded(&[5, 6, 7, 8], 3, 0, 9), [5, 6, 9]);
+    assert_eq!(text::padded(&[5], 3, 0, 9), [5, 0, 0]);
+}
+
+#[test]
+fn states_of_any_encoder_become_a_prompt() {
+    let one = Tensor::new(
+        &[[0.1f32, 0.2, 0.3, 0.2], [0.4, 0.1, 0.1, 0.0]],
+        &Device::Cpu,
+    )
+    .unwrap();
+    let none = Tensor::zeros((0, 4), DType::F32, &Device::Cpu).unwrap();
+    let prompt = text::prompt_of_states(&[one, none], 3).unwrap();
+    assert_eq!(prompt.text.dims(), [2, 3, 4]);
+    let rows = prompt
+        .text
+        .squeeze(0)
+        .unwrap_or(prompt.text)
+        .to_vec3::<f32>()
+        .unwrap();
+    let (sum, squares) = rows[0][0]
+        .iter()
+        .fold((0., 0.), |(s, q), x| (s + x, q + x * x));
+    assert!(
+        sum.abs() < 1e-5 && (squares / 4.0 - 1.0f32).abs() < 1e-2,
+        "{:?}",
+        rows[0][0]
+    );
+    assert_eq!(rows[0][2], [0.0; 4]);
+    assert_eq!(rows[1], vec![vec![0.0; 4]; 3]);
+    assert_eq!(prompt.pooled.dims(), [2, 4]);
+}
+
+#[test]
+fn the_true_sizes_have_the_published_weights() {
+    use std::io::Read;
+    let file = std::fs::File::open(golden("names.txt.gz")).unwrap();
+    let mut text = String::new();
+    flate2::read::GzDecoder::new(file)
+        .read_to_string(&mut text)
+        .unwrap();
+    let published = |case: &str| -> Vec<names::NameAndShape> {
+        text.lines()
+            .filter_map(|line| {
+                let mut words = line.split(' ');
+                (words.next()? == case).then_some(())?;
+                let name = words.next()?.to_string();
+                let shape = words.next()?.split('x').map(|n| n.parse().unwrap());
+                Some((name, shape.collect()))
+            })
+            .collect()
+    };
+    // As in the published config.json.
+    let dev: transformer::Config = serde_json::from_str(
+        r#"{"_class_name": "FluxTransformer2DModel", "_diffusers_version": "0.30.0.dev0",
+            "attention_head_dim": 128, "guidance_embeds": true, "in_channels": 64,
+            "joint_attention_dim": 4096, "num_attention_heads": 24, "num_layers": 19,
+            "num_single_layers": 38, "patch_size": 1, "pooled_projection_dim": 768}"#,
+    )
+    .unwrap();
+    assert_eq!(dev, transformer::Config::dev());
+    let transformer = names::transformer_shapes;
+    let control = names::controlnet_shapes;
+    for (case, kind, ours, count) in [
+        ("dev", Kind::Transformer, transformer(&dev), 11_901_408_320),
+        (
+            "schnell",
+            Kind::Transformer,
+            transformer(&transformer::Config::schnell()),
+            11_891_178_560,
+        ),
+        (
+            "union",
+            Kind::ControlNet,
+            control(&controlnet::Config::union()),
+            3_301_956_608,
+        ),
+        (
+            "union_pro_2",
+            Kind::ControlNet,
+            control(&controlnet::Config::union_pro_2()),
+            2_140_876_800,
+        ),
+        (
+            "xlabs",
+            Kind::ControlNet,
+            control(&controlnet::Config::xlabs()),
+            743_807_280,
+        ),
+        (
+            "vae",
+            Kind::Vae,
+            names::vae_shapes(&vae::Config::flux()),
+            83_819_683,
+        ),
+    ] {
+        let mut spelled = names::spelled(kind, Naming::Diffusers, 4, &ours);
+        spelled.sort();
+        assert_eq!(spelled, published(case), "{case}");
+        assert_eq!(names::count(&ours), count, "{case}");
+    }
+    // The presets for small machines are as small as they say.
+    let small = names::count(&transformer(&transformer::Config::small()));
+    let tiny = names::count(&transformer(&transformer::Config::tiny()));
+    let vae = names::count(&names::vae_shapes(&vae::Config::small()));
+    assert!((7_000_000..8_500_000).contains(&small), "{small}");
+    assert!((2_000_000..2_800_000).contains(&tiny), "{tiny}");
+    assert!((500_000..1_000_000).contains(&vae), "{vae}");
+}
+
+#[test]
+fn loras_of_four_spellings_equal_diffusers_and_strange_keys_are_refused() {
+    let g = Golden::open("lora.safetensors");
+    let nets = Golden::open("networks.safetensors");
+    let config: transformer::Config = config("networks.json", "transformer");
+    let base = || builder(nets.all("transformer/weights"), DType::F32, 0);
+    let ours = names::transformer_shapes(&config);
+    let x = Case::new(&nets, "transformer", 3, 5);
+    let file = |tensors: &HashMap<String, Tensor>| {
+        let list: Vec<(String, Tensor)> = tensors
+            .iter()
+            .map(|(k, v)| (k.clone(), v.clone()))
+            .collect();
+        let bytes =
+            safetensors::serialize(list.iter().map(|(k, v)| (k.as_str(), v)), None).unwrap();
+        Weights::from_bytes("lora.safetensors", bytes).unwrap()
+    };
+    let run = |tensors: &HashMap<String, Tensor>, strength: f64| {
+        let lora = lora::Lora::new(&file(tensors), &ours)?;
+        let flux = FluxTransformer::new(&config, lora.added_to(base(), strength))?;
+        flux.forward(&x.inputs(None))
+    };
+    for case in ["diffusers", "kohya", "xlabs"] {
+        let tensors = g.all(&format!("{case}/lora"));
+        let worst = gap(
+            &run(&tensors, 1.0).unwrap(),
+            &g.get(&format!("{case}/velocity")),
+        );
+        assert!(worst < 1e-4, "{case}: {worst}");
+        let none = gap(
+            &run(&tensors, 0.0).unwrap(),
+            &nets.get("transformer/velocity"),
+        );
+        assert!(none < 1e-4, "{case} at strength 0: {none}");
+    }
+    // BFL's spelling of a fused matrix is the same as diffusers' of its parts.
+    let (down, up) = (
+        g.get("kohya/lora/lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight"),
+        g.get("kohya/lora/lora_unet_double_blocks_0_img_attn_qkv.lora_up.weight"),
+    );
+    let mut fused = HashMap::new();
+    let stem = "diffusion_model.single_blocks.1.linear1";
+    let up7 = up.repeat((3, 1)).unwrap().narrow(0, 0, 112).unwrap();
+    fused.insert(format!("{stem}.lora_A.weight"), down.clone());
+    fused.insert(format!("{stem}.lora_B.weight"), up7.clone());
+    let mut parts = HashMap::new();
+    for (name, first, rows) in [
+        ("attn.to_q", 0, 16),
+        ("attn.to_k", 16, 16),
+        ("attn.to_v", 32, 16),
+        ("proj_mlp", 48, 64),
+    ] {
+        let stem = format!("transformer.single_transformer_blocks.1.{name}");
+        parts.insert(format!("{stem}.lora_A.weight"), down.clone());
+        parts.insert(
+            format!("{stem}.lora_B.weight"),
+            up7.narrow(0, first, rows).unwrap(),
+        );
+    }
+    assert_eq!(
+        gap(&run(&fused, 0.7).unwrap(), &run(&parts, 0.7).unwrap()),
+        0.0
+    );
+
+    let mut strange = g.all("diffusers/lora");
+    strange.insert(
+        "transformer.single_transformer_blocks.99.proj_mlp.lora_A.weight".into(),
+        down,
+    );
+    let message = run(&strange, 1.0).unwrap_err().to_string();
+    assert!(message.contains("blocks.99"), "{message}");
+    let half = fused.keys().find(|k| k.contains("lora_B")).unwrap().clone();
+    fused.remove(&half);
+    let message = run(&fused, 1.0).unwrap_err().to_string();
+    assert!(message.contains("only one"), "{message}");
 }

@@ -1,1 +1,1069 @@
-//! Filled in by the work under way.
+//! Trains the GraphSAGE encoder on link sign: given the rest of the graph, would this user
+//! like or dislike that attribute?
+//!
+//! Not here: running the encoder on a living graph (`simpatico_storage::sage`, which loads
+//! the file written here) and judging it (`eval_links`).
+//!
+//! # One epoch
+//!
+//! 1. The training edges are split in two: *message* edges make the graph, *supervised* edges
+//!    are to be told. In the default preset the two are disjoint, and each user keeps a share
+//!    of edges as messages that is drawn anew, so that the encoder meets users with many, few
+//!    and no known edges: those who arrive later look like them. In the paper's preset
+//!    every training edge is both, so that an edge helps to tell itself.
+//! 2. The batch forward pass embeds all users and attributes (the same numbers as PyG's
+//!    `to_hetero(SAGE, aggr="sum")`), a decoder turns pairs into logits.
+//! 3. Binary cross-entropy, one AdamW step.
+//!
+//! Every few epochs the validation edges are told from all training edges; the weights with
+//! the best AUC are kept.
+//!
+//! Random numbers are a function of (seed, epoch), so a run that was cut off and resumed
+//! ends with the same weights, bit for bit, as one that was not.
+//!
+//! # The weights that ship
+//!
+//! `bundles/default/sage.safetensors` is made by
+//! `cargo run --release -p simpatico-engine --example train_sage -- --out
+//! bundles/default/sage.safetensors`; see that example for what it reads.
+
+use crate::error::{Error, Result};
+use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
+use crate::params::{Params, write_whole};
+use candle_core::{DType, Device, Tensor, Var};
+use candle_nn::{Init, VarBuilder};
+use rayon::prelude::*;
+use serde::{Deserialize, Serialize};
+use simpatico_schema::Sign;
+use simpatico_schema::random::Philox;
+use simpatico_storage::Snapshot;
+pub use simpatico_storage::sage::{ENCODER_VERSION, EncoderConfig, Relations};
+use std::collections::{BTreeMap, HashMap};
+use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+// --------------------------------------------------------------------------- the data
+
+/// An edge as numbers into [`LinkData::users`] and [`LinkData::attributes`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Link {
+    /// Index of the user.
+    pub user: u32,
+    /// Index of the attribute.
+    pub attribute: u32,
+    /// Like or dislike.
+    pub sign: Sign,
+}
+
+/// A graph with features, as plain lists.
+#[derive(Clone, Debug, Default)]
+pub struct LinkData {
+    /// Names, sorted.
+    pub users: Vec<String>,
+    /// Names, sorted.
+    pub attributes: Vec<String>,
+    /// One text vector per attribute, all of one length.
+    pub features: Vec<Vec<f32>>,
+    /// All edges, sorted.
+    pub links: Vec<Link>,
+}
+
+impl LinkData {
+    /// Collects edges given by names. Fails where an attribute has no feature or features
+    /// differ in length.
+    pub fn new(
+        edges: impl IntoIterator<Item = (String, String, Sign)>,
+        feature: impl Fn(&str) -> Option<Vec<f32>>,
+    ) -> Result<Self> {
+        let edges: Vec<_> = edges.into_iter().collect();
+        let sorted = |names: Vec<&String>| {
+            let mut names: Vec<String> = names.into_iter().cloned().collect();
+            names.sort_unstable();
+            names.dedup();
+            names
+        };
+        let users = sorted(edges.iter().map(|e| &e.0).collect());
+        let attributes = sorted(edges.iter().map(|e| &e.1).collect());
+        let mut features = Vec::with_capacity(attributes.len());
+        for name in &attributes {
+            let vector = feature(name).ok_or_else(|| {
+                Error::BadRequest(format!(
+                    "attribute {name:?} has no text vector; run `simpatico featurize` first"
+                ))
+            })?;
+            let expected = features.first().map_or(vector.len(), Vec::len);
+            if vector.len() != expected || vector.is_empty() {
+                return Err(Error::BadRequest(format!(
+                    "the text vector of {name:?} has {} numbers, those before it {expected}; \
+                     make all with one text model",
+                    vector.len()
+                )));
+            }
+            features.push(vector);
+        }
+        let number =
+            |names: &[String]| -> HashMap<String, u32> { names.iter().cloned().zip(0..).collect() };
+        let (of_user, of_attribute) = (number(&users), number(&attributes));
+        let mut links: Vec<_> = edges
+            .iter()
+            .map(|(user, attribute, sign)| Link {
+                user: of_user[user],
+                attribute: of_attribute[attribute],
+                sign: *sign,
+            })
+            .collect();
+        links.sort_unstable();
+        links.dedup_by_key(|link| (link.user, link.attribute));
+        Ok(Self {
+            users,
+            attributes,
+            features,
+            links,
+        })
+    }
+
+    /// All edges of a snapshot, with the text vectors the store holds.
+    pub fn from_snapshot(snapshot: &Snapshot) -> Result<Self> {
+        let mut edges = Vec::new();
+        for user in snapshot.users() {
+            let own = snapshot
+                .edges(user)
+                .map_err(|e| Error::BadRequest(e.to_string()))?;
+            edges.extend(own.into_iter().map(|(a, sign)| (user.to_string(), a, sign)));
+        }
+        Self::new(edges, |attribute| snapshot.feature(attribute))
+    }
+
+    /// Length of a text vector; 0 without attributes.
+    pub fn feature_dim(&self) -> usize {
+        self.features.first().map_or(0, Vec::len)
+    }
+
+    fn features_tensor(&self, device: &Device) -> Result<Tensor> {
+        let shape = (self.attributes.len(), self.feature_dim());
+        Ok(Tensor::from_vec(self.features.concat(), shape, device)?)
+    }
+}
+
+/// Which edges are for what.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct LinkSplit {
+    /// To learn from; also the messages when the other two are told.
+    pub train: Vec<Link>,
+    /// To choose the best epoch by.
+    pub valid: Vec<Link>,
+    /// To report.
+    pub test: Vec<Link>,
+}
+
+impl LinkSplit {
+    /// A random split with these shares for training and validation; the rest is for test.
+    pub fn random(links: &[Link], train: f64, valid: f64, seed: u64) -> Self {
+        let mut links = links.to_vec();
+        Philox::new(seed, SPLIT_STREAM).shuffle(&mut links);
+        let count = |share: f64| ((links.len() as f64 * share).round() as usize).min(links.len());
+        let (first, second) = (count(train), count(train + valid));
+        let test = links.split_off(second.max(first));
+        let valid = links.split_off(first);
+        Self {
+            train: links,
+            valid,
+            test,
+        }
+    }
+}
+
+/// Streams of the seed: epochs take the numbers from 0.
+const SPLIT_STREAM: u64 = u64::MAX;
+
+// ------------------------------------------------------------------------ the settings
+
+/// How a pair of embeddings becomes a logit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Decoder {
+    /// h_u · h_a / √out, plus a linear bias of each and a constant: a sigmoid over affinity.
+    DotAndBias,
+    /// Two linear layers with a ReLU between them on [h_u, h_a] (the paper's).
+    TwoLinear,
+}
+
+/// How to train. See [`Self::paper`] and [`Default`].
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SageTrainOptions {
+    /// Whether likes and dislikes are told apart in the graph.
+    pub relations: Relations,
+    /// Length of the hidden layer.
+    pub hidden: usize,
+    /// Length of an embedding.
+    pub out: usize,
+    /// Length of the learned vector of each user. 0: users have none, so new users and old
+    /// are treated alike.
+    pub in_dim_user: usize,
+    /// Share of users whose learned vector is dropped in an epoch.
+    pub user_dropout: f64,
+    /// How pairs are told.
+    pub decoder: Decoder,
+    /// Whether an edge that is told is kept out of the messages.
+    pub disjoint: bool,
+    /// Whether likes and dislikes weigh the same in the loss however many there are.
+    pub class_weighted: bool,
+    /// Peak learning rate of AdamW.
+    pub lr: f64,
+    /// Decoupled weight decay.
+    pub weight_decay: f64,
+    /// Whether the rate falls along a cosine after a short warm-up.
+    pub cosine: bool,
+    /// Most epochs; each is one full-batch step.
+    pub epochs: usize,
+    /// Epochs between looks at the validation edges.
+    pub look_every: usize,
+    /// Stop after so many epochs without a better validation AUC. `None`: never.
+    pub patience: Option<usize>,
+    /// Share of edges for training.
+    pub train_share: f64,
+    /// Share of edges for validation.
+    pub valid_share: f64,
+    /// Decides every random number.
+    pub seed: u64,
+}
+
+impl Default for SageTrainOptions {
+    /// What we recommend: separated relations, no user vectors, disjoint messages, rates that
+    /// learn. Minutes on two cores for 3,000 users.
+    fn default() -> Self {
+        Self {
+            relations: Relations::Separated,
+            hidden: 256,
+            out: 256,
+            in_dim_user: 0,
+            user_dropout: 0.0,
+            decoder: Decoder::DotAndBias,
+            disjoint: true,
+            class_weighted: true,
+            lr: 3e-3,
+            weight_decay: 1e-2,
+            cosine: true,
+            epochs: 300,
+            look_every: 5,
+            patience: Some(60),
+            train_share: 0.8,
+            valid_share: 0.1,
+            seed: 0,
+        }
+    }
+}
+
+impl SageTrainOptions {
+    /// The paper's settings (arXiv 2511.05616, appendix): 60/20/20, Adam 3e-5, 150 epochs,
+    /// 4096 → 1024 → 1024, learned user vectors, a decoder of two linear layers. What it does
+    /// not say is read at its simplest: one relation, every training edge also a message.
+    pub fn paper() -> Self {
+        Self {
+            relations: Relations::Blind,
+            hidden: 1024,
+            out: 1024,
+            in_dim_user: 4096,
+            user_dropout: 0.0,
+            decoder: Decoder::TwoLinear,
+            disjoint: false,
+            class_weighted: false,
+            lr: 3e-5,
+            weight_decay: 0.0,
+            cosine: false,
+            epochs: 150,
+            look_every: 5,
+            patience: None,
+            train_share: 0.6,
+            valid_share: 0.2,
+            seed: 0,
+        }
+    }
+
+    fn check(&self) -> Result<()> {
+        let share = |name: &str, value: f64| match (0.0..=1.0).contains(&value) {
+            true => Ok(()),
+            false => Err(Error::BadRequest(format!(
+                "{name} is {value}, expected 0 to 1"
+            ))),
+        };
+        share("train_share", self.train_share)?;
+        share("valid_share", self.valid_share)?;
+        share(
+            "train_share + valid_share",
+            self.train_share + self.valid_share,
+        )?;
+        share("user_dropout", self.user_dropout)?;
+        for (name, value) in [
+            ("hidden", self.hidden),
+            ("out", self.out),
+            ("epochs", self.epochs),
+            ("look_every", self.look_every),
+        ] {
+            if value == 0 {
+                return Err(Error::BadRequest(format!("{name} must be at least 1")));
+            }
+        }
+        Ok(())
+    }
+
+    fn config(&self, in_dim_attribute: usize) -> EncoderConfig {
+        EncoderConfig {
+            version: ENCODER_VERSION,
+            in_dim_attribute,
+            in_dim_user: self.in_dim_user,
+            hidden: self.hidden,
+            out: self.out,
+            relations: self.relations,
+        }
+    }
+}
+
+// ------------------------------------------------------------------- means over neighbors
+
+/// For each row, which columns it takes the mean of.
+struct Neighbors {
+    columns: usize,
+    /// Row i has `of[starts[i]..starts[i + 1]]`.
+    starts: Vec<u32>,
+    of: Vec<u32>,
+}
+
+impl Neighbors {
+    fn new(rows: usize, columns: usize, pairs: impl Iterator<Item = (u32, u32)> + Clone) -> Self {
+        let mut starts = vec![0u32; rows + 1];
+        for (row, _) in pairs.clone() {
+            starts[row as usize + 1] += 1;
+        }
+        for row in 0..rows {
+            starts[row + 1] += starts[row];
+        }
+        let (mut next, mut of) = (starts.clone(), vec![0; starts[rows] as usize]);
+        for (row, column) in pairs {
+            let place = &mut next[row as usize];
+            of[*place as usize] = column;
+            *place += 1;
+        }
+        Self {
+            columns,
+            starts,
+            of,
+        }
+    }
+
+    fn rows(&self) -> usize {
+        self.starts.len() - 1
+    }
+
+    fn row(&self, row: usize) -> &[u32] {
+        &self.of[self.starts[row] as usize..self.starts[row + 1] as usize]
+    }
+
+    /// Row i of the answer: `scale_of_row(i)` × the sum over j of `scale_of(j)` × x row j.
+    /// Rows run in parallel, each in its own order, so the answer never depends on threads.
+    fn weighted(
+        &self,
+        x: &[f32],
+        width: usize,
+        scale_of_row: impl Fn(usize) -> f32 + Sync,
+        scale_of: impl Fn(usize) -> f32 + Sync,
+    ) -> Vec<f32> {
+        let mut out = vec![0.0; self.rows() * width];
+        out.par_chunks_exact_mut(width)
+            .enumerate()
+            .for_each(|(row, sum)| {
+                for &j in self.row(row) {
+                    let scale = scale_of(j as usize);
+                    let values = &x[j as usize * width..][..width];
+                    sum.iter_mut()
+                        .zip(values)
+                        .for_each(|(s, v)| *s += scale * v);
+                }
+                let scale = scale_of_row(row);
+                sum.iter_mut().for_each(|s| *s *= scale);
+            });
+        out
+    }
+
+    fn share(&self, row: usize) -> f32 {
+        1.0 / self.row(row).len().max(1) as f32
+    }
+}
+
+/// Both directions of one relation.
+#[derive(Clone)]
+struct Relation {
+    /// Rows users, columns attributes.
+    of_users: Arc<Neighbors>,
+    /// Rows attributes, columns users.
+    of_attributes: Arc<Neighbors>,
+}
+
+/// The mean over neighbors, (rows, width) from (columns, width), with its gradient.
+/// `back` is the same relation the other way.
+fn mean(x: &Tensor, to: &Arc<Neighbors>, back: &Arc<Neighbors>) -> Result<Tensor> {
+    let (columns, width) = x.dims2()?;
+    debug_assert_eq!(columns, to.columns);
+    let device = x.device().clone();
+    let values = x.flatten_all()?.to_vec1::<f32>()?;
+    let value = to.weighted(&values, width, |row| to.share(row), |_| 1.0);
+    let value = Tensor::from_vec(value, (to.rows(), width), &device)?;
+    let (to, back) = (to.clone(), back.clone());
+    let backward = move |_: &Tensor, _: &Tensor, gradient: &Tensor| {
+        let g = gradient.contiguous()?.flatten_all()?.to_vec1::<f32>()?;
+        let g = back.weighted(&g, width, |_| 1.0, |row| to.share(row));
+        let g = Tensor::from_vec(g, (back.rows(), width), gradient.device())?;
+        Ok(Some(g))
+    };
+    Ok(crate::nn::attach1(x, &value, backward)?)
+}
+
+/// The message graph of one forward pass.
+pub struct MessageGraph {
+    relations: Vec<Relation>,
+}
+
+impl MessageGraph {
+    /// The graph these edges make.
+    pub fn new(users: usize, attributes: usize, links: &[Link], kind: Relations) -> Self {
+        let relations = (0..kind.names().len()).map(|number| {
+            let own = links
+                .iter()
+                .filter(move |link| kind.of(link.sign) == number);
+            let there = own.clone().map(|link| (link.user, link.attribute));
+            let back = own.map(|link| (link.attribute, link.user));
+            Relation {
+                of_users: Arc::new(Neighbors::new(users, attributes, there)),
+                of_attributes: Arc::new(Neighbors::new(attributes, users, back)),
+            }
+        });
+        Self {
+            relations: relations.collect(),
+        }
+    }
+}
+
+// --------------------------------------------------------------------------- the network
+
+/// The encoder as a differentiable network: PyG's names, PyG's numbers.
+pub struct SageNetwork {
+    config: EncoderConfig,
+    vb: VarBuilder<'static>,
+}
+
+impl SageNetwork {
+    /// Takes (or makes) the weights under PyG's `to_hetero` names. Linear layers start as
+    /// PyG's do: uniform within 1/√inputs.
+    pub fn new(config: EncoderConfig, vb: VarBuilder<'static>) -> Self {
+        Self { config, vb }
+    }
+
+    /// Embeddings of all users (U, out) and all attributes (A, out). `x_users` is
+    /// (U, in_dim_user), absent where that is 0; `x_attributes` is (A, in_dim_attribute).
+    pub fn forward(
+        &self,
+        x_users: Option<&Tensor>,
+        x_attributes: &Tensor,
+        graph: &MessageGraph,
+    ) -> Result<(Tensor, Tensor)> {
+        let (users, attributes) = self.layer("c1", x_users, Some(x_attributes), graph)?;
+        let (users, attributes) = (users.relu()?, attributes.relu()?);
+        self.layer("c2", Some(&users), Some(&attributes), graph)
+    }
+
+    /// One hetero layer: per relation lin_l(mean of neighbors) + lin_r(own), summed. The
+    /// linear map is applied on the side with fewer rows; mean and map commute.
+    fn layer(
+        &self,
+        layer: &str,
+        x_users: Option<&Tensor>,
+        x_attributes: Option<&Tensor>,
+        graph: &MessageGraph,
+    ) -> Result<(Tensor, Tensor)> {
+        let names = self.config.relations.names();
+        let (mut to_users, mut to_attributes) = (None, None);
+        for (name, relation) in names.iter().zip(&graph.relations) {
+            let Relation {
+                of_users,
+                of_attributes,
+            } = relation;
+            let there = format!("{layer}.user__{name}__attr");
+            let back = format!("{layer}.attr__rev_{name}__user");
+            let term = self.conv(&there, x_users, x_attributes, of_attributes, of_users)?;
+            to_attributes = Some(sum(to_attributes, term)?);
+            let term = self.conv(&back, x_attributes, x_users, of_users, of_attributes)?;
+            to_users = Some(sum(to_users, term)?);
+        }
+        let none = || Error::BadRequest("an encoder needs at least one relation".into());
+        Ok((to_users.ok_or_else(none)?, to_attributes.ok_or_else(none)?))
+    }
+
+    /// SAGEConv (PyG `sage_conv.py`): lin_l(mean of source) + lin_r(target).
+    fn conv(
+        &self,
+        name: &str,
+        source: Option<&Tensor>,
+        target: Option<&Tensor>,
+        to: &Arc<Neighbors>,
+        back: &Arc<Neighbors>,
+    ) -> Result<Tensor> {
+        let rows = match name.starts_with("c1") {
+            true => self.config.hidden,
+            false => self.config.out,
+        };
+        let fan_in = source.map_or(1, |x| x.dims()[1]);
+        let bias = self.weight(&format!("{name}.lin_l.bias"), &[rows], fan_in)?;
+        let mut out = bias.broadcast_as((to.rows(), rows))?;
+        if let Some(x) = source {
+            let w = self.weight(&format!("{name}.lin_l.weight"), &[rows, fan_in], fan_in)?;
+            let messages = if to.columns <= to.rows() || rows < fan_in {
+                mean(&x.matmul(&w.t()?)?, to, back)?
+            } else {
+                mean(x, to, back)?.matmul(&w.t()?)?
+            };
+            out = (out + messages)?;
+        }
+        if let Some(x) = target {
+            let fan_in = x.dims()[1];
+            let w = self.weight(&format!("{name}.lin_r.weight"), &[rows, fan_in], fan_in)?;
+            out = (out + x.matmul(&w.t()?)?)?;
+        }
+        Ok(out)
+    }
+
+    fn weight(&self, name: &str, shape: &[usize], fan_in: usize) -> Result<Tensor> {
+        uniform(&self.vb, name, shape, fan_in)
+    }
+}
+
+fn uniform(vb: &VarBuilder<'_>, name: &str, shape: &[usize], fan_in: usize) -> Result<Tensor> {
+    let bound = 1.0 / (fan_in as f64).sqrt();
+    let init = Init::Uniform {
+        lo: -bound,
+        up: bound,
+    };
+    Ok(vb.get_with_hints(shape, name, init)?)
+}
+
+fn sum(so_far: Option<Tensor>, term: Tensor) -> Result<Tensor> {
+    Ok(match so_far {
+        Some(so_far) => (so_far + term)?,
+        None => term,
+    })
+}
+
+/// The logits of these pairs (n), from all embeddings.
+fn decode(
+    kind: Decoder,
+    vb: &VarBuilder<'_>,
+    (users, attributes): &(Tensor, Tensor),
+    links: &[Link],
+) -> Result<Tensor> {
+    let device = users.device();
+    let index = |of: fn(&Link) -> u32| {
+        let numbers: Vec<u32> = links.iter().map(of).collect();
+        Tensor::from_vec(numbers, links.len(), device)
+    };
+    let (u, a) = (index(|l| l.user)?, index(|l| l.attribute)?);
+    let out = users.dims()[1];
+    match kind {
+        Decoder::DotAndBias => {
+            let column = |name: &str| uniform(vb, name, &[out, 1], out);
+            let dots = (users.index_select(&u, 0)? * attributes.index_select(&a, 0)?)?;
+            let dots = (dots.sum(1)? / (out as f64).sqrt())?;
+            let of_user = users.matmul(&column("decoder.user")?)?.squeeze(1)?;
+            let of_attribute = attributes
+                .matmul(&column("decoder.attribute")?)?
+                .squeeze(1)?;
+            let constant = vb.get_with_hints(1, "decoder.bias", Init::Const(0.0))?;
+            let biases = (of_user.index_select(&u, 0)? + of_attribute.index_select(&a, 0)?)?;
+            Ok((dots + biases)?.broadcast_add(&constant)?)
+        }
+        Decoder::TwoLinear => {
+            // The first layer of a concatenation is a sum of two products.
+            let half = |name: &str| uniform(vb, name, &[out, out], 2 * out);
+            let of_user = users.matmul(&half("decoder.first.user")?.t()?)?;
+            let of_attribute = attributes.matmul(&half("decoder.first.attribute")?.t()?)?;
+            let bias = uniform(vb, "decoder.first.bias", &[out], 2 * out)?;
+            let first = (of_user.index_select(&u, 0)? + of_attribute.index_select(&a, 0)?)?;
+            let first = first.broadcast_add(&bias)?.relu()?;
+            let last = uniform(vb, "decoder.last.weight", &[1, out], out)?;
+            let bias = uniform(vb, "decoder.last.bias", &[1], out)?;
+            Ok(first.matmul(&last.t()?)?.squeeze(1)?.broadcast_add(&bias)?)
+        }
+    }
+}
+
+// --------------------------------------------------------------------------- the training
+
+/// What a run tells of itself after each epoch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct SageEpoch {
+    /// Counted from 0.
+    pub epoch: usize,
+    /// How many there may be.
+    pub epochs: usize,
+    /// Mean cross-entropy of the supervised edges.
+    pub loss: f64,
+    /// Norm of the gradient before clipping.
+    pub gradient_norm: f64,
+    /// AUC of the validation edges, where this epoch looked at them.
+    pub valid_auc: Option<f64>,
+}
+
+/// A trained encoder with its decoder.
+pub struct TrainedSage {
+    /// Its settings.
+    pub options: SageTrainOptions,
+    /// Its shape.
+    pub config: EncoderConfig,
+    /// Best AUC of the validation edges; `None` if there were no such edges of both signs.
+    pub valid_auc: Option<f64>,
+    /// What happened in each epoch.
+    pub history: Vec<SageEpoch>,
+    params: Params,
+    users: Vec<String>,
+}
+
+/// The learned user table's name among the parameters.
+const USER_TABLE: &str = "user_table";
+
+/// Where a run keeps itself, to be resumed.
+#[derive(Clone, Debug)]
+pub struct Checkpoint {
+    /// A folder of its own.
+    pub folder: PathBuf,
+    /// Epochs between two savings.
+    pub every: usize,
+}
+
+/// What a checkpoint knows besides tensors. Written last, so that what it names is whole.
+#[derive(Serialize, Deserialize)]
+struct Saved {
+    options: SageTrainOptions,
+    next_epoch: usize,
+    best: Option<(usize, f64)>,
+    history: Vec<SageEpoch>,
+}
+
+/// Trains on the training edges of the split, chooses by the validation edges.
+///
+/// With a `checkpoint` whose folder holds an earlier, unfinished run of the same options, goes
+/// on from there. `progress` is told of every epoch; on `Break` the run saves itself (if it
+/// has a checkpoint) and ends with [`Error::Cancelled`].
+pub fn train(
+    data: &LinkData,
+    split: &LinkSplit,
+    options: &SageTrainOptions,
+    device: &Device,
+    checkpoint: Option<&Checkpoint>,
+    mut progress: impl FnMut(&SageEpoch) -> ControlFlow<()>,
+) -> Result<TrainedSage> {
+    options.check()?;
+    if split.train.is_empty() {
+        return Err(Error::BadRequest(
+            "there are no edges to train on; ingest events first".into(),
+        ));
+    }
+    let mut run = Run::new(data, split, options, device)?;
+    if let Some(checkpoint) = checkpoint {
+        run.resume(checkpoint)?;
+    }
+    while run.next_epoch < options.epochs && !run.out_of_patience() {
+        let epoch = run.epoch()?;
+        let stop = progress(&epoch).is_break();
+        run.history.push(epoch);
+        run.next_epoch += 1;
+        if let Some(checkpoint) = checkpoint
+            && (stop || run.next_epoch.is_multiple_of(checkpoint.every.max(1)))
+        {
+            run.save(checkpoint)?;
+        }
+        if stop {
+            return Err(Error::Cancelled);
+        }
+    }
+    run.finish()
+}
+
+struct Run<'a> {
+    data: &'a LinkData,
+    split: &'a LinkSplit,
+    options: &'a SageTrainOptions,
+    device: &'a Device,
+    params: Params,
+    network: SageNetwork,
+    optimizer: AdamW,
+    x_attributes: Tensor,
+    next_epoch: usize,
+    /// Epoch and AUC of the best look, and the weights it had.
+    best: Option<(usize, f64)>,
+    best_weights: BTreeMap<String, Tensor>,
+    history: Vec<SageEpoch>,
+}
+
+impl<'a> Run<'a> {
+    fn new(
+        data: &'a LinkData,
+        split: &'a LinkSplit,
+        options: &'a SageTrainOptions,
+        device: &'a Device,
+    ) -> Result<Self> {
+        let params = Params::new(options.seed, device.clone());
+        let config = options.config(data.feature_dim());
+        let network = SageNetwork::new(config, params.builder(DType::F32));
+        let x_attributes = data.features_tensor(device)?;
+        let mut run = Self {
+            data,
+            split,
+            options,
+            device,
+            params,
+            network,
+            optimizer: AdamW::new(Vec::new(), AdamWOptions::default())?,
+            x_attributes,
+            next_epoch: 0,
+            best: None,
+            best_weights: BTreeMap::new(),
+            history: Vec::new(),
+        };
+        // One pass makes all parameters, so that the optimizer can be given them.
+        let graph = run.graph(&[]);
+        run.logits(&graph, &split.train[..1], None)?;
+        let group = Group {
+            vars: run.params.vars(),
+            lr: options.lr,
+            weight_decay: options.weight_decay,
+        };
+        run.optimizer = AdamW::new(vec![group], AdamWOptions::default())?;
+        Ok(run)
+    }
+
+    fn graph(&self, links: &[Link]) -> MessageGraph {
+        let (users, attributes) = (self.data.users.len(), self.data.attributes.len());
+        MessageGraph::new(users, attributes, links, self.options.relations)
+    }
+
+    fn logits(
+        &self,
+        graph: &MessageGraph,
+        links: &[Link],
+        drop: Option<&mut Philox>,
+    ) -> Result<Tensor> {
+        let x_users = self.user_features(drop)?;
+        let both = self
+            .network
+            .forward(x_users.as_ref(), &self.x_attributes, graph)?;
+        let vb = self.params.builder(DType::F32);
+        decode(self.options.decoder, &vb, &both, links)
+    }
+
+    /// The learned table (U, in_dim_user), some rows dropped to zero while training.
+    fn user_features(&self, drop: Option<&mut Philox>) -> Result<Option<Tensor>> {
+        let width = self.options.in_dim_user;
+        if width == 0 {
+            return Ok(None);
+        }
+        let users = self.data.users.len();
+        let init = Init::Randn {
+            mean: 0.0,
+            stdev: 1.0 / (width as f64).sqrt(),
+        };
+        let vb = self.params.builder(DType::F32);
+        let table = vb.get_with_hints((users, width), USER_TABLE, init)?;
+        let share = self.options.user_dropout;
+        let Some(random) = drop.filter(|_| share > 0.0) else {
+            return Ok(Some(table));
+        };
+        let keep: Vec<f32> = (0..users)
+            .map(|_| f32::from(random.uniform_f64() >= share))
+            .collect();
+        let keep = Tensor::from_vec(keep, (users, 1), self.device)?;
+        Ok(Some(table.broadcast_mul(&keep)?))
+    }
+
+    /// One step, and perhaps a look at the validation edges.
+    fn epoch(&mut self) -> Result<SageEpoch> {
+        let epoch = self.next_epoch;
+        let mut random = Philox::new(self.options.seed, epoch as u64);
+        let (messages, told) = match self.options.disjoint {
+            true => disjoint(&self.split.train, self.data.users.len(), &mut random),
+            false => (self.split.train.clone(), self.split.train.clone()),
+        };
+        let graph = self.graph(&messages);
+        let logits = self.logits(&graph, &told, Some(&mut random))?;
+        let loss = cross_entropy(&logits, &told, self.options.class_weighted)?;
+        self.optimizer.accumulate(&loss.backward()?, 1.0)?;
+        let gradient_norm = self.optimizer.step(self.rate(epoch))?;
+        let look = (epoch + 1).is_multiple_of(self.options.look_every);
+        let last = epoch + 1 == self.options.epochs;
+        let valid_auc = if look || last {
+            self.look(epoch)?
+        } else {
+            None
+        };
+        Ok(SageEpoch {
+            epoch,
+            epochs: self.options.epochs,
+            loss: f64::from(loss.to_scalar::<f32>()?),
+            gradient_norm,
+            valid_auc,
+        })
+    }
+
+    fn rate(&self, epoch: usize) -> f64 {
+        let schedule = match self.options.cosine {
+            true => Schedule::Cosine {
+                warmup: (self.options.epochs / 20).max(1),
+                total: self.options.epochs,
+                floor: 0.02,
+            },
+            false => Schedule::Constant,
+        };
+        schedule.factor(epoch)
+    }
+
+    fn look(&mut self, epoch: usize) -> Result<Option<f64>> {
+        if self.split.valid.is_empty() {
+            return Ok(None);
+        }
+        let graph = self.graph(&self.split.train);
+        let logits = self.logits(&graph, &self.split.valid, None)?;
+        let scores = logits.to_vec1::<f32>()?;
+        let auc = crate::eval_links::auc(&scores, &signs(&self.split.valid));
+        if let Some(auc) = auc
+            && self.best.is_none_or(|(_, best)| auc > best)
+        {
+            self.best = Some((epoch, auc));
+            self.best_weights = self.copies()?;
+        }
+        Ok(auc)
+    }
+
+    fn copies(&self) -> Result<BTreeMap<String, Tensor>> {
+        let vars = self.params.vars().into_iter();
+        vars.map(|(name, var)| Ok((name, var.as_tensor().copy()?.detach())))
+            .collect()
+    }
+
+    fn out_of_patience(&self) -> bool {
+        match (self.options.patience, self.best) {
+            (Some(patience), Some((epoch, _))) => self.next_epoch > epoch + patience,
+            _ => false,
+        }
+    }
+
+    fn finish(self) -> Result<TrainedSage> {
+        for (name, var) in self.params.vars() {
+            if let Some(best) = self.best_weights.get(&name) {
+                var.set(best)?;
+            }
+        }
+        Ok(TrainedSage {
+            options: self.options.clone(),
+            config: self.options.config(self.data.feature_dim()),
+            valid_auc: self.best.map(|(_, auc)| auc),
+            history: self.history,
+            params: self.params,
+            users: self.data.users.clone(),
+        })
+    }
+
+    fn save(&self, checkpoint: &Checkpoint) -> Result<()> {
+        let folder = &checkpoint.folder;
+        std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
+        let file = |kind: &str, epoch| folder.join(format!("{kind}-{epoch}.safetensors"));
+        self.params
+            .save(&file("weights", self.next_epoch), DType::F32, &[])?;
+        self.optimizer.save(&file("optimizer", self.next_epoch))?;
+        let best: Vec<_> = self.best_weights.clone().into_iter().collect();
+        crate::params::save_tensors(&file("best", self.next_epoch), &best, &[])?;
+        let saved = Saved {
+            options: self.options.clone(),
+            next_epoch: self.next_epoch,
+            best: self.best,
+            history: self.history.clone(),
+        };
+        let text = serde_json::to_vec_pretty(&saved)
+            .map_err(|e| Error::BadRequest(format!("the checkpoint cannot be written: {e}")))?;
+        write_whole(&folder.join("run.json"), &text)?;
+        remove_other_epochs(folder, self.next_epoch);
+        Ok(())
+    }
+
+    fn resume(&mut self, checkpoint: &Checkpoint) -> Result<()> {
+        let folder = &checkpoint.folder;
+        let path = folder.join("run.json");
+        let text = match std::fs::read(&path) {
+            Ok(text) => text,
+            Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(()),
+            Err(e) => return Err(Error::io(&path)(e)),
+        };
+        let name = path.display().to_string();
+        let saved: Saved =
+            serde_json::from_slice(&text).map_err(|e| Error::bad_model(&name, e.to_string()))?;
+        if saved.options != *self.options {
+            return Err(Error::BadRequest(format!(
+                "{name} is of a run with other settings; take another folder, or its settings"
+            )));
+        }
+        let file = |kind: &str| folder.join(format!("{kind}-{}.safetensors", saved.next_epoch));
+        self.params.load(&file("weights"))?;
+        self.optimizer.load(&file("optimizer"))?;
+        self.best_weights = crate::params::load_tensors(&file("best"), self.device)?;
+        self.next_epoch = saved.next_epoch;
+        self.best = saved.best;
+        self.history = saved.history;
+        Ok(())
+    }
+}
+
+fn remove_other_epochs(folder: &Path, epoch: usize) {
+    let current = format!("-{epoch}.safetensors");
+    let Ok(entries) = std::fs::read_dir(folder) else {
+        return;
+    };
+    for path in entries.flatten().map(|entry| entry.path()) {
+        let name = path
+            .file_name()
+            .and_then(|n| n.to_str())
+            .unwrap_or_default();
+        let ours = ["weights-", "optimizer-", "best-"]
+            .iter()
+            .any(|k| name.starts_with(k));
+        if ours && name.ends_with(".safetensors") && !name.ends_with(&current) {
+            // A leftover only takes space; the next saving tries again.
+            let _ = std::fs::remove_file(path);
+        }
+    }
+}
+
+/// Splits the edges in messages and told ones. Each user keeps a share of its edges that is
+/// drawn uniformly, so users of every degree are met.
+fn disjoint(links: &[Link], users: usize, random: &mut Philox) -> (Vec<Link>, Vec<Link>) {
+    let shares: Vec<f32> = (0..users).map(|_| random.uniform()).collect();
+    links
+        .iter()
+        .partition(|link| random.uniform() < shares[link.user as usize])
+}
+
+fn signs(links: &[Link]) -> Vec<bool> {
+    links.iter().map(|link| link.sign == Sign::Like).collect()
+}
+
+/// Mean binary cross-entropy; class-weighted, both signs weigh half in all.
+fn cross_entropy(logits: &Tensor, links: &[Link], class_weighted: bool) -> Result<Tensor> {
+    let likes = links.iter().filter(|l| l.sign == Sign::Like).count();
+    let count = |sign: Sign| match sign {
+        Sign::Like => likes,
+        Sign::Dislike => links.len() - likes,
+    };
+    let both = likes > 0 && likes < links.len();
+    let weight = |link: &Link| match class_weighted && both {
+        true => 0.5 / count(link.sign) as f32,
+        false => 1.0 / links.len() as f32,
+    };
+    let weights: Vec<f32> = links.iter().map(weight).collect();
+    // log σ(z) of a like, log σ(-z) of a dislike.
+    let direction = |link: &Link| {
+        if link.sign == Sign::Like {
+            1.0f32
+        } else {
+            -1.0
+        }
+    };
+    let directions: Vec<f32> = links.iter().map(direction).collect();
+    let tensor = |v: Vec<f32>| Tensor::from_vec(v, links.len(), logits.device());
+    let told = crate::nn::log_sigmoid(&(logits * tensor(directions)?)?)?;
+    Ok((told * tensor(weights)?)?.sum_all()?.neg()?)
+}
+
+// ---------------------------------------------------------------------------- the result
+
+impl TrainedSage {
+    /// The logits of pairs, told from these message edges. Users are numbered as in `data`;
+    /// those without a learned vector (all, where `in_dim_user` is 0; else users the
+    /// training did not know) count as new.
+    pub fn scores(&self, data: &LinkData, messages: &[Link], told: &[Link]) -> Result<Vec<f32>> {
+        if told.is_empty() {
+            return Ok(Vec::new());
+        }
+        let graph = MessageGraph::new(
+            data.users.len(),
+            data.attributes.len(),
+            messages,
+            self.config.relations,
+        );
+        let both = self.embed(data, &graph)?;
+        let vb = self.params.builder(DType::F32);
+        let logits = decode(self.options.decoder, &vb, &both, told)?;
+        Ok(logits.to_vec1::<f32>()?)
+    }
+
+    /// Embeddings of all users (U, out) and attributes (A, out) of `data`, by the batch
+    /// forward pass, without a gradient.
+    pub fn embed(&self, data: &LinkData, graph: &MessageGraph) -> Result<(Tensor, Tensor)> {
+        let vb = self.detached()?;
+        let device = vb.device().clone();
+        let network = SageNetwork::new(self.config.clone(), vb);
+        let x_users = match self.user_features() {
+            None => None,
+            Some(learned) => {
+                let learned: HashMap<_, _> = learned.into_iter().collect();
+                let zero = vec![0.0; self.config.in_dim_user];
+                let rows = data
+                    .users
+                    .iter()
+                    .map(|name| learned.get(name).unwrap_or(&zero));
+                let flat: Vec<f32> = rows.flatten().copied().collect();
+                let shape = (data.users.len(), self.config.in_dim_user);
+                Some(Tensor::from_vec(flat, shape, &device)?)
+            }
+        };
+        let x_attributes = data.features_tensor(&device)?;
+        network.forward(x_users.as_ref(), &x_attributes, graph)
+    }
+
+    /// The weights as constants.
+    fn detached(&self) -> Result<VarBuilder<'static>> {
+        let vars = self.params.vars();
+        let device = vars
+            .first()
+            .map_or(Device::Cpu, |(_, v)| v.device().clone());
+        let tensors = vars
+            .into_iter()
+            .map(|(n, v): (String, Var)| (n, v.as_detached_tensor()));
+        Ok(VarBuilder::from_tensors(
+            tensors.collect(),
+            DType::F32,
+            &device,
+        ))
+    }
+
+    /// The learned vector of each user by name, for `store.set_user_features`; `None` where
+    /// users have none.
+    pub fn user_features(&self) -> Option<Vec<(String, Vec<f32>)>> {
+        let table = self.params.get(USER_TABLE)?;
+        let rows = table.as_tensor().to_vec2::<f32>().ok()?;
+        Some(self.users.iter().cloned().zip(rows).collect())
+    }
+
+    /// Writes the file that `store.set_encoder` loads, numbers as `dtype` (f16 halves it),
+    /// with the decoder beside the encoder and the training's settings in its metadata.
+    pub fn save(&self, path: &Path, dtype: DType) -> Result<()> {
+        let json = |value: serde_json::Result<String>| {
+            value.map_err(|e| Error::BadRequest(format!("the encoder cannot be written: {e}")))
+        };
+        let metadata = [
+            ("simpatico", json(serde_json::to_string(&self.config))?),
+            ("training", json(serde_json::to_string(&self.options))?),
+        ];
+        let vars = self.params.vars().into_iter();
+        let tensors = vars
+            .filter(|(name, _)| name != USER_TABLE)
+            .map(|(name, var)| Ok((name, var.as_tensor().to_dtype(dtype)?)))
+            .collect::<Result<Vec<_>>>()?;
+        crate::params::save_tensors(path, &tensors, &metadata)
+    }
+}

@@ -215,6 +215,9 @@ pub struct SageTrainOptions {
     pub weight_decay: f64,
     /// Whether the rate falls along a cosine after a short warm-up.
     pub cosine: bool,
+    /// Whether training sees the text vectors whitened (see [`whitening`]). The map is folded
+    /// into the weights at the end, so the encoder always takes raw vectors.
+    pub whiten: bool,
     /// Most epochs; each is one full-batch step.
     pub epochs: usize,
     /// Epochs between looks at the validation edges.
@@ -245,6 +248,7 @@ impl Default for SageTrainOptions {
             lr: 3e-3,
             weight_decay: 1e-2,
             cosine: true,
+            whiten: true,
             epochs: 300,
             look_every: 5,
             patience: Some(60),
@@ -272,6 +276,7 @@ impl SageTrainOptions {
             lr: 3e-5,
             weight_decay: 0.0,
             cosine: false,
+            whiten: false,
             epochs: 150,
             look_every: 5,
             patience: None,
@@ -695,7 +700,10 @@ struct Run<'a> {
     params: Params,
     network: SageNetwork,
     optimizer: AdamW,
+    /// (A, in_dim_attribute), whitened if the options say so.
     x_attributes: Tensor,
+    /// The whitening map (in_dim_attribute, in_dim_attribute).
+    whitening: Option<Tensor>,
     next_epoch: usize,
     /// Epoch and AUC of the best look, and the weights it had.
     best: Option<(usize, f64)>,
@@ -713,7 +721,14 @@ impl<'a> Run<'a> {
         let params = Params::new(options.seed, device.clone());
         let config = options.config(data.feature_dim());
         let network = SageNetwork::new(config, params.builder(DType::F32));
-        let x_attributes = data.features_tensor(device)?;
+        let mut x_attributes = data.features_tensor(device)?;
+        let whitening = match options.whiten {
+            true => Some(whitening(&x_attributes)?),
+            false => None,
+        };
+        if let Some(map) = &whitening {
+            x_attributes = x_attributes.matmul(map)?;
+        }
         let mut run = Self {
             data,
             split,
@@ -723,6 +738,7 @@ impl<'a> Run<'a> {
             network,
             optimizer: AdamW::new(Vec::new(), AdamWOptions::default())?,
             x_attributes,
+            whitening,
             next_epoch: 0,
             best: None,
             best_weights: BTreeMap::new(),
@@ -859,6 +875,12 @@ impl<'a> Run<'a> {
             if let Some(best) = self.best_weights.get(&name) {
                 var.set(best)?;
             }
+            if let Some(map) = &self.whitening
+                && takes_attribute_features(&name)
+            {
+                // W (T x) = (W T) x, and T is symmetric.
+                var.set(&var.as_tensor().matmul(map)?)?;
+            }
         }
         Ok(TrainedSage {
             options: self.options.clone(),
@@ -917,6 +939,46 @@ impl<'a> Run<'a> {
         self.history = saved.history;
         Ok(())
     }
+}
+
+/// Whether this weight is multiplied with attributes' features.
+fn takes_attribute_features(name: &str) -> bool {
+    let parts = (name.starts_with("c1.user__"), name.starts_with("c1.attr__"));
+    match parts {
+        (true, _) => name.ends_with("lin_r.weight"),
+        (_, true) => name.ends_with("lin_l.weight"),
+        _ => false,
+    }
+}
+
+/// T = (M + εI)^(-1/2), where M is the second moment of the rows of `x` and ε a hundredth of
+/// its mean eigenvalue: rows of x T differ about equally in all directions.
+///
+/// Text vectors of short phrases share most of their length and differ in directions of small
+/// variance; gradient descent finds those late. Whitened, it finds them at once, and since the
+/// map is linear it disappears into the first layer's weights. By the Newton-Schulz iteration
+/// (Higham, "Functions of Matrices", eq. 6.35), which takes only products.
+fn whitening(x: &Tensor) -> Result<Tensor> {
+    const STEPS: usize = 24;
+    let (rows, dim) = x.dims2()?;
+    let moment = (x.t()?.matmul(x)? / rows.max(1) as f64)?;
+    let trace = f64::from(x.sqr()?.sum_all()?.to_scalar::<f32>()?) / rows.max(1) as f64;
+    if trace <= 0.0 {
+        return Ok(Tensor::eye(dim, DType::F32, x.device())?);
+    }
+    let identity = Tensor::eye(dim, DType::F32, x.device())?;
+    let ridged = (moment + (&identity * (0.01 * trace / dim as f64))?)?;
+    // The norm bounds the greatest eigenvalue, so those of `root` start within (0, 1].
+    let norm = f64::from(ridged.sqr()?.sum_all()?.to_scalar::<f32>()?).sqrt();
+    let (mut root, mut inverse) = ((ridged / norm)?, identity.clone());
+    for _ in 0..STEPS {
+        let correction = ((&identity * 3.0)? - inverse.matmul(&root)?)?.affine(0.5, 0.0)?;
+        root = root.matmul(&correction)?;
+        inverse = correction.matmul(&inverse)?;
+    }
+    let map = (inverse / norm.sqrt())?;
+    // Symmetric but for rounding; make it so.
+    Ok(((&map + map.t()?)? / 2.0)?)
 }
 
 fn remove_other_epochs(folder: &Path, epoch: usize) {

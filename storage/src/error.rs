@@ -101,8 +101,8 @@ pub enum StoreError {
     /// The store is being closed.
     #[error("the store is closed; open it again")]
     Closed,
-    /// An event of a batch is not acceptable; none of the batch was applied.
-    #[error("event {index} of the batch: {reason}; nothing of the batch was applied")]
+    /// An item of a list has a name that the store does not take; nothing was stored.
+    #[error("item {index}: {reason}; nothing was stored")]
     Event {
         /// Its place in the batch, from 0.
         index: usize,

@@ -34,17 +34,26 @@
 //!
 //! The bytes on disk are described in FORMAT.md beside this crate.
 
+mod check;
+mod compact;
 mod embed;
 mod error;
+mod export;
 pub mod graph;
 mod log;
 mod mark;
 pub mod sage;
+mod sled_mirror;
 mod snapshot;
 mod state;
 mod store;
+mod stream;
 pub mod workload;
 
+pub use check::CheckReport;
+pub use compact::{CompactReport, RestoreReport, SnapshotReport};
 pub use error::{Result, StoreError};
+pub use export::{Node, communities};
 pub use snapshot::{By, Counts, Embedding, Polarities, Profile, Similar, Snapshot, Suggestion};
 pub use store::{Ack, ForgetReceipt, Options, Receipt, Stats, Store};
+pub use stream::{Stream, StreamCounts, StreamOptions, WhenFull};

@@ -299,6 +299,12 @@ impl Payload {
         (&self.bytes, digest)
     }
 
+    /// The payload's bytes, complete, as a frame would carry them.
+    pub(crate) fn body(&mut self) -> &[u8] {
+        self.close_run();
+        &self.bytes[FRAME_HEADER..]
+    }
+
     /// Gives the buffer back.
     pub(crate) fn into_bytes(self) -> Vec<u8> {
         self.bytes
@@ -646,7 +652,8 @@ impl LogWriter {
         }
     }
 
-    fn write_frame(&mut self, payload: &mut Payload) -> Result<()> {
+    /// Writes one frame, unsynced: a following [`Self::commit`] vouches for it.
+    pub(crate) fn write_frame(&mut self, payload: &mut Payload) -> Result<()> {
         if self.offset > SEGMENT_HEADER as u64
             && self.offset + payload.len() as u64 > self.segment_bytes
         {
@@ -703,8 +710,6 @@ pub(crate) struct LogEnd {
     pub earlier_bytes: u64,
     /// Bytes of a torn tail that nobody was promised.
     pub torn_bytes: u64,
-    /// Whether the log starts with a compaction's base that is whole (or with no base).
-    pub base_whole: bool,
     /// What was wrong, where damage was passed over ([`Strictness::Repair`]).
     pub damage: Option<String>,
 }
@@ -745,7 +750,7 @@ impl Frame<'_> {
 }
 
 /// Reads the log of one generation from its beginning, checks every frame, and gives each to
-/// `visit`. Returns where it ends.
+/// `visit`. Returns where it ends. With `until_frames` it reads that many and no more.
 ///
 /// A damaged frame that the mark vouches for is [`StoreError::Corrupt`]; one beyond the mark
 /// in the last segment is a torn tail, and the log ends before it. A log that ends before the
@@ -756,6 +761,7 @@ pub(crate) fn replay(
     generation: u64,
     mark: Option<&Mark>,
     strictness: Strictness,
+    until_frames: Option<u64>,
     mut visit: impl FnMut(&Frame<'_>) -> Result<()>,
 ) -> Result<LogEnd> {
     let segments: Vec<_> = list_segments(dir)?
@@ -777,7 +783,6 @@ pub(crate) fn replay(
         at: Mark::default(),
         earlier_bytes: 0,
         torn_bytes: 0,
-        base_whole: true,
         damage: None,
     };
     let mut buffer = Vec::new();
@@ -797,9 +802,13 @@ pub(crate) fn replay(
                 generation,
                 mark,
                 strictness,
+                until_frames,
             };
             replay_segment(&context, &mut end, &mut buffer, &mut visit)?
         };
+        if until_frames.is_some_and(|until| end.at.frames >= until) {
+            break;
+        }
         let Some(damage) = damage else { continue };
         let vouched = mark.is_none_or(|m| m.frames > end.at.frames);
         if strictness == Strictness::Exact && (vouched || !last) {
@@ -833,7 +842,9 @@ pub(crate) fn replay(
     }
 }
 
+#[derive(Clone, Copy)]
 struct Context<'a> {
+    until_frames: Option<u64>,
     path: &'a Path,
     number: u64,
     generation: u64,
@@ -882,7 +893,7 @@ fn replay_segment(
     end.number = context.number;
     end.offset = SEGMENT_HEADER as u64;
     end.unsure_from = end.offset;
-    while end.offset < length {
+    while end.offset < length && context.until_frames != Some(end.at.frames) {
         let left = length - end.offset;
         let frame = match read_frame(&mut input, left, end, buffer) {
             Ok(frame) => frame,
@@ -904,12 +915,6 @@ fn replay_segment(
                 return damage(offset, reason);
             }
             other => other?,
-        }
-        if frame.count == 0 && end.at.frames == 0 {
-            end.base_whole = false;
-        }
-        if !end.base_whole && frame.payload.last() == Some(&TAG_BASE_END) {
-            end.base_whole = true;
         }
         end.offset += buffer.len() as u64;
         end.at.digest = digest;

@@ -96,12 +96,15 @@ pub enum Ack {
 }
 
 /// What an append did.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Receipt {
     /// Events that changed a register.
     pub applied: u64,
     /// Events that lost against what the register held, or repeated it.
     pub unchanged: u64,
+    /// Events that are none, by their place in the batch, and why. They were passed over.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub rejected: Vec<(usize, String)>,
     /// A snapshot as of this sequence number or later includes them all.
     pub as_of: u64,
 }
@@ -171,6 +174,8 @@ pub(crate) struct Shared {
     /// Rung after each commit.
     done: Condvar,
     refused: AtomicBool,
+    /// Held while everything is looked at or rewritten: one such work at a time.
+    pub maintenance: Mutex<()>,
     /// Held for its lock.
     lock_file: File,
 }
@@ -312,7 +317,7 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     let places = Places::of(path);
     let mark = mark::read(&places.mark)?;
     let segments = log::list_segments(&places.log)?;
-    let Some(generation) = valid_generation(&places, mark.as_ref(), &segments)? else {
+    let Some(generation) = valid_generation(mark.as_ref(), &segments)? else {
         return start_log(&places, options);
     };
     for (other, _, file) in &segments {
@@ -327,6 +332,7 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
         generation,
         mark.as_ref(),
         strictness,
+        None,
         |frame| state.apply_frame(frame),
     )?;
     for (_, number, file) in segments.iter().filter(|s| s.0 == generation) {
@@ -336,8 +342,11 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     }
     let damage = end.damage.clone();
     let mut log = if end.at.store_id == 0 && end.offset == 0 {
-        // Not even the first segment's header is whole: begin anew after what was known.
-        return start_log(&places, options);
+        // Not even the first segment's header is whole.
+        return Ok(Loaded {
+            damage,
+            ..start_log(&places, options)?
+        });
     } else {
         LogWriter::resume(end, options.segment_bytes)?
     };
@@ -347,33 +356,35 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
 }
 
 /// The generation that counts; `None` where no log was ever completed.
-fn valid_generation(
-    places: &Places,
-    mark: Option<&Mark>,
-    segments: &[(u64, u64, PathBuf)],
-) -> Result<Option<u64>> {
+fn valid_generation(mark: Option<&Mark>, segments: &[(u64, u64, PathBuf)]) -> Result<Option<u64>> {
     if let Some(mark) = mark {
         return Ok(Some(mark.generation));
     }
-    let mut generations: Vec<u64> = segments.iter().map(|s| s.0).collect();
-    generations.dedup();
-    match generations[..] {
-        [] => Ok(None),
-        // Without a mark a first segment that holds no frame was never acknowledged to anyone.
-        [_] if segments.len() == 1 => {
-            let file = &segments[0].2;
-            let length = std::fs::metadata(file).map_err(StoreError::io("read", file))?;
-            Ok((length.len() > log::SEGMENT_HEADER as u64).then_some(segments[0].0))
+    let has_first = |g: u64| segments.iter().any(|(og, n, _)| *og == g && *n == 1);
+    let mut generations = segments.iter().map(|s| s.0).filter(|g| has_first(*g));
+    // Of two, the older counts: a compaction deletes it, beginning with its first segment,
+    // before it lets anyone append to the newer.
+    let Some(oldest) = generations.next() else {
+        return match segments.first() {
+            None => Ok(None),
+            Some((_, _, file)) => Err(StoreError::corrupt(
+                file,
+                0,
+                "expected the first segment of this log beside it, and a mark; got neither",
+            )),
+        };
+    };
+    let bytes = segments
+        .iter()
+        .map(|(_, _, file)| std::fs::metadata(file).map_or(0, |m| m.len()));
+    // Without a mark, segments that hold no frame were never acknowledged to anyone.
+    if bytes.max() <= Some(log::SEGMENT_HEADER as u64) {
+        for (_, _, file) in segments {
+            std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
         }
-        [only] => Ok(Some(only)),
-        _ => Err(StoreError::corrupt(
-            &places.mark,
-            0,
-            format!(
-                "expected a mark that says which of the logs {generations:?} counts, got none that is whole"
-            ),
-        )),
+        return Ok(None);
     }
+    Ok(Some(oldest))
 }
 
 fn start_log(places: &Places, options: &Options) -> Result<Loaded> {
@@ -395,7 +406,7 @@ fn start_log(places: &Places, options: &Options) -> Result<Loaded> {
 }
 
 /// A number that tells stores apart; not a secret.
-fn random_id() -> u64 {
+pub(crate) fn random_id() -> u64 {
     use std::hash::{BuildHasher, Hasher};
     let mut hasher = std::collections::hash_map::RandomState::new().build_hasher();
     hasher.write_i64(now_ms());
@@ -404,15 +415,30 @@ fn random_id() -> u64 {
 }
 
 impl Store {
+    /// Whether a store was made in this directory.
+    pub fn exists(path: impl AsRef<Path>) -> bool {
+        let places = Places::of(path.as_ref());
+        places.mark.is_file() || log::list_segments(&places.log).is_ok_and(|s| !s.is_empty())
+    }
+
     /// Opens the store in a directory, or makes one there. Reads what is needed to answer
     /// (about 5 million events a second), heals a torn end, and owns the directory until it
     /// is dropped: a second open, from whatever process, is [`StoreError::Locked`].
     pub fn open(path: impl AsRef<Path>, options: Options) -> Result<Self> {
-        let path = path.as_ref();
+        Ok(Self::open_with(path.as_ref(), options, Strictness::Exact)?.0)
+    }
+
+    /// Opens, and says where damage was passed over ([`Strictness::Repair`]).
+    pub(crate) fn open_with(
+        path: &Path,
+        options: Options,
+        strictness: Strictness,
+    ) -> Result<(Self, Option<String>)> {
         prepare_directory(path, options.create)?;
         let lock_file = lock_store(path)?;
-        let loaded = load(path, &options, Strictness::Exact)?;
-        Self::start(path, options, lock_file, loaded)
+        let loaded = load(path, &options, strictness)?;
+        let damage = loaded.damage.clone();
+        Ok((Self::start(path, options, lock_file, loaded)?, damage))
     }
 
     fn start(path: &Path, options: Options, lock_file: File, loaded: Loaded) -> Result<Self> {
@@ -437,6 +463,7 @@ impl Store {
             }),
             done: Condvar::new(),
             refused: AtomicBool::new(false),
+            maintenance: Mutex::new(()),
             lock_file,
         });
         let writer = shared.clone();
@@ -462,25 +489,35 @@ impl Store {
 
     /// Takes events, in the caller's order (which only matters for those without a time).
     ///
-    /// All or nothing: one bad name refuses the batch ([`StoreError::Event`]), and after a
-    /// crash a batch is there wholly or not at all, up to 4 MiB encoded (about half a million
-    /// events); a longer one may be cut between such pieces. A snapshot sees it wholly.
+    /// Events whose names the store does not take are passed over and come back in the
+    /// receipt. After a crash the rest of the batch is there wholly or not at all, up to
+    /// 4 MiB encoded (about half a million events); a longer one may be cut between such
+    /// pieces. A snapshot sees it wholly.
     /// Costs about 0.2 µs an event, and one `fdatasync` shared with all who wait.
     pub fn append_with(&self, events: &[Event], ack: Ack) -> Result<Receipt> {
+        let mut rejected = Vec::new();
         for (index, event) in events.iter().enumerate() {
-            event
-                .check_names()
-                .map_err(|reason| StoreError::Event { index, reason })?;
+            if let Err(reason) = event.check_names() {
+                rejected.push((index, reason.to_string()));
+            }
         }
         self.shared.check_writable()?;
         self.shared.wait_for_room()?;
         let receipt = {
             let mut inner = lock(&self.shared.inner);
             self.shared.check_writable()?;
-            inner.append(&self.shared, events)?
+            if rejected.is_empty() {
+                inner.append(&self.shared, events)?
+            } else {
+                let good = without(events, &rejected);
+                inner.append(&self.shared, &good)?
+            }
         };
         self.shared.ring(receipt.as_of, ack)?;
-        Ok(receipt)
+        Ok(Receipt {
+            rejected,
+            ..receipt
+        })
     }
 
     /// A consistent moment to read from, which includes every append that has returned.
@@ -855,6 +892,8 @@ impl Shared {
             return self.commit_all(&mut inner).map(|_| ());
         }
         let mut log = lock(&self.log);
+        // Before the open payload is taken: who rings after this, rings for the next turn.
+        lock(&self.queue).wanted = false;
         let open = match self.inner.try_lock() {
             Ok(mut inner) => Some(inner.take_payload(self)),
             Err(std::sync::TryLockError::Poisoned(e)) => Some(e.into_inner().take_payload(self)),
@@ -862,11 +901,11 @@ impl Shared {
         };
         let mut payloads: Vec<Payload> = {
             let mut queue = lock(&self.queue);
-            if open.is_some() {
-                queue.wanted = false;
-            } else if queue.full.is_empty() {
-                // Somebody is at work; they ring when they are done. A snapshot or a count
-                // does not ring, so look again soon.
+            if open.is_none() {
+                queue.wanted = true;
+            }
+            if open.is_none() && queue.full.is_empty() {
+                // Whoever is at work may not ring (a snapshot does not), so look again soon.
                 drop(log);
                 let wait = Duration::from_micros(50);
                 let _ = self.work.wait_timeout(queue, wait);
@@ -1124,6 +1163,15 @@ impl Inner {
         let differs = held.polarity != register.polarity;
         (differs && (0..ARRIVAL_BUMP_MAX_MS).contains(&ahead)).then(|| held.at + 1)
     }
+}
+
+/// The events that were not rejected.
+fn without(events: &[Event], rejected: &[(usize, String)]) -> Vec<Event> {
+    let mut bad = rejected.iter().map(|r| r.0).peekable();
+    let good = events.iter().enumerate();
+    good.filter(|(index, _)| bad.next_if_eq(index).is_none())
+        .map(|(_, event)| event.clone())
+        .collect()
 }
 
 fn check_vector(what: &'static str, name: &str, vector: &[f32]) -> Result<()> {

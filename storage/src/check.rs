@@ -1,0 +1,213 @@
+//! Proving a store: everything once more from the log alone, compared bit for bit; and
+//! mending what can be mended.
+
+use crate::embed::Embedder;
+use crate::error::Result;
+use crate::graph::{AttributeId, UserId};
+use crate::log::{self, Strictness};
+use crate::state::State;
+use crate::store::{Options, Places, Store, lock};
+use serde::{Deserialize, Serialize};
+use simpatico_schema::{OverlapMode, Sign};
+use std::path::Path;
+use std::time::Instant;
+
+/// Up to so many users, the graph-wide maximum is compared too: it costs all pairs.
+const MAX_OVERLAP_USERS: usize = 5_000;
+/// Up to so many users' embeddings are compared; evenly spaced where there are more.
+const EMBEDDINGS_MAX: usize = 20_000;
+/// Problems named in a report.
+const PROBLEMS_MAX: usize = 20;
+
+/// What a check found.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct CheckReport {
+    /// The sequence number that was checked.
+    pub as_of: u64,
+    /// Users compared.
+    pub users: u64,
+    /// Registers compared.
+    pub registers: u64,
+    /// Edges compared.
+    pub edges: u64,
+    /// Embeddings compared.
+    pub embeddings: u64,
+    /// Rows of the mirror compared.
+    pub mirror_rows: u64,
+    /// 128 bits of everything, in hex.
+    pub digest: String,
+    /// What is not as the log says; empty if all is well. At most 20.
+    pub problems: Vec<String>,
+    /// Whether there are none.
+    pub identical: bool,
+    /// What a repair had to give up; `None` where nothing was, or nothing was repaired.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub given_up: Option<String>,
+    /// How long it took.
+    pub seconds: f64,
+}
+
+impl CheckReport {
+    /// Whether everything is, to the bit, as the log says.
+    pub fn ok(&self) -> bool {
+        self.problems.is_empty()
+    }
+
+    fn problem(&mut self, text: impl FnOnce() -> String) {
+        if self.problems.len() < PROBLEMS_MAX {
+            self.problems.push(text());
+        }
+    }
+}
+
+impl Store {
+    /// Recomputes everything from the log and compares it, bit for bit, with what answers
+    /// are given from: names, registers, edges, postings, features, pairs, edits,
+    /// embeddings, and the rows in sled. Writers go on meanwhile. Costs about an open.
+    pub fn check(&self) -> Result<CheckReport> {
+        let start = Instant::now();
+        let shared = &self.shared;
+        let _one_at_a_time = lock(&shared.maintenance);
+        let (live, at) = {
+            let mut inner = lock(&shared.inner);
+            let log = shared.commit_all(&mut inner)?;
+            (inner.state.clone(), log.at)
+        };
+        let mut fresh = State::default();
+        log::replay(
+            &shared.path,
+            &Places::of(&shared.path).log,
+            at.generation,
+            Some(&at),
+            Strictness::Exact,
+            Some(at.frames),
+            |frame| fresh.apply_frame(frame),
+        )?;
+        fresh.seq = at.seq;
+        let mut report = CheckReport {
+            as_of: live.seq,
+            digest: format!("{:032x}", live.digest()),
+            ..CheckReport::default()
+        };
+        compare_states(&live, &fresh, &mut report);
+        compare_embeddings(&live, &fresh, &mut report);
+        let (rows, problems) = shared.check_mirror(&live);
+        report.mirror_rows = rows;
+        for text in problems {
+            report.problem(|| text);
+        }
+        report.identical = report.ok();
+        report.seconds = start.elapsed().as_secs_f64();
+        Ok(report)
+    }
+
+    /// Makes a store that does not open usable again: its log up to the first damage, its
+    /// mirror anew; then checks it. Says what was given up. The store must not be open.
+    pub fn repair(path: impl AsRef<Path>) -> Result<CheckReport> {
+        let path = path.as_ref();
+        let mark = crate::mark::read(&Places::of(path).mark).ok().flatten();
+        let options = Options {
+            create: false,
+            ..Options::default()
+        };
+        let (store, damage) = Self::open_with(path, options, Strictness::Repair)?;
+        let as_of = store.snapshot().as_of();
+        let lost = mark.map_or(0, |m| m.seq.saturating_sub(as_of));
+        let mut report = store.check()?;
+        if damage.is_some() || lost > 0 {
+            report.given_up = Some(format!(
+                "{lost} acknowledged operations after {as_of}: {}",
+                damage.as_deref().unwrap_or("the log ended early")
+            ));
+        }
+        store.close()?;
+        Ok(report)
+    }
+}
+
+fn compare_states(live: &State, fresh: &State, report: &mut CheckReport) {
+    let (a, b) = (&live.graph, &fresh.graph);
+    let numbers = |s: &State| {
+        let g = &s.graph;
+        let counts = [g.user_count(), g.attribute_count(), g.edge_count() as usize];
+        (s.seq, g.user_id_end(), counts, s.encoder.clone())
+    };
+    if numbers(live) != numbers(fresh) {
+        report.problem(|| {
+            format!(
+                "counts: the log gives {:?}, got {:?}",
+                numbers(fresh),
+                numbers(live)
+            )
+        });
+    }
+    for user in (0..a.user_id_end().max(b.user_id_end())).map(UserId) {
+        if a.user_name(user) != b.user_name(user) {
+            report.problem(|| format!("user {}: another name than in the log", user.0));
+        }
+        report.users += 1;
+        let mut theirs = b.registers(user);
+        for mine in a.registers(user) {
+            report.registers += 1;
+            report.edges += u64::from(mine.1.polarity.sign().is_some());
+            if theirs.next() != Some(mine) {
+                report.problem(|| format!("user {}: another register than in the log", user.0));
+                break;
+            }
+        }
+        if theirs.next().is_some() {
+            report.problem(|| format!("user {}: a register of the log is missing", user.0));
+        }
+        if !a.edges(user).eq(b.edges(user)) {
+            report.problem(|| format!("user {}: other edges than in the log", user.0));
+        }
+    }
+    for attribute in (0..a.attribute_count() as u32).map(AttributeId) {
+        if a.attribute_name(attribute) != b.attribute_name(attribute) {
+            report.problem(|| format!("attribute {}: another name", attribute.0));
+        }
+        for sign in [Sign::Like, Sign::Dislike] {
+            if !a.posting(attribute, sign).eq(b.posting(attribute, sign)) {
+                report.problem(|| format!("attribute {}: another posting", attribute.0));
+            }
+        }
+        if live.feature(attribute) != fresh.feature(attribute) {
+            report.problem(|| format!("attribute {}: another text vector", attribute.0));
+        }
+    }
+    let rest = |s: &State| (s.user_features.clone(), s.pairs.clone(), s.edits.clone());
+    if rest(live) != rest(fresh) {
+        report.problem(|| "learned vectors, pairs or edits: others than in the log".into());
+    }
+    if a.user_count() <= MAX_OVERLAP_USERS {
+        for mode in [OverlapMode::Shared, OverlapMode::Agreeing] {
+            if a.max_overlap(mode) != b.max_overlap(mode) {
+                report
+                    .problem(|| format!("greatest overlap ({mode:?}): another than from the log"));
+            }
+        }
+    }
+}
+
+fn compare_embeddings(live: &State, fresh: &State, report: &mut CheckReport) {
+    let sage = match &live.sage {
+        Embedder::Ready(sage) => sage,
+        Embedder::Unset => return,
+        Embedder::Broken(why) => return report.problem(|| format!("encoder: {}", why.1)),
+    };
+    let empty = crate::sage::Sage::with_cache(sage.encoder().clone(), 0);
+    let again = match fresh.fill_sage(empty, Path::new("")) {
+        Ok(again) => again,
+        Err(e) => return report.problem(|| e.to_string()),
+    };
+    let users: Vec<UserId> = live.users().collect();
+    for user in users.iter().step_by(users.len() / EMBEDDINGS_MAX + 1) {
+        let mine: Vec<_> = live.graph.edges(*user).collect();
+        let theirs: Vec<_> = fresh.graph.edges(*user).collect();
+        let bits = |v: Vec<f32>| v.into_iter().map(f32::to_bits).collect::<Vec<_>>();
+        report.embeddings += 1;
+        if bits(sage.embedding(*user, &mine)) != bits(again.embedding(*user, &theirs)) {
+            report.problem(|| format!("user {}: another embedding than from the log", user.0));
+        }
+    }
+}

@@ -1,1 +1,452 @@
-//! Filled in by the work under way.
+//! Writing text with a [`LanguageModel`]: greedy or by chance, alone or in batches.
+//!
+//! The steps for each token: penalise repetitions, divide by the temperature, keep the top k,
+//! keep the fewest whose probabilities reach top p, draw. The draws come from Philox under
+//! the caller's seed and the prompt's stream, so a prompt gets the same answer in a batch as
+//! alone.
+
+use crate::lm::{Cache, LanguageModel, Placement};
+use crate::lora::Adapter;
+use crate::{Error, Result};
+use candle_core::{D, Tensor};
+use simpatico_schema::random::Philox;
+use std::ops::ControlFlow;
+
+/// How the next token is chosen.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// 0 takes the likeliest token (the lowest id among equals); 1 draws from the model's
+    /// own distribution.
+    pub temperature: f32,
+    /// Draw among the k likeliest. `None`: all.
+    pub top_k: Option<usize>,
+    /// Draw among the fewest tokens that hold this probability together. 1: all.
+    pub top_p: f32,
+    /// Logits of tokens already present are divided by this if positive, else multiplied
+    /// (CTRL, arXiv 1909.05858). 1: no penalty.
+    pub repetition_penalty: f32,
+    /// The seed of the draws.
+    pub seed: u64,
+}
+
+impl Sampling {
+    /// Always the likeliest token.
+    pub fn greedy() -> Self {
+        Self {
+            temperature: 0.0,
+            top_k: None,
+            top_p: 1.0,
+            repetition_penalty: 1.0,
+            seed: 0,
+        }
+    }
+
+    /// Temperature 0.7, top p 0.9.
+    pub fn lively(seed: u64) -> Self {
+        Self {
+            temperature: 0.7,
+            top_p: 0.9,
+            seed,
+            ..Self::greedy()
+        }
+    }
+}
+
+/// When an answer ends, and how it is made.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// At most so many tokens.
+    pub max_tokens: usize,
+    /// How they are chosen.
+    pub sampling: Sampling,
+    /// Texts at which the answer ends; they are not part of it.
+    pub stop: Vec<String>,
+}
+
+impl Options {
+    /// Greedy, at most `max_tokens`, until the model ends its turn.
+    pub fn greedy(max_tokens: usize) -> Self {
+        Self {
+            max_tokens,
+            sampling: Sampling::greedy(),
+            stop: Vec::new(),
+        }
+    }
+}
+
+/// What to go on from.
+#[derive(Clone, Debug, Default)]
+pub struct Prompt {
+    /// A soft prompt [n, hidden] at the front of the sequence.
+    pub soft: Option<Tensor>,
+    /// The tokens after it.
+    pub ids: Vec<u32>,
+    /// Which stream of random numbers it draws from; give different ones to prompts that
+    /// should differ.
+    pub stream: u64,
+}
+
+impl Prompt {
+    /// Tokens alone.
+    pub fn tokens(ids: Vec<u32>) -> Self {
+        Self {
+            ids,
+            ..Self::default()
+        }
+    }
+
+    fn len(&self) -> Result<usize> {
+        let soft = self.soft.as_ref().map_or(Ok(0), |s| s.dim(0))?;
+        Ok(soft + self.ids.len())
+    }
+
+    /// [1, t, hidden]
+    fn embedded(&self, model: &LanguageModel) -> Result<Tensor> {
+        let soft = match &self.soft {
+            Some(soft) => Some(soft.to_dtype(model.decoder.dtype())?.unsqueeze(0)?),
+            None => None,
+        };
+        match (soft, self.ids.is_empty()) {
+            (Some(soft), true) => Ok(soft),
+            (Some(soft), false) => Ok(Tensor::cat(&[soft, model.embed_tokens(&self.ids)?], 1)?),
+            (None, _) => model.embed_tokens(&self.ids),
+        }
+    }
+}
+
+/// Why an answer ended.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Ended {
+    /// The model ended its turn.
+    Turn,
+    /// A stop text came up.
+    Stop,
+    /// It was as long as allowed.
+    Length,
+}
+
+/// An answer.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Answer {
+    /// Its text, without special tokens and stop texts.
+    pub text: String,
+    /// Its tokens, without the one that ended it.
+    pub tokens: Vec<u32>,
+    /// Why it ended.
+    pub ended: Ended,
+}
+
+/// Writes the answer to one prompt. `piece` gets the text as it grows, in whole characters;
+/// when it breaks, the answer is given up with [`Error::Cancelled`], at most one token later.
+pub fn generate(
+    model: &LanguageModel,
+    prompt: &Prompt,
+    adapter: Option<&Adapter>,
+    options: &Options,
+    mut piece: impl FnMut(&str) -> ControlFlow<()>,
+) -> Result<Answer> {
+    check(model, std::slice::from_ref(prompt), options)?;
+    let mut writer = Writer::new(model, prompt, options);
+    let mut state = State::new(model, prompt.len()? + options.max_tokens);
+    let mut logits = state.first(model, prompt, adapter)?;
+    loop {
+        let Some(token) = writer.take(&mut logits)? else {
+            break;
+        };
+        if piece(writer.fresh()).is_break() {
+            return Err(Error::Cancelled);
+        }
+        if writer.ended.is_some() {
+            break;
+        }
+        logits = state.next(model, token, adapter)?;
+    }
+    // What was held back because a stop text might have begun.
+    if piece(writer.fresh()).is_break() {
+        return Err(Error::Cancelled);
+    }
+    writer.answer()
+}
+
+/// Answers to several prompts at once, each what [`generate`] would give it alone.
+pub fn generate_batch(
+    model: &LanguageModel,
+    prompts: &[Prompt],
+    adapter: Option<&Adapter>,
+    options: &Options,
+    mut go_on: impl FnMut() -> ControlFlow<()>,
+) -> Result<Vec<Answer>> {
+    if prompts.is_empty() {
+        return Ok(Vec::new());
+    }
+    check(model, prompts, options)?;
+    let lengths = prompts
+        .iter()
+        .map(Prompt::len)
+        .collect::<Result<Vec<_>>>()?;
+    let longest = lengths.iter().copied().max().unwrap_or(0);
+    let pads: Vec<usize> = lengths.iter().map(|n| longest - n).collect();
+    let rows = prompts
+        .iter()
+        .zip(&pads)
+        .map(|(prompt, pad)| Ok(prompt.embedded(model)?.pad_with_zeros(1, *pad, 0)?))
+        .collect::<Result<Vec<_>>>()?;
+    let decoder = &model.decoder;
+    let placement = Placement::LeftPadded(pads);
+    let mut cache = Cache::new(&decoder.config, longest + options.max_tokens);
+    let mut writers: Vec<Writer> = prompts
+        .iter()
+        .map(|p| Writer::new(model, p, options))
+        .collect();
+    let mut x = Tensor::cat(&rows, 0)?;
+    loop {
+        if go_on().is_break() {
+            return Err(Error::Cancelled);
+        }
+        let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
+        let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
+        let all = decoder.logits(&last)?.to_vec2::<f32>()?;
+        let mut next = Vec::with_capacity(prompts.len());
+        for (writer, mut logits) in writers.iter_mut().zip(all) {
+            let token = match writer.ended {
+                None => writer.take(&mut logits)?,
+                Some(_) => None,
+            };
+            // A row that has ended goes on with anything; nobody reads it.
+            next.push(token.unwrap_or(0));
+        }
+        if writers.iter().all(|w| w.ended.is_some()) {
+            return writers.into_iter().map(Writer::answer).collect();
+        }
+        let rows: Vec<&[u32]> = next.chunks(1).collect();
+        x = decoder.embed(&rows)?;
+    }
+}
+
+fn check(model: &LanguageModel, prompts: &[Prompt], options: &Options) -> Result<()> {
+    let s = &options.sampling;
+    if !(s.temperature >= 0.0 && s.temperature.is_finite())
+        || !(s.top_p > 0.0 && s.top_p <= 1.0)
+        || s.top_k == Some(0)
+        || !(s.repetition_penalty > 0.0 && s.repetition_penalty.is_finite())
+    {
+        return Err(Error::BadRequest(format!(
+            "sampling needs temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 1 and a penalty > 0, got {s:?}"
+        )));
+    }
+    let room = model.decoder.config.positions;
+    for prompt in prompts {
+        let n = prompt.len()?;
+        if n == 0 {
+            return Err(Error::BadRequest("an empty prompt".into()));
+        }
+        if n + options.max_tokens > room {
+            return Err(Error::BadRequest(format!(
+                "a prompt of {n} tokens and an answer of {} exceed the model's {room}; shorten \
+                 the prompt",
+                options.max_tokens
+            )));
+        }
+    }
+    Ok(())
+}
+
+/// The model's memory of one sequence.
+struct State {
+    cache: Cache,
+}
+
+impl State {
+    fn new(model: &LanguageModel, capacity: usize) -> Self {
+        Self {
+            cache: Cache::new(&model.decoder.config, capacity),
+        }
+    }
+
+    fn first(
+        &mut self,
+        model: &LanguageModel,
+        prompt: &Prompt,
+        adapter: Option<&Adapter>,
+    ) -> Result<Vec<f32>> {
+        self.step(model, &prompt.embedded(model)?, adapter)
+    }
+
+    fn next(
+        &mut self,
+        model: &LanguageModel,
+        token: u32,
+        adapter: Option<&Adapter>,
+    ) -> Result<Vec<f32>> {
+        self.step(model, &model.embed_tokens(&[token])?, adapter)
+    }
+
+    /// The logits after the last of the embedded tokens.
+    fn step(
+        &mut self,
+        model: &LanguageModel,
+        x: &Tensor,
+        adapter: Option<&Adapter>,
+    ) -> Result<Vec<f32>> {
+        let decoder = &model.decoder;
+        let causal = Placement::Causal;
+        let h = decoder.hidden(x, &causal, adapter, None, Some(&mut self.cache))?;
+        let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
+        Ok(decoder.logits(&last)?.squeeze(D::Minus2)?.to_vec1()?)
+    }
+}
+
+/// One answer in the making.
+struct Writer<'a> {
+    model: &'a LanguageModel,
+    options: &'a Options,
+    rng: Philox,
+    /// Prompt and answer, for the penalty.
+    seen: Vec<u32>,
+    tokens: Vec<u32>,
+    text: String,
+    /// How much of the text was handed out.
+    told: usize,
+    ended: Option<Ended>,
+}
+
+impl<'a> Writer<'a> {
+    fn new(model: &'a LanguageModel, prompt: &Prompt, options: &'a Options) -> Self {
+        Self {
+            model,
+            options,
+            rng: Philox::new(options.sampling.seed, prompt.stream),
+            seen: prompt.ids.clone(),
+            tokens: Vec::new(),
+            text: String::new(),
+            told: 0,
+            ended: match options.max_tokens {
+                0 => Some(Ended::Length),
+                _ => None,
+            },
+        }
+    }
+
+    /// Chooses the next token; `None` when the answer ended instead.
+    fn take(&mut self, logits: &mut [f32]) -> Result<Option<u32>> {
+        if self.ended.is_some() {
+            return Ok(None);
+        }
+        let token = choose(logits, &self.options.sampling, &self.seen, &mut self.rng)?;
+        if self.model.stop.contains(&token) {
+            self.ended = Some(Ended::Turn);
+            return Ok(None);
+        }
+        self.tokens.push(token);
+        self.seen.push(token);
+        self.text = self.model.tokenizer.decode(&self.tokens)?;
+        if let Some(at) = first_stop(&self.text, &self.options.stop) {
+            self.text.truncate(at);
+            self.ended = Some(Ended::Stop);
+        } else if self.tokens.len() == self.options.max_tokens {
+            self.ended = Some(Ended::Length);
+        }
+        Ok(Some(token))
+    }
+
+    /// The text not yet handed out, without what might become a stop text or is half a
+    /// character.
+    fn fresh(&mut self) -> &str {
+        let mut end = self.text.len();
+        if self.ended.is_none() {
+            end = self.text.trim_end_matches('\u{FFFD}').len();
+            for stop in &self.options.stop {
+                let held = (1..stop.len())
+                    .rev()
+                    .filter(|n| stop.is_char_boundary(*n))
+                    .find(|n| self.text[..end].ends_with(&stop[..*n]));
+                end -= held.unwrap_or(0);
+            }
+        }
+        let from = self.told.min(end);
+        self.told = end.max(self.told);
+        self.text.get(from..end).unwrap_or("")
+    }
+
+    fn answer(self) -> Result<Answer> {
+        Ok(Answer {
+            text: self.text,
+            tokens: self.tokens,
+            ended: self.ended.unwrap_or(Ended::Length),
+        })
+    }
+}
+
+fn first_stop(text: &str, stops: &[String]) -> Option<usize> {
+    stops
+        .iter()
+        .filter(|s| !s.is_empty())
+        .filter_map(|s| text.find(s.as_str()))
+        .min()
+}
+
+/// Chooses a token by its logits; they are changed on the way.
+fn choose(logits: &mut [f32], s: &Sampling, seen: &[u32], rng: &mut Philox) -> Result<u32> {
+    if logits.iter().any(|x| x.is_nan()) {
+        return Err(Error::bad_model(
+            "the language model",
+            "gave a logit that is not a number; its weights or adapter are damaged",
+        ));
+    }
+    if s.repetition_penalty != 1.0 {
+        penalise(logits, s.repetition_penalty, seen);
+    }
+    if s.temperature == 0.0 {
+        let best = logits
+            .iter()
+            .enumerate()
+            .reduce(|a, b| if b.1 > a.1 { b } else { a });
+        return Ok(best.map_or(0, |(id, _)| id as u32));
+    }
+    let mut order: Vec<u32> = (0..logits.len() as u32).collect();
+    let falling = |a: &u32, b: &u32| {
+        let (x, y) = (logits[*a as usize], logits[*b as usize]);
+        y.total_cmp(&x).then(a.cmp(b))
+    };
+    if let Some(k) = s.top_k.filter(|k| *k < order.len()) {
+        order.select_nth_unstable_by(k, falling);
+        order.truncate(k);
+    }
+    order.sort_unstable_by(falling);
+    let highest = f64::from(logits[order[0] as usize]);
+    let weights: Vec<f64> = order
+        .iter()
+        .map(|id| ((f64::from(logits[*id as usize]) - highest) / f64::from(s.temperature)).exp())
+        .collect();
+    let total: f64 = weights.iter().sum();
+    let mut kept = 0.0;
+    let mut n = 0;
+    while n < weights.len() && (n == 0 || kept < f64::from(s.top_p) * total) {
+        kept += weights[n];
+        n += 1;
+    }
+    let mut left = rng.uniform_f64() * kept;
+    for (id, weight) in order.iter().zip(&weights[..n]) {
+        left -= weight;
+        if left < 0.0 {
+            return Ok(*id);
+        }
+    }
+    Ok(order[n - 1])
+}
+
+fn penalise(logits: &mut [f32], penalty: f32, seen: &[u32]) {
+    let mut seen = seen.to_vec();
+    seen.sort_unstable();
+    seen.dedup();
+    for id in seen {
+        if let Some(x) = logits.get_mut(id as usize) {
+            *x = if *x > 0.0 { *x / penalty } else { *x * penalty };
+        }
+    }
+}
+
+#[cfg(test)]
+mod pretrained_tests;
+#[cfg(test)]
+mod tests;

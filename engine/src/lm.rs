@@ -15,9 +15,11 @@
 //! Reference: transformers' `modeling_qwen2.py` and `modeling_llama.py`.
 
 mod config;
+mod language;
 pub mod packed;
 
 pub use config::{Config, Family, RopeScaling};
+pub use language::LanguageModel;
 
 use crate::lora::Adapter;
 use crate::nn::{self, Linear, Mask, RopeLayout};

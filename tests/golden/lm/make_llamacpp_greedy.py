@@ -1,10 +1,14 @@
-"""Greedy tokens of llama.cpp on 20 prompts, for tests/golden/lm/greedy_smollm2.json.
+"""Greedy tokens of llama.cpp on 20 prompts, for greedy_smollm2.json.
 
-Usage: pip install xllamacpp; python make_llamacpp_greedy.py MODEL.gguf OUT.json
-Each row has the prompt's text, its tokens, the 30 tokens that llama.cpp chooses, and for each
-of them the gap between its log-probability and that of the runner-up (a tie is a small gap).
+Usage: pip install xllamacpp gguf; python make_llamacpp_greedy.py MODEL.gguf OUT.json
+The model's weights are first written out as F32 (their values do not change): with quantised
+weights llama.cpp rounds activations to 8 bits, and that noise (0.1 to 0.2 in a logit of this
+model) decides many a close choice. Keys and values are kept as F32 too, for the same reason.
+With --as-is the file is run as it is, for its speed.
+Each row has the prompt's text, the up to 30 tokens that llama.cpp chooses, and for each of them the gap between its log-probability and that of the runner-up (a tie is a small gap).
 """
-import json, sys, time
+import json, os, struct, sys, tempfile
+import gguf, numpy
 import xllamacpp as xl
 
 SYSTEM = "You suggest one edit of a picture that this person would love."
@@ -41,25 +45,57 @@ def chat(caption, likes, dislikes):
             "<|im_start|>assistant\n")
 
 
+def as_f32(source, target):
+    """The same GGUF file with every tensor as F32."""
+    reader = gguf.GGUFReader(source)
+    first = min(t.field.offset for t in reader.tensors)
+    with open(source, "rb") as f:
+        keys = f.read(first)
+    infos, data, at = b"", [], 0
+    for t in reader.tensors:
+        x = gguf.quants.dequantize(t.data, t.tensor_type).astype(numpy.float32)
+        name = t.name.encode()
+        infos += struct.pack("<Q", len(name)) + name + struct.pack("<I", len(t.shape))
+        infos += b"".join(struct.pack("<Q", int(d)) for d in t.shape) + struct.pack("<IQ", 0, at)
+        data.append(x)
+        at += -(-x.nbytes // 32) * 32
+    with open(target, "wb") as f:
+        f.write(keys + infos)
+        for x in data:
+            f.write(b"\0" * (-f.tell() % 32))
+            f.write(x.tobytes())
+
+
 params = xl.CommonParams()
-params.model.path = sys.argv[1]
+if "--as-is" in sys.argv:
+    params.model.path = sys.argv[1]
+else:
+    params.model.path = os.path.join(tempfile.mkdtemp(), "f32.gguf")
+    as_f32(sys.argv[1], params.model.path)
+    params.cache_type_k = params.cache_type_v = xl.ggml_type.GGML_TYPE_F32
+    params.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.n_ctx = 2048
 params.n_parallel = 1
-params.cpuparams.n_threads = 2
-params.cpuparams_batch.n_threads = 2
+params.cpuparams.n_threads = 2 if "--as-is" in sys.argv else 1
+params.cpuparams_batch.n_threads = params.cpuparams.n_threads
 params.warmup = True
 server = xl.Server(params)
 rows, speeds = [], []
 for prompt in [chat(*s) for s in SUBJECTS] + PLAIN:
     answer = server.handle_completions({
         "prompt": prompt, "n_predict": 30, "temperature": 0.0, "top_k": 1, "cache_prompt": False,
-        "n_probs": 2, "return_tokens": True, "ignore_eos": False, "seed": 1,
+        "n_probs": 2, "ignore_eos": False, "seed": 1,
     })
     if isinstance(answer, (str, bytes)):
         answer = json.loads(answer)
-    if "choices" in answer and not rows:
-        print(json.dumps(answer)[:1500])
-    rows.append(answer | {"_prompt": prompt})
-    speeds.append(answer.get("timings"))
-    print(answer.get("timings"))
-json.dump(rows, open(sys.argv[2] + ".raw", "w"))
+    row = {"prompt": prompt, "tokens": [], "gaps": []}
+    for token in answer["choices"][0]["logprobs"]["content"]:
+        top = sorted((t["logprob"] for t in token["top_logprobs"]), reverse=True)
+        row["tokens"].append(token["id"])
+        row["gaps"].append(round(top[0] - top[1], 5))
+    rows.append(row)
+    speeds.append(answer["timings"]["predicted_per_second"])
+    print(answer["timings"])
+print("median tokens/s", sorted(speeds)[len(speeds) // 2])
+with open(sys.argv[2], "w") as out:
+    out.write("[\n" + ",\n".join(json.dumps(r) for r in rows) + "\n]\n")

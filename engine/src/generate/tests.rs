@@ -1,0 +1,228 @@
+use super::*;
+use crate::lm::Precision;
+use crate::weights::Weights;
+use candle_core::{DType, Device};
+use std::path::PathBuf;
+
+fn golden(file: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/golden/lm")
+        .join(file)
+}
+
+/// A tiny checkpoint with the word-level tokenizer; it never ends its turn by itself.
+fn tiny(name: &str) -> LanguageModel {
+    let folder = std::env::temp_dir().join(format!(
+        "simpatico-lm-{name}-{}-{:?}",
+        std::process::id(),
+        std::thread::current().id()
+    ));
+    std::fs::create_dir_all(&folder).unwrap();
+    for file in [
+        format!("{name}/config.json"),
+        format!("{name}/model.safetensors"),
+        "tok/tokenizer.json".into(),
+        "tok/tokenizer_config.json".into(),
+    ] {
+        let from = golden(&file);
+        std::fs::copy(&from, folder.join(from.file_name().unwrap())).unwrap();
+    }
+    let model = LanguageModel::open(&folder, Precision::Dense(DType::F32), &Device::Cpu);
+    std::fs::remove_dir_all(&folder).unwrap();
+    let mut model = model.unwrap();
+    model.stop.clear();
+    model
+}
+
+fn whole(model: &LanguageModel, prompt: &Prompt, options: &Options) -> Answer {
+    generate(model, prompt, None, options, |_| ControlFlow::Continue(())).unwrap()
+}
+
+#[test]
+fn greedy_tokens_equal_those_of_transformers() {
+    let all = Weights::open(&golden("expected.safetensors")).unwrap();
+    let ids = |name: &str| -> Vec<u32> {
+        let t = all.get_any(name, DType::I64, &Device::Cpu).unwrap();
+        let t = t.flatten_all().unwrap().to_vec1::<i64>().unwrap();
+        t.into_iter().map(|i| i as u32).collect()
+    };
+    for name in ["qwen2", "llama"] {
+        let model = tiny(name);
+        let answer = whole(&model, &Prompt::tokens(ids("ids")), &Options::greedy(12));
+        assert_eq!(answer.tokens, ids(&format!("{name}.greedy")), "{name}");
+        assert_eq!(answer.ended, Ended::Length);
+    }
+}
+
+#[test]
+fn a_batch_gives_each_prompt_what_it_gets_alone() {
+    let model = tiny("llama");
+    let soft = Tensor::from_vec(Philox::new(1, 0).normals(3 * 32), (3, 32), &Device::Cpu);
+    let prompts: Vec<Prompt> = [vec![1, 2, 3], vec![7], vec![9, 8, 7, 6, 5, 4]]
+        .into_iter()
+        .enumerate()
+        .map(|(i, ids)| Prompt {
+            soft: (i == 1).then(|| soft.as_ref().unwrap().clone()),
+            ids,
+            stream: i as u64,
+        })
+        .collect();
+    for sampling in [Sampling::greedy(), Sampling::lively(5)] {
+        let options = Options {
+            sampling,
+            ..Options::greedy(10)
+        };
+        let go_on = || ControlFlow::Continue(());
+        let batch = generate_batch(&model, &prompts, None, &options, go_on).unwrap();
+        for (prompt, answer) in prompts.iter().zip(&batch) {
+            assert_eq!(answer, &whole(&model, prompt, &options));
+        }
+    }
+}
+
+#[test]
+fn the_same_seed_gives_the_same_answer_and_another_seed_another() {
+    let model = tiny("llama");
+    let answer = |seed: u64, stream: u64| {
+        let sampling = Sampling {
+            temperature: 1.5,
+            ..Sampling::lively(seed)
+        };
+        let options = Options {
+            sampling,
+            ..Options::greedy(16)
+        };
+        let prompt = Prompt {
+            stream,
+            ..Prompt::tokens(vec![1, 2, 3])
+        };
+        whole(&model, &prompt, &options).tokens
+    };
+    assert_eq!(answer(1, 0), answer(1, 0));
+    assert_ne!(answer(1, 0), answer(2, 0));
+    assert_ne!(answer(1, 0), answer(1, 1));
+}
+
+#[test]
+fn pieces_make_up_the_text_and_stop_texts_are_never_told() {
+    let model = tiny("qwen2");
+    let prompt = Prompt::tokens(vec![3, 14, 15, 9]);
+    let plain = whole(&model, &prompt, &Options::greedy(12));
+    let words: Vec<&str> = plain.text.split(' ').collect();
+    let stop = format!("{} {}", words[4], words[5]);
+    let options = Options {
+        stop: vec![stop.clone()],
+        ..Options::greedy(12)
+    };
+    let mut told = String::new();
+    let answer = generate(&model, &prompt, None, &options, |s| {
+        told.push_str(s);
+        ControlFlow::Continue(())
+    })
+    .unwrap();
+    assert_eq!(told, answer.text);
+    assert!(!told.contains(&stop), "{told}");
+    assert_eq!(answer.ended, Ended::Stop);
+    assert!(plain.text.starts_with(&answer.text));
+}
+
+#[test]
+fn a_broken_callback_cancels_at_once() {
+    let model = tiny("qwen2");
+    let mut calls = 0;
+    let cancelled = generate(
+        &model,
+        &Prompt::tokens(vec![1]),
+        None,
+        &Options::greedy(50),
+        |_| {
+            calls += 1;
+            if calls == 3 {
+                ControlFlow::Break(())
+            } else {
+                ControlFlow::Continue(())
+            }
+        },
+    );
+    assert!(matches!(cancelled, Err(Error::Cancelled)) && calls == 3);
+}
+
+#[test]
+fn the_turn_ends_at_the_models_own_token() {
+    let mut model = tiny("qwen2");
+    let prompt = Prompt::tokens(vec![3, 14, 15, 9]);
+    let plain = whole(&model, &prompt, &Options::greedy(12));
+    model.stop = vec![plain.tokens[3]];
+    let first = plain
+        .tokens
+        .iter()
+        .position(|t| *t == plain.tokens[3])
+        .unwrap();
+    let answer = whole(&model, &prompt, &Options::greedy(12));
+    assert_eq!(answer.tokens, plain.tokens[..first]);
+    assert_eq!(answer.ended, Ended::Turn);
+}
+
+#[test]
+fn impossible_requests_say_why() {
+    let model = tiny("llama");
+    let fail = |prompt: &Prompt, options: &Options| {
+        generate(&model, prompt, None, options, |_| ControlFlow::Continue(()))
+            .unwrap_err()
+            .to_string()
+    };
+    let options = Options::greedy(5);
+    assert!(fail(&Prompt::tokens(vec![]), &options).contains("empty"));
+    assert!(fail(&Prompt::tokens(vec![1; 126]), &options).contains("shorten"));
+    assert!(fail(&Prompt::tokens(vec![64]), &options).contains("vocabulary"));
+    let mut hot = options.clone();
+    hot.sampling.temperature = f32::NAN;
+    assert!(fail(&Prompt::tokens(vec![1]), &hot).contains("temperature"));
+}
+
+#[test]
+fn draws_follow_the_distribution_that_the_settings_leave() {
+    let logits = [2.0f32, 1.0, 0.0, -1.0];
+    let draw = |s: &Sampling, n: usize| {
+        let mut rng = Philox::new(3, 0);
+        let mut counts = [0usize; 4];
+        for _ in 0..n {
+            counts[choose(&mut logits.to_vec(), s, &[], &mut rng).unwrap() as usize] += 1;
+        }
+        counts
+    };
+    let plain = Sampling {
+        temperature: 1.0,
+        ..Sampling::greedy()
+    };
+    let counts = draw(&plain, 20_000);
+    let total: f32 = logits.iter().map(|x| x.exp()).sum();
+    for (count, logit) in counts.iter().zip(logits) {
+        let expected = logit.exp() / total;
+        assert!((*count as f32 / 2e4 - expected).abs() < 0.015, "{counts:?}");
+    }
+    let top_k = Sampling {
+        top_k: Some(2),
+        ..plain.clone()
+    };
+    assert_eq!(draw(&top_k, 500)[2..], [0, 0]);
+    // e^2 / total = 0.64 < 0.7 <= 0.88
+    let top_p = Sampling {
+        top_p: 0.7,
+        ..plain.clone()
+    };
+    let counts = draw(&top_p, 500);
+    assert!(counts[1] > 0 && counts[2..] == [0, 0], "{counts:?}");
+    let penalty = Sampling {
+        repetition_penalty: 4.0,
+        ..Sampling::greedy()
+    };
+    let next = choose(
+        &mut logits.to_vec(),
+        &penalty,
+        &[0, 0, 3],
+        &mut Philox::new(0, 0),
+    );
+    assert_eq!(next.unwrap(), 1);
+    assert!(choose(&mut [0.0, f32::NAN], &plain, &[], &mut Philox::new(0, 0)).is_err());
+}

@@ -1,1 +1,862 @@
-//! Filled in by the work under way.
+//! The policy: from a user, a caption and perhaps a cue to one edit instruction.
+//!
+//! In order: the user's edges and embedding are read from the snapshot; the likes and dislikes
+//! are written into the prompt (newest first, so that what was said a second ago is in it); the
+//! embedding becomes the soft prompt; neighbours fill in where the user has said little; the
+//! language model writes; the answer is cut to one clean sentence, and written again where it
+//! takes up something the user dislikes.
+//!
+//! What belongs to neighbours is treated as theirs: an attribute enters the text only if at
+//! least [`PolicyOptions::k_threshold`] users like it. Names, captions and cues are text to the
+//! model and can never become special tokens (the tokenizer encodes them as ordinary text).
+//!
+//! Not here: training (`train_policy`), pictures.
+
+use crate::bundle::{Bundle, Location};
+use crate::chat::{ChatTemplate, Role, Turn};
+use crate::error::{Error, Result};
+use crate::generate::{Options, Prompt, Sampling, generate};
+use crate::lm::{LanguageModel, Precision};
+use crate::lora::Adapter;
+use crate::soft_prompt::SoftPrompt;
+use crate::synth::{Caption, Split, Synth, SynthPair, SynthUser};
+use crate::tokenizer::Tokenizer;
+use crate::train_policy::{PairGroup, SftGroup, TokenPair};
+use crate::vocabulary::{self, Attribute, Cluster, EditType};
+use crate::{grammar, synth};
+use candle_core::{Device, Tensor};
+use simpatico_schema::edit::{Fallback, InstructRequest, Instruction, WeightedNeighbor, Why};
+use simpatico_schema::random::Philox;
+use simpatico_schema::{OverlapMode, Polarity};
+use simpatico_storage::{Snapshot, StoreError};
+use std::collections::{BTreeMap, BTreeSet};
+use std::ops::ControlFlow;
+use std::path::Path;
+
+/// The first turn of every prompt.
+const SYSTEM: &str = "You suggest one image edit to a person's taste.";
+/// The longest caption or cue, in characters.
+const TEXT_CHARS_MAX: usize = 400;
+/// The longest prompt, in tokens.
+const PROMPT_TOKENS_MAX: usize = 512;
+
+/// What a prompt is written from.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct PromptText<'a> {
+    /// Likes, the weightiest first. No likes and no dislikes: the prompt has no profile.
+    pub likes: Vec<&'a str>,
+    /// Dislikes.
+    pub dislikes: Vec<&'a str>,
+    /// What the picture shows.
+    pub caption: &'a str,
+    /// A wish.
+    pub cue: Option<&'a str>,
+}
+
+/// The ids of a prompt, the model's turn opened.
+pub fn prompt_ids(
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    text: &PromptText,
+) -> Result<Vec<u32>> {
+    let one_line = |s: &str| s.split_whitespace().collect::<Vec<_>>().join(" ");
+    let mut user = String::new();
+    if !text.likes.is_empty() {
+        user += &format!("Likes: {}\n", one_line(&text.likes.join(", ")));
+    }
+    if !text.dislikes.is_empty() {
+        user += &format!("Dislikes: {}\n", one_line(&text.dislikes.join(", ")));
+    }
+    user += &format!("Image: {}\n", one_line(text.caption));
+    if let Some(cue) = text.cue {
+        user += &format!("Wish: {}\n", one_line(cue));
+    }
+    user += "One edit:";
+    let turns = [
+        Turn {
+            role: Role::System,
+            text: SYSTEM,
+        },
+        Turn {
+            role: Role::User,
+            text: &user,
+        },
+    ];
+    template.encode(tokenizer, &turns, true, PROMPT_TOKENS_MAX)
+}
+
+/// The ids of an instruction as the model's answer, the end of its turn included.
+pub fn answer_ids(tokenizer: &Tokenizer, instruction: &str) -> Result<Vec<u32>> {
+    let mut ids = tokenizer.encode(instruction)?;
+    let end = tokenizer
+        .specials()
+        .get("<|im_end|>")
+        .copied()
+        .or(tokenizer.eos);
+    ids.extend(end);
+    Ok(ids)
+}
+
+// ------------------------------------------------------------------------------ answering
+
+/// How the policy answers.
+#[derive(Clone, Debug, PartialEq)]
+pub struct PolicyOptions {
+    /// Neighbours looked at.
+    pub neighbors: usize,
+    /// An attribute known only from neighbours enters only if so many users like it.
+    pub k_threshold: usize,
+    /// The most tokens of an instruction; never more than 64.
+    pub max_tokens: usize,
+    /// Likes written into the prompt.
+    pub likes_shown: usize,
+    /// Dislikes written into the prompt.
+    pub dislikes_shown: usize,
+    /// A user with fewer likes gets suggestions from neighbours up to this number.
+    pub fill_up_to: usize,
+}
+
+impl Default for PolicyOptions {
+    fn default() -> Self {
+        Self {
+            neighbors: 10,
+            k_threshold: 3,
+            max_tokens: 48,
+            likes_shown: 8,
+            dislikes_shown: 4,
+            fill_up_to: 4,
+        }
+    }
+}
+
+/// A language model with our adapter and soft prompt, ready to answer.
+pub struct Policy {
+    /// The language model.
+    pub model: LanguageModel,
+    /// The trained adapter; `None` runs the base model.
+    pub adapter: Option<Adapter>,
+    /// The soft prompt; `None` answers from the text alone.
+    pub soft: Option<SoftPrompt>,
+    /// Settings.
+    pub options: PolicyOptions,
+}
+
+impl Policy {
+    /// Opens what a bundle says: language model, adapter and soft prompt.
+    pub fn open(bundle: &Bundle, device: &Device) -> Result<Self> {
+        let roles = &bundle.manifest.roles;
+        let model_path = bundle.role("language_model", roles.language_model.as_ref())?;
+        let model = LanguageModel::open(&model_path, Precision::Quantised, device)?;
+        let adapter = match optional(bundle, roles.adapters.as_ref())? {
+            Some(folder) => Some(Adapter::load(&folder, &model.decoder.config, device)?),
+            None => None,
+        };
+        let soft = match optional(bundle, roles.soft_prompt.as_ref())? {
+            Some(file) => Some(SoftPrompt::load(&file, device)?.0),
+            None => None,
+        };
+        let options = PolicyOptions {
+            neighbors: bundle.manifest.settings.neighbors,
+            max_tokens: bundle.manifest.settings.max_tokens,
+            ..PolicyOptions::default()
+        };
+        Self::new(model, adapter, soft, options)
+    }
+
+    /// From parts; an error where the soft prompt does not fit the model.
+    pub fn new(
+        model: LanguageModel,
+        adapter: Option<Adapter>,
+        soft: Option<SoftPrompt>,
+        options: PolicyOptions,
+    ) -> Result<Self> {
+        if let Some(soft) = soft
+            .as_ref()
+            .filter(|s| s.config.hidden != model.decoder.config.hidden)
+        {
+            let (expected, got) = (model.decoder.config.hidden, soft.config.hidden);
+            let reason = format!("expected tokens of width {expected}, the model's, got {got}");
+            return Err(Error::bad_model("soft prompt", reason));
+        }
+        if model.template.is_none() {
+            let reason = "has no chat template; give the bundle a tokenizer_config.json";
+            return Err(Error::bad_model("language model", reason));
+        }
+        Ok(Self {
+            model,
+            adapter,
+            soft,
+            options,
+        })
+    }
+
+    /// One instruction. The same request on the same snapshot gives the same words.
+    pub fn instruct(&self, snapshot: &Snapshot, request: &InstructRequest) -> Result<Instruction> {
+        check_request(request)?;
+        let taste = self.taste(snapshot, request)?;
+        let soft = self.soft_tokens(snapshot, request, &taste)?;
+        let text = PromptText {
+            likes: taste.shown.iter().map(String::as_str).collect(),
+            dislikes: taste
+                .dislikes
+                .iter()
+                .take(self.options.dislikes_shown)
+                .map(String::as_str)
+                .collect(),
+            caption: &request.caption,
+            cue: request.cue.as_deref().filter(|c| !c.trim().is_empty()),
+        };
+        let Some(template) = &self.model.template else {
+            return Err(Error::bad_model("language model", "has no chat template"));
+        };
+        let ids = prompt_ids(&self.model.tokenizer, template, &text)?;
+        let instruction = self.write(&ids, soft, request, &taste)?;
+        Ok(Instruction {
+            why: self.why(snapshot, request, &taste, &instruction)?,
+            fallback: taste.unknown.then_some(Fallback::Generic),
+            instruction,
+        })
+    }
+
+    fn write(
+        &self,
+        ids: &[u32],
+        soft: Option<Tensor>,
+        request: &InstructRequest,
+        taste: &Asked,
+    ) -> Result<String> {
+        let most = request
+            .max_tokens
+            .unwrap_or(self.options.max_tokens)
+            .clamp(1, 64);
+        let mut best: Option<(usize, String)> = None;
+        for attempt in 0..4u64 {
+            let warm = if attempt == 0 {
+                request.temperature
+            } else {
+                request.temperature.max(0.8)
+            };
+            let sampling = Sampling {
+                temperature: warm,
+                top_p: 0.9,
+                seed: request.seed,
+                ..Sampling::greedy()
+            };
+            let options = Options {
+                max_tokens: most,
+                sampling,
+                stop: vec!["\n".into()],
+            };
+            let prompt = Prompt {
+                soft: soft.clone(),
+                ids: ids.to_vec(),
+                stream: attempt,
+            };
+            let go_on = |_: &str| ControlFlow::Continue(());
+            let answer = generate(&self.model, &prompt, self.adapter.as_ref(), &options, go_on)?;
+            let words = clean(&answer.text);
+            if words.is_empty() {
+                continue;
+            }
+            let unwanted = named_in(&words, &taste.dislikes).len();
+            if unwanted == 0 {
+                return Ok(words);
+            }
+            if best.as_ref().is_none_or(|(n, _)| unwanted < *n) {
+                best = Some((unwanted, words));
+            }
+        }
+        best.map(|b| b.1).ok_or_else(|| {
+            Error::BadRequest(
+                "the language model gave no usable sentence; try another seed, or check that \
+                 adapter and model belong together"
+                    .into(),
+            )
+        })
+    }
+
+    fn soft_tokens(
+        &self,
+        snapshot: &Snapshot,
+        request: &InstructRequest,
+        taste: &Asked,
+    ) -> Result<Option<Tensor>> {
+        let Some(soft) = self.soft.as_ref().filter(|_| !taste.unknown) else {
+            return Ok(None);
+        };
+        // Without a trained encoder in the store the text alone must do.
+        let vector = match snapshot.embedding(&request.user) {
+            Ok(embedding) => embedding.vector,
+            Err(_) => return Ok(None),
+        };
+        let n = vector.len();
+        let vector = Tensor::from_vec(vector, (1, n), self.model.decoder.device())?;
+        Ok(Some(soft.forward(&vector)?.squeeze(0)?))
+    }
+
+    /// What the snapshot says about the user, and what of it goes into the prompt.
+    fn taste(&self, snapshot: &Snapshot, request: &InstructRequest) -> Result<Asked> {
+        let mut asked = Asked {
+            unknown: true,
+            ..Asked::default()
+        };
+        if !snapshot.has_user(&request.user) {
+            return Ok(asked);
+        }
+        let mut registers = snapshot.registers(&request.user).map_err(store_error)?;
+        registers.sort_by(|a, b| (b.at, &b.id, &b.attribute).cmp(&(a.at, &a.id, &a.attribute)));
+        for event in registers {
+            match event.polarity {
+                Polarity::Like => asked.likes.push(event.attribute),
+                Polarity::Dislike => asked.dislikes.push(event.attribute),
+                Polarity::Pass | Polarity::Clear => {}
+            }
+        }
+        asked.unknown = asked.likes.is_empty() && asked.dislikes.is_empty();
+        if asked.unknown {
+            return Ok(asked);
+        }
+        let profile = snapshot
+            .profile(&request.user, self.options.neighbors)
+            .map_err(store_error)?;
+        asked.neighbors = profile
+            .neighbors
+            .iter()
+            .map(|n| (n.user.clone(), n.overlap.unwrap_or(0)))
+            .collect();
+        let popular = |a: &str| {
+            snapshot
+                .degrees(a)
+                .is_some_and(|(likes, _)| likes >= self.options.k_threshold)
+        };
+        asked.suggestions = profile
+            .suggestions
+            .into_iter()
+            .filter(|s| s.weight > 0.0 && popular(&s.attribute))
+            .map(|s| s.attribute)
+            .take(12)
+            .collect();
+        let mut random = Philox::new(request.seed, 0x7368_6f77);
+        // Everything newly said stands in the prompt; of a longer history, the newest likes and
+        // a draw from the rest, so that not every picture gets the same ones.
+        let most = self.options.likes_shown;
+        let mut shown: Vec<String> = asked.likes.iter().take(most / 2).cloned().collect();
+        let mut rest: Vec<String> = asked.likes.iter().skip(most / 2).cloned().collect();
+        random.shuffle(&mut rest);
+        shown.extend(rest.into_iter().take(most - shown.len()));
+        let room = self.options.fill_up_to.saturating_sub(shown.len()).min(2);
+        shown.extend(asked.suggestions.iter().take(room).cloned());
+        explore(
+            snapshot,
+            request.explore,
+            &asked,
+            &mut shown,
+            self.options.k_threshold,
+            &mut random,
+        )?;
+        asked.shown = shown;
+        Ok(asked)
+    }
+
+    fn why(
+        &self,
+        snapshot: &Snapshot,
+        request: &InstructRequest,
+        asked: &Asked,
+        words: &str,
+    ) -> Result<Why> {
+        let own = named_in(words, &asked.likes);
+        let total: f64 = asked.neighbors.iter().map(|n| f64::from(n.1)).sum();
+        Ok(Why {
+            likes: own,
+            dislikes: asked.dislikes.clone(),
+            neighbors: asked
+                .neighbors
+                .iter()
+                .map(|(user, overlap)| WeightedNeighbor {
+                    user: user.clone(),
+                    overlap: *overlap,
+                    weight: if total > 0.0 {
+                        f64::from(*overlap) / total
+                    } else {
+                        0.0
+                    },
+                })
+                .collect(),
+            from_neighbors: named_in(words, &asked.suggestions),
+            explore: request.explore.clamp(0.0, 1.0),
+            as_of: snapshot.as_of(),
+        })
+    }
+}
+
+fn optional(bundle: &Bundle, location: Option<&Location>) -> Result<Option<std::path::PathBuf>> {
+    location.map(|l| bundle.path(l)).transpose()
+}
+
+/// What was found out about a user for one request.
+#[derive(Default)]
+struct Asked {
+    unknown: bool,
+    likes: Vec<String>,
+    dislikes: Vec<String>,
+    neighbors: Vec<(String, u32)>,
+    suggestions: Vec<String>,
+    shown: Vec<String>,
+}
+
+fn store_error(e: StoreError) -> Error {
+    Error::BadRequest(format!("reading the store: {e}"))
+}
+
+fn check_request(request: &InstructRequest) -> Result<()> {
+    let too_long = |what: &str, text: &str| {
+        let n = text.chars().count();
+        let reason =
+            format!("the {what} has {n} characters, at most {TEXT_CHARS_MAX} are read; shorten it");
+        (n > TEXT_CHARS_MAX).then_some(Error::BadRequest(reason))
+    };
+    if let Some(e) = too_long("caption", &request.caption) {
+        return Err(e);
+    }
+    if let Some(e) = request.cue.as_deref().and_then(|c| too_long("cue", c)) {
+        return Err(e);
+    }
+    if !(0.0..=1.0).contains(&request.explore) {
+        return Err(Error::BadRequest(format!(
+            "explore: expected 0 to 1, got {}",
+            request.explore
+        )));
+    }
+    if !(0.0..=5.0).contains(&request.temperature) {
+        return Err(Error::BadRequest(format!(
+            "temperature: expected 0 to 5, got {}",
+            request.temperature
+        )));
+    }
+    Ok(())
+}
+
+/// Replaces a share of the shown likes with attributes from beyond the user's circle: liked by
+/// enough users, held by neither the user nor the neighbours.
+fn explore(
+    snapshot: &Snapshot,
+    share: f32,
+    asked: &Asked,
+    shown: &mut Vec<String>,
+    k_threshold: usize,
+    random: &mut Philox,
+) -> Result<()> {
+    let count = (share * shown.len().max(1) as f32).round() as usize;
+    if count == 0 {
+        return Ok(());
+    }
+    let mut circle: BTreeSet<String> = asked.likes.iter().chain(&asked.dislikes).cloned().collect();
+    for (neighbor, _) in &asked.neighbors {
+        circle.extend(
+            snapshot
+                .edges(neighbor)
+                .map_err(store_error)?
+                .into_iter()
+                .map(|e| e.0),
+        );
+    }
+    let mut beyond: Vec<String> = snapshot
+        .attributes()
+        .filter(|a| !circle.contains(*a))
+        .filter(|a| {
+            snapshot
+                .degrees(a)
+                .is_some_and(|(likes, dislikes)| likes >= k_threshold && likes > dislikes)
+        })
+        .map(str::to_string)
+        .collect();
+    random.shuffle(&mut beyond);
+    beyond.truncate(count);
+    shown.truncate(shown.len().saturating_sub(beyond.len()));
+    // What is meant to be new stands first, where it weighs most.
+    beyond.append(shown);
+    *shown = beyond;
+    Ok(())
+}
+
+/// Which of the attributes a sentence takes up: by a known wording, or by name.
+pub fn named_in(sentence: &str, attributes: &[String]) -> Vec<String> {
+    let known: BTreeSet<&str> = vocabulary::mentioned(sentence)
+        .iter()
+        .map(|a| a.name)
+        .collect();
+    let lower = sentence.to_lowercase();
+    let by_name = |a: &str| {
+        let name = vocabulary::strip_article(a).to_lowercase();
+        name.len() > 2 && lower.contains(&name)
+    };
+    let says = |a: &&String| match vocabulary::find(a) {
+        Some(_) => known.contains(a.as_str()),
+        None => by_name(a),
+    };
+    attributes.iter().filter(says).cloned().collect()
+}
+
+/// One line, no quotes around it, no control characters, no addresses; the first sentence or
+/// two, with a full stop.
+pub fn clean(text: &str) -> String {
+    let line = text
+        .lines()
+        .map(str::trim)
+        .find(|l| !l.is_empty())
+        .unwrap_or("");
+    let line: String = line.chars().filter(|c| !c.is_control()).collect();
+    let words: Vec<&str> = line.split_whitespace().filter(|w| !is_address(w)).collect();
+    let line = words.join(" ");
+    let line = line.trim_matches(|c: char| "\"'`*“”".contains(c)).trim();
+    let end = line
+        .char_indices()
+        .filter(|(_, c)| ".!?".contains(*c))
+        .map(|(i, _)| i + 1)
+        .last();
+    let line = match end {
+        Some(end) if end * 2 >= line.len() => &line[..end],
+        _ => line,
+    };
+    match line.is_empty() || line.ends_with(['.', '!', '?']) {
+        true => line.to_string(),
+        false => format!("{}.", line.trim_end_matches([',', ';', ':', ' ', '-'])),
+    }
+}
+
+fn is_address(word: &str) -> bool {
+    let word = word.to_lowercase();
+    word.contains("://") || word.starts_with("www.") || word.contains(".com") || word.contains('@')
+}
+
+// --------------------------------------------------------------------------- training data
+
+/// Prompts with good instructions for supervised fine-tuning: profiles of 1 to 8 likes with
+/// instructions that take them up (now and then a kindred attribute), captions alone with
+/// anyone's instructions, and cues that name a kind of edit or a feeling. `n` groups of up to six.
+pub fn sft_groups(
+    synth: &Synth,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    n: usize,
+    seed: u64,
+) -> Result<Vec<SftGroup>> {
+    let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
+    let users: Vec<&SynthUser> = synth
+        .users
+        .iter()
+        .filter(|u| !held.contains(&u.user))
+        .collect();
+    let mut groups = Vec::with_capacity(n);
+    for i in 0..n {
+        let mut random = Philox::new(seed, 0x7366_7400_0000 + i as u64);
+        let (Some(user), Some(caption)) = (random.choose(&users), random.choose(&synth.captions))
+        else {
+            return Err(Error::BadRequest(
+                "the data set has no users or no captions".into(),
+            ));
+        };
+        groups.push(sft_group(user, caption, tokenizer, template, &mut random)?);
+    }
+    Ok(groups)
+}
+
+/// What a cue asks for, in words.
+fn cue_words(kind: EditType) -> &'static [&'static str] {
+    match kind {
+        EditType::Color => &["new colors", "change the colors", "a different color mood"],
+        EditType::Style => &[
+            "another art style",
+            "change the style",
+            "make it a piece of art",
+        ],
+        EditType::ObjectAddition => &[
+            "add something",
+            "put an object in the scene",
+            "one more thing in it",
+        ],
+        EditType::Background => &["change the background", "another place", "a new backdrop"],
+        EditType::Texture => &[
+            "another material",
+            "change its surface",
+            "a new texture or pattern",
+        ],
+        EditType::Overlay => &[
+            "light and atmosphere",
+            "something over the picture",
+            "change the light",
+        ],
+    }
+}
+
+fn sft_group(
+    user: &SynthUser,
+    caption: &Caption,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    random: &mut Philox,
+) -> Result<SftGroup> {
+    let find = |names: &[String]| -> Vec<&'static Attribute> {
+        names
+            .iter()
+            .filter(|n| !user.held_out_likes.contains(n))
+            .filter_map(|n| vocabulary::find(n))
+            .collect()
+    };
+    let (mut likes, mut dislikes) = (find(&user.likes), find(&user.dislikes));
+    random.shuffle(&mut likes);
+    random.shuffle(&mut dislikes);
+    likes.truncate(1 + random.below(8) as usize);
+    dislikes.truncate(random.below(5) as usize);
+    let object = format!("the {}", caption.object);
+    let mode = random.uniform();
+    let kindred = |random: &mut Philox| kindred_of(&likes, &dislikes, random);
+    let mut cue: Option<String> = None;
+    let mut tone: Option<&'static str> = None;
+    let mut wanted: Vec<&'static Attribute> = Vec::new();
+    if mode < 0.15 || likes.is_empty() {
+        (likes.clear(), dislikes.clear());
+        let common: Vec<&Attribute> = vocabulary::all().iter().filter(|a| a.rarity == 0).collect();
+        wanted.extend((0..6).filter_map(|_| random.choose(&common).copied()));
+    } else if mode < 0.3 {
+        let kind = random
+            .choose(&EditType::ALL)
+            .copied()
+            .unwrap_or(EditType::Color);
+        cue = random.choose(cue_words(kind)).map(|c| c.to_string());
+        wanted.extend(likes.iter().copied().filter(|a| a.edit_type() == kind));
+        for _ in 0..40 {
+            if wanted.len() >= 4 {
+                break;
+            }
+            wanted.extend(kindred(random).filter(|a| a.edit_type() == kind));
+        }
+    } else if mode < 0.38 {
+        let cluster = random
+            .choose(&Cluster::ALL)
+            .copied()
+            .unwrap_or(Cluster::Cabin);
+        tone = random.choose(grammar::tones(cluster)).copied();
+        cue = tone.map(|t| format!("make it {t}"));
+        let fits = |a: &&'static Attribute| a.clusters.contains(&cluster);
+        wanted.extend(likes.iter().copied().filter(fits));
+        let own: Vec<&'static Attribute> = vocabulary::all()
+            .iter()
+            .filter(|a| fits(a) && a.rarity < 2 && !dislikes.iter().any(|d| d.name == a.name))
+            .collect();
+        wanted.extend((0..4).filter_map(|_| random.choose(&own).copied()));
+    } else {
+        wanted.extend(likes.iter().copied().take(5));
+        wanted.extend(
+            likes
+                .iter()
+                .copied()
+                .take(6usize.saturating_sub(wanted.len()).min(2)),
+        );
+        wanted.extend(kindred(random));
+    }
+    wanted.truncate(6);
+    if wanted.is_empty() {
+        wanted.extend(likes.first());
+    }
+    let mut completions = Vec::new();
+    for attribute in &wanted {
+        let second = random
+            .choose(&likes)
+            .copied()
+            .filter(|s| s.edit_type() != attribute.edit_type());
+        let second = second.filter(|_| cue.is_none() && random.uniform() < 0.25);
+        let both: Vec<&Attribute> = std::iter::once(*attribute).chain(second).collect();
+        let feeling = random
+            .choose(attribute.clusters)
+            .and_then(|c| random.choose(grammar::tones(*c)).copied());
+        let feeling = tone.or(feeling.filter(|_| random.uniform() < 0.2));
+        completions.push(answer_ids(
+            tokenizer,
+            &grammar::instruction(random, &object, &both, feeling),
+        )?);
+    }
+    let text = PromptText {
+        likes: likes.iter().map(|a| a.name).collect(),
+        dislikes: dislikes.iter().map(|a| a.name).collect(),
+        caption: &caption.caption,
+        cue: cue.as_deref(),
+    };
+    Ok(SftGroup {
+        prompt: prompt_ids(tokenizer, template, &text)?,
+        completions,
+    })
+}
+
+/// An attribute that shares a cluster with the likes and is not among the dislikes.
+fn kindred_of(
+    likes: &[&'static Attribute],
+    dislikes: &[&'static Attribute],
+    random: &mut Philox,
+) -> Option<&'static Attribute> {
+    let mut shared: BTreeMap<Cluster, usize> = BTreeMap::new();
+    likes
+        .iter()
+        .flat_map(|a| a.clusters)
+        .for_each(|c| *shared.entry(*c).or_default() += 1);
+    let most = shared.values().max().copied()?;
+    let clusters: Vec<Cluster> = shared
+        .into_iter()
+        .filter(|(_, n)| *n == most)
+        .map(|(c, _)| c)
+        .collect();
+    let cluster = random.choose(&clusters)?;
+    let pool: Vec<&'static Attribute> = vocabulary::all()
+        .iter()
+        .filter(|a| a.clusters.contains(cluster) && !dislikes.iter().any(|d| d.name == a.name))
+        .collect();
+    random.choose(&pool).copied()
+}
+
+/// The training pairs of a data set in tokens, grouped by user, caption and whether the profile
+/// is written: half of the prompts show 1 to 8 of the stated likes and up to 4 dislikes, half
+/// show the caption alone, so that the embedding must carry the taste.
+pub fn pair_groups(
+    synth: &Synth,
+    tokenizer: &Tokenizer,
+    template: &ChatTemplate,
+    split: Split,
+    users: usize,
+    seed: u64,
+) -> Result<Vec<PairGroup>> {
+    let by_name: BTreeMap<&str, (usize, &SynthUser)> = synth
+        .users
+        .iter()
+        .enumerate()
+        .map(|(i, u)| (u.user.as_str(), (i, u)))
+        .collect();
+    let mut sets: BTreeMap<(&str, &str), Vec<&SynthPair>> = BTreeMap::new();
+    for pair in synth.pairs.iter().filter(|p| p.split == split) {
+        sets.entry((&pair.user, &pair.caption))
+            .or_default()
+            .push(pair);
+    }
+    let mut groups = Vec::new();
+    for ((name, caption), pairs) in sets {
+        let Some((i, user)) = by_name.get(name).filter(|(i, _)| *i < users) else {
+            continue;
+        };
+        let mut random = Philox::new(seed, (*i as u64) << 16 | groups.len() as u64);
+        let profile = random.uniform() < 0.5;
+        let (likes, dislikes) = shown_profile(user, &mut random);
+        let text = PromptText {
+            likes: if profile { likes } else { Vec::new() },
+            dislikes: if profile { dislikes } else { Vec::new() },
+            caption,
+            cue: None,
+        };
+        let pairs = pairs.iter().map(|p| {
+            Ok(TokenPair {
+                chosen: answer_ids(tokenizer, &p.chosen)?,
+                rejected: answer_ids(tokenizer, &p.rejected)?,
+            })
+        });
+        groups.push(PairGroup {
+            user: name.to_string(),
+            prompt: prompt_ids(tokenizer, template, &text)?,
+            pairs: pairs.collect::<Result<_>>()?,
+        });
+    }
+    Ok(groups)
+}
+
+/// Up to 8 stated likes and up to 4 dislikes, drawn.
+pub fn shown_profile<'a>(user: &'a SynthUser, random: &mut Philox) -> (Vec<&'a str>, Vec<&'a str>) {
+    let mut likes: Vec<&str> = user
+        .likes
+        .iter()
+        .filter(|l| !user.held_out_likes.contains(l))
+        .map(String::as_str)
+        .collect();
+    let mut dislikes: Vec<&str> = user.dislikes.iter().map(String::as_str).collect();
+    random.shuffle(&mut likes);
+    random.shuffle(&mut dislikes);
+    likes.truncate(1 + random.below(8) as usize);
+    dislikes.truncate(random.below(5) as usize);
+    (likes, dislikes)
+}
+
+/// Each user's neighbours in a snapshot, by agreeing attributes (`agreeing`) or Eq. 6 to the
+/// letter, with their overlaps, as row numbers of `index`.
+pub fn neighbor_rows(
+    snapshot: &Snapshot,
+    index: &BTreeMap<String, usize>,
+    k: usize,
+    mode: OverlapMode,
+) -> Result<Vec<Vec<(usize, f64)>>> {
+    let mut rows = vec![Vec::new(); index.len()];
+    for (user, row) in index {
+        for (name, overlap) in snapshot.overlaps(user, k, mode).map_err(store_error)? {
+            if let Some(v) = index.get(name) {
+                rows[*row].push((*v, f64::from(overlap)));
+            }
+        }
+    }
+    Ok(rows)
+}
+
+/// Reads a data set folder, or makes the default one when none is given.
+pub fn read_or_make(folder: Option<&Path>, options: &synth::SynthOptions) -> Result<Synth> {
+    match folder {
+        Some(folder) => synth::read(folder),
+        None => synth::generate(options),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn answers_become_one_clean_sentence() {
+        assert_eq!(clean("  \"Add snow.\"\nMore"), "Add snow.");
+        assert_eq!(
+            clean("Add snow from https://x.y/z now"),
+            "Add snow from now."
+        );
+        assert_eq!(clean("Add snow. And then th"), "Add snow.");
+        assert_eq!(clean("Paint it,"), "Paint it.");
+        assert_eq!(clean("\u{7}\n\n"), "");
+    }
+
+    #[test]
+    fn attributes_are_found_by_wording_and_by_name() {
+        let own = [
+            "rustic wood".to_string(),
+            "Grandma's quilt".into(),
+            "falling snow".into(),
+        ];
+        let found = named_in("Cover it with grandma's quilt over old barn wood.", &own);
+        assert_eq!(found, ["rustic wood", "Grandma's quilt"]);
+    }
+
+    #[test]
+    fn requests_that_cannot_be_met_say_why() {
+        let mut request = InstructRequest {
+            caption: "x".repeat(401),
+            ..InstructRequest::default()
+        };
+        assert!(
+            check_request(&request)
+                .unwrap_err()
+                .to_string()
+                .contains("shorten")
+        );
+        request.caption = "a cat".into();
+        request.explore = 2.0;
+        assert!(
+            check_request(&request)
+                .unwrap_err()
+                .to_string()
+                .contains("0 to 1")
+        );
+        request.explore = f32::NAN;
+        assert!(check_request(&request).is_err());
+    }
+}

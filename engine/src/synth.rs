@@ -653,7 +653,15 @@ impl Taste {
             .map(|a| (a, affinity(&self.clusters, a)))
             .filter(|(_, w)| *w > 0.0)
             .collect();
-        weighted(random, &unstated).or_else(|| random.choose(&direct).copied())
+        let near =
+            |a: &&'static Attribute| affinity(&self.clusters, a) > 0.0 && a.edit_type() == kind;
+        let near: Vec<&'static Attribute> = vocabulary::all().iter().filter(near).collect();
+        let allowed =
+            |a: &&&'static Attribute| testing || !self.held_out.iter().any(|h| h.name == a.name);
+        let near: Vec<&'static Attribute> = near.iter().filter(allowed).copied().collect();
+        weighted(random, &unstated)
+            .or_else(|| random.choose(&direct).copied())
+            .or_else(|| random.choose(&near).copied())
     }
 
     /// Something of that kind the user would not want: a stated dislike half of the time, else
@@ -696,7 +704,11 @@ impl Taste {
             })
             .filter(|(_, w)| *w > 0.0)
             .collect();
-        weighted(random, &pool).or_else(|| random.choose(&stated).copied())
+        let any = || vocabulary::all().iter().filter(|a| a.edit_type() == kind);
+        let any: Vec<&'static Attribute> = any().filter(|a| !liked(a)).collect();
+        weighted(random, &pool)
+            .or_else(|| random.choose(&stated).copied())
+            .or_else(|| random.choose(&any).copied())
     }
 }
 

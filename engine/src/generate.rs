@@ -5,7 +5,7 @@
 //! the caller's seed and the prompt's stream, so a prompt gets the same answer in a batch as
 //! alone.
 
-use crate::lm::{Cache, LanguageModel, Placement};
+use crate::lm::{Cache, LanguageModel, Placement, Session};
 use crate::lora::Adapter;
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
@@ -147,8 +147,8 @@ pub fn generate(
 ) -> Result<Answer> {
     check(model, std::slice::from_ref(prompt), options)?;
     let mut writer = Writer::new(model, prompt, options);
-    let mut state = State::new(model, prompt.len()? + options.max_tokens);
-    let mut logits = state.first(model, prompt, adapter)?;
+    let mut state = State::new(model, adapter, prompt.len()? + options.max_tokens)?;
+    let mut logits = state.read(model, &prompt.embedded(model)?)?;
     loop {
         let Some(token) = writer.take(&mut logits)? else {
             break;
@@ -159,7 +159,7 @@ pub fn generate(
         if writer.ended.is_some() {
             break;
         }
-        logits = state.next(model, token, adapter)?;
+        logits = state.next(model, token)?;
     }
     // What was held back because a stop text might have begun.
     if piece(writer.fresh()).is_break() {
@@ -252,45 +252,37 @@ fn check(model: &LanguageModel, prompts: &[Prompt], options: &Options) -> Result
 }
 
 /// The model's memory of one sequence.
-struct State {
-    cache: Cache,
+enum State<'a> {
+    /// On a CPU: without tensors.
+    Session(Session<'a>),
+    /// Elsewhere.
+    Cached(Cache, Option<&'a Adapter>),
 }
 
-impl State {
-    fn new(model: &LanguageModel, capacity: usize) -> Self {
-        Self {
-            cache: Cache::new(&model.decoder.config, capacity),
-        }
+impl<'a> State<'a> {
+    fn new(
+        model: &'a LanguageModel,
+        adapter: Option<&'a Adapter>,
+        capacity: usize,
+    ) -> Result<Self> {
+        Ok(match Session::new(&model.decoder, adapter, capacity)? {
+            Some(session) => Self::Session(session),
+            None => Self::Cached(Cache::new(&model.decoder.config, capacity), adapter),
+        })
     }
 
-    fn first(
-        &mut self,
-        model: &LanguageModel,
-        prompt: &Prompt,
-        adapter: Option<&Adapter>,
-    ) -> Result<Vec<f32>> {
-        self.step(model, &prompt.embedded(model)?, adapter)
-    }
-
-    fn next(
-        &mut self,
-        model: &LanguageModel,
-        token: u32,
-        adapter: Option<&Adapter>,
-    ) -> Result<Vec<f32>> {
-        self.step(model, &model.embed_tokens(&[token])?, adapter)
+    fn next(&mut self, model: &LanguageModel, token: u32) -> Result<Vec<f32>> {
+        self.read(model, &model.embed_tokens(&[token])?)
     }
 
     /// The logits after the last of the embedded tokens.
-    fn step(
-        &mut self,
-        model: &LanguageModel,
-        x: &Tensor,
-        adapter: Option<&Adapter>,
-    ) -> Result<Vec<f32>> {
+    fn read(&mut self, model: &LanguageModel, x: &Tensor) -> Result<Vec<f32>> {
+        let (cache, adapter) = match self {
+            Self::Session(session) => return session.read(x),
+            Self::Cached(cache, adapter) => (cache, adapter),
+        };
         let decoder = &model.decoder;
-        let causal = Placement::Causal;
-        let h = decoder.hidden(x, &causal, adapter, None, Some(&mut self.cache))?;
+        let h = decoder.hidden(x, &Placement::Causal, *adapter, None, Some(cache))?;
         let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
         Ok(decoder.logits(&last)?.squeeze(D::Minus2)?.to_vec1()?)
     }

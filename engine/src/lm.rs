@@ -17,9 +17,11 @@
 mod config;
 mod language;
 pub mod packed;
+mod session;
 
 pub use config::{Config, Family, RopeScaling};
 pub use language::LanguageModel;
+pub use session::Session;
 
 use crate::lora::Adapter;
 use crate::nn::{self, Linear, Mask, RopeLayout};

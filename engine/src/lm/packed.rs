@@ -239,31 +239,42 @@ impl Packed {
 
     /// x·Wᵀ: for each row of x its products with all rows of the matrix, [x.rows, rows].
     pub fn times(&self, x: &Activations) -> Vec<f32> {
-        assert_eq!(x.cols, self.cols, "activations of another width");
-        let tiles = self.rows / ROWS;
+        Self::times_all(&[self], x).pop().unwrap_or_default()
+    }
+
+    /// The same for several matrices that take the same input, in one parallel pass.
+    pub fn times_all(matrices: &[&Self], x: &Activations) -> Vec<Vec<f32>> {
         // Tile after tile, within it row of x after row of x: a tile is one thread's.
-        let mut out = vec![0f32; x.rows * self.rows];
-        let tile_len = x.rows * ROWS;
-        let chunk = tiles
-            .div_ceil(4 * rayon::current_num_threads())
-            .clamp(1, 96);
-        let work = |(first, out): (usize, &mut [f32])| {
+        let mut outs: Vec<Vec<f32>> = matrices
+            .iter()
+            .map(|m| {
+                assert_eq!(x.cols, m.cols, "activations of another width");
+                vec![0f32; x.rows * m.rows]
+            })
+            .collect();
+        let tiles: usize = matrices.iter().map(|m| m.rows / ROWS).sum();
+        let share = (tiles / (2 * rayon::current_num_threads())).clamp(4, 64);
+        let tile_len = (x.rows * ROWS).max(1);
+        let mut tasks: Vec<(&Self, usize, &mut [f32])> = Vec::new();
+        for (m, out) in matrices.iter().zip(&mut outs) {
+            let parts = out.chunks_mut(share * tile_len).enumerate();
+            tasks.extend(parts.map(|(i, part)| (*m, i * share, part)));
+        }
+        let work = |(m, first, out): &mut (&Self, usize, &mut [f32])| {
             for (i, out) in out.chunks_exact_mut(tile_len).enumerate() {
-                self.tile(first * chunk + i, x, out);
+                m.tile(*first + i, x, out);
             }
         };
-        if tiles * x.rows * self.cols < 1 << 15 {
-            work((0, &mut out));
-            return self.by_rows(out, x.rows);
+        match tiles * x.rows * x.cols < 1 << 13 {
+            true => tasks.iter_mut().for_each(work),
+            false => tasks.par_iter_mut().with_max_len(1).for_each(work),
         }
-        out.par_chunks_mut(tile_len * chunk)
-            .enumerate()
-            .for_each(work);
-        self.by_rows(out, x.rows)
+        let by_rows = matrices.iter().zip(outs);
+        by_rows.map(|(m, out)| m.by_rows(out, x.rows)).collect()
     }
 
     fn by_rows(&self, tiles: Vec<f32>, rows: usize) -> Vec<f32> {
-        if rows == 1 {
+        if rows <= 1 {
             return tiles;
         }
         let mut out = vec![0f32; tiles.len()];

@@ -1,0 +1,470 @@
+//! Reading and writing one sequence on a CPU, without tensors.
+//!
+//! A token of a small model takes a few milliseconds, of which the thirty small tensor
+//! operations of each layer would be a third. Here a layer is four passes over weights
+//! (q, k and v together; o; gate and up together; down) with plain loops between them, on
+//! buffers of f32. It computes what [`Decoder::hidden`] computes; a test compares them.
+//!
+//! No gradients, no batches, no masks: for these there is the decoder itself.
+
+use super::packed::{Activations, Packed};
+use super::{Decoder, MODULES, Matrix};
+use crate::lora::Adapter;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
+
+/// One sequence: the model, perhaps an adapter, and the keys and values so far.
+pub struct Session<'a> {
+    decoder: &'a Decoder,
+    layers: Vec<LayerState>,
+    norm: Vec<f32>,
+    capacity: usize,
+    len: usize,
+}
+
+struct LayerState {
+    attention_norm: Vec<f32>,
+    mlp_norm: Vec<f32>,
+    bias: [Option<Vec<f32>>; 7],
+    adapter: [Option<LowRank>; 7],
+    /// [kv_heads, capacity, head_dim]
+    keys: Vec<f32>,
+    values: Vec<f32>,
+}
+
+/// An adapter's factors, laid out for a single vector.
+struct LowRank {
+    rank: usize,
+    /// [rank, in]
+    a: Vec<f32>,
+    /// The transpose of B, with the scale in it: [rank, out].
+    b: Vec<f32>,
+}
+
+impl LowRank {
+    /// y += scale·B·A·x, row by row.
+    fn add(&self, x: &[f32], y: &mut [f32]) {
+        let (inputs, outputs) = (self.a.len() / self.rank, self.b.len() / self.rank);
+        let add = |(x, y): (&[f32], &mut [f32])| {
+            for (a, b) in self
+                .a
+                .chunks_exact(inputs)
+                .zip(self.b.chunks_exact(outputs))
+            {
+                simd::add_scaled(simd::dot(a, x), b, y);
+            }
+        };
+        let rows = x.chunks_exact(inputs).zip(y.chunks_exact_mut(outputs));
+        match x.len() > 8 * inputs {
+            false => rows.for_each(add),
+            true => rows.collect::<Vec<_>>().into_par_iter().for_each(add),
+        }
+    }
+}
+
+fn numbers(t: &Tensor) -> Result<Vec<f32>> {
+    Ok(t.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+}
+
+impl<'a> Session<'a> {
+    /// A session with room for `capacity` tokens; `None` where the decoder does not compute
+    /// in f32 on a CPU.
+    pub fn new(
+        decoder: &'a Decoder,
+        adapter: Option<&Adapter>,
+        capacity: usize,
+    ) -> Result<Option<Self>> {
+        let c = &decoder.config;
+        if !decoder.device.is_cpu() || decoder.dtype != DType::F32 {
+            return Ok(None);
+        }
+        if capacity > c.positions {
+            return Err(Error::BadRequest(format!(
+                "{capacity} tokens, but the model was made for {}; shorten the prompt",
+                c.positions
+            )));
+        }
+        let mut layers = Vec::with_capacity(decoder.layers.len());
+        for (index, layer) in decoder.layers.iter().enumerate() {
+            let mut state = LayerState {
+                attention_norm: numbers(&layer.attention_norm)?,
+                mlp_norm: numbers(&layer.mlp_norm)?,
+                bias: Default::default(),
+                adapter: Default::default(),
+                keys: vec![0.0; c.kv_heads * capacity * c.head_dim],
+                values: vec![0.0; c.kv_heads * capacity * c.head_dim],
+            };
+            for module in 0..MODULES.len() {
+                if let Some(bias) = &layer.projections[module].bias {
+                    state.bias[module] = Some(numbers(bias)?);
+                }
+                if let Some(pair) = adapter.and_then(|a| a.pair(index, module)) {
+                    state.adapter[module] = Some(LowRank {
+                        rank: pair.a.dim(0)?,
+                        a: numbers(&pair.a.detach())?,
+                        b: numbers(&(pair.b.detach().t()? * pair.scale)?)?,
+                    });
+                }
+            }
+            layers.push(state);
+        }
+        Ok(Some(Self {
+            norm: numbers(&decoder.norm)?,
+            decoder,
+            layers,
+            capacity,
+            len: 0,
+        }))
+    }
+
+    /// How many tokens it has read.
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// Whether it has read none.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Reads embedded tokens [1, t, hidden] and gives the logits after the last of them.
+    pub fn read(&mut self, embeddings: &Tensor) -> Result<Vec<f32>> {
+        let (b, t, hidden) = embeddings.dims3()?;
+        if b != 1 || t == 0 || hidden != self.decoder.config.hidden {
+            return Err(Error::BadRequest(format!(
+                "a session reads [1, tokens, {}], got {:?}",
+                self.decoder.config.hidden,
+                embeddings.dims()
+            )));
+        }
+        if self.len + t > self.capacity {
+            return Err(Error::BadRequest(format!(
+                "the sequence has {} tokens, its session has room for {}",
+                self.len + t,
+                self.capacity
+            )));
+        }
+        let x = numbers(&embeddings.detach())?;
+        // Inside the pool a parallel pass starts at once; from outside, each would put this
+        // thread to sleep and wake it again.
+        let mut logits = Ok(Vec::new());
+        rayon::scope(|_| logits = self.read_numbers(x, t));
+        logits
+    }
+
+    fn read_numbers(&mut self, mut x: Vec<f32>, t: usize) -> Result<Vec<f32>> {
+        let c = &self.decoder.config;
+        let half = c.head_dim / 2;
+        let mut cos = vec![0f32; t * half];
+        let mut sin = vec![0f32; t * half];
+        for row in 0..t {
+            for (i, f) in self.decoder.frequencies.iter().enumerate() {
+                let angle = (self.len + row) as f64 * f;
+                cos[row * half + i] = angle.cos() as f32;
+                sin[row * half + i] = angle.sin() as f32;
+            }
+        }
+        for index in 0..self.layers.len() {
+            let normed = self.normed(&x, &self.layers[index].attention_norm);
+            let mut qkv = self.project(index, &[0, 1, 2], &normed)?;
+            let (v, k) = (qkv.pop(), qkv.pop());
+            let (Some(mut q), Some(mut k), Some(v)) = (qkv.pop(), k, v) else {
+                unreachable!("three modules give three outputs");
+            };
+            turn(&mut q, c.heads, &cos, &sin, half);
+            turn(&mut k, c.kv_heads, &cos, &sin, half);
+            self.remember(index, &k, &v, t);
+            let y = self.attend(index, &q, t);
+            for (x, y) in x.iter_mut().zip(&self.project(index, &[3], &y)?[0]) {
+                *x += y;
+            }
+            let normed = self.normed(&x, &self.layers[index].mlp_norm);
+            let mut inner = self.project(index, &[4, 5], &normed)?;
+            let (up, gate) = (inner.pop(), inner.pop());
+            let (Some(mut gate), Some(up)) = (gate, up) else {
+                unreachable!("two modules give two outputs");
+            };
+            gate.par_chunks_mut(4096)
+                .zip(up.par_chunks(4096))
+                .for_each(|(gate, up)| simd::swiglu(gate, up));
+            for (x, y) in x.iter_mut().zip(&self.project(index, &[6], &gate)?[0]) {
+                *x += y;
+            }
+        }
+        self.len += t;
+        let last = &x[(t - 1) * c.hidden..];
+        let last = self.normed(last, &self.norm);
+        times(&[&self.decoder.head], &last, c.hidden).map(|mut all| all.swap_remove(0))
+    }
+
+    /// rms_norm of each row of x.
+    fn normed(&self, x: &[f32], weight: &[f32]) -> Vec<f32> {
+        let mut out = vec![0f32; x.len()];
+        let rows = x.chunks_exact(weight.len());
+        for (x, out) in rows.zip(out.chunks_exact_mut(weight.len())) {
+            let mean = f64::from(simd::dot(x, x)) / weight.len() as f64;
+            let scale = (1.0 / (mean + self.decoder.config.eps).sqrt()) as f32;
+            for ((out, x), w) in out.iter_mut().zip(x).zip(weight) {
+                *out = x * scale * w;
+            }
+        }
+        out
+    }
+
+    /// The outputs of modules that take the same input, biases and adapter included.
+    fn project(&self, layer: usize, modules: &[usize], x: &[f32]) -> Result<Vec<Vec<f32>>> {
+        let matrices: Vec<&Matrix> = modules
+            .iter()
+            .map(|m| &self.decoder.layers[layer].projections[*m].matrix)
+            .collect();
+        let (_, inputs) = Decoder::module_shape(&self.decoder.config, modules[0]);
+        let mut outs = times(&matrices, x, inputs)?;
+        let state = &self.layers[layer];
+        for (module, out) in modules.iter().zip(&mut outs) {
+            if let Some(bias) = &state.bias[*module] {
+                for row in out.chunks_exact_mut(bias.len()) {
+                    for (y, b) in row.iter_mut().zip(bias) {
+                        *y += b;
+                    }
+                }
+            }
+            if let Some(low_rank) = &state.adapter[*module] {
+                low_rank.add(x, out);
+            }
+        }
+        Ok(outs)
+    }
+
+    /// Puts t rows of keys and values behind the `len` so far.
+    fn remember(&mut self, layer: usize, k: &[f32], v: &[f32], t: usize) {
+        let c = &self.decoder.config;
+        let (heads, d) = (c.kv_heads, c.head_dim);
+        let state = &mut self.layers[layer];
+        for row in 0..t {
+            for head in 0..heads {
+                let to = (head * self.capacity + self.len + row) * d;
+                let from = (row * heads + head) * d;
+                state.keys[to..to + d].copy_from_slice(&k[from..from + d]);
+                state.values[to..to + d].copy_from_slice(&v[from..from + d]);
+            }
+        }
+    }
+
+    /// Causal attention of t rows of queries: [t, heads · head_dim].
+    fn attend(&self, layer: usize, q: &[f32], t: usize) -> Vec<f32> {
+        let c = &self.decoder.config;
+        let (d, group) = (c.head_dim, c.heads / c.kv_heads);
+        let state = &self.layers[layer];
+        let scale = 1.0 / (d as f32).sqrt();
+        let mut out = vec![0f32; q.len()];
+        let work = |i: usize, q: &[f32], out: &mut [f32], scores: &mut Vec<f32>| {
+            let (row, head) = (i / c.heads, i % c.heads);
+            let seen = self.len + row + 1;
+            let from = head / group * self.capacity * d;
+            let keys = &state.keys[from..from + seen * d];
+            let values = &state.values[from..from + seen * d];
+            simd::attend(q, keys, values, scale, scores, out);
+        };
+        let items = q
+            .par_chunks_exact(d)
+            .zip(out.par_chunks_exact_mut(d))
+            .enumerate();
+        // A few heads over a few hundred tokens are done before another thread wakes.
+        let alone = t * (self.len + t) * c.heads < 1 << 13;
+        items
+            .with_min_len(if alone { t * c.heads } else { 1 })
+            .for_each_init(Vec::new, |scores, (i, (q, out))| work(i, q, out, scores));
+        out
+    }
+}
+
+/// x times each of the matrices, transposed; rows of x have `inputs` numbers.
+fn times(matrices: &[&Matrix], x: &[f32], inputs: usize) -> Result<Vec<Vec<f32>>> {
+    let packed: Option<Vec<&Packed>> = matrices
+        .iter()
+        .map(|m| match m {
+            Matrix::Packed(p) => Some(p.as_ref()),
+            _ => None,
+        })
+        .collect();
+    if let Some(packed) = packed {
+        return Ok(Packed::times_all(&packed, &Activations::new(x, inputs)));
+    }
+    let x = Tensor::from_slice(x, (x.len() / inputs, inputs), &Device::Cpu)?;
+    matrices.iter().map(|m| numbers(&m.forward(&x)?)).collect()
+}
+
+/// Rotates the heads of each row: number i with number i + half.
+fn turn(x: &mut [f32], heads: usize, cos: &[f32], sin: &[f32], half: usize) {
+    for (i, head) in x.chunks_exact_mut(2 * half).enumerate() {
+        let row = i / heads;
+        let (cos, sin) = (&cos[row * half..][..half], &sin[row * half..][..half]);
+        let (a, b) = head.split_at_mut(half);
+        for i in 0..half {
+            let (x, y) = (a[i], b[i]);
+            a[i] = x * cos[i] - y * sin[i];
+            b[i] = y * cos[i] + x * sin[i];
+        }
+    }
+}
+
+/// The inner loops, compiled once for any processor and once for AVX2.
+#[allow(unsafe_code)]
+mod simd {
+    macro_rules! for_this_processor {
+        ($(#[$doc:meta])* $name:ident = $body:ident($($arg:ident: $type:ty),*) $(-> $out:ty)?) => {
+            $(#[$doc])*
+            #[inline]
+            pub(super) fn $name($($arg: $type),*) $(-> $out)? {
+                #[cfg(target_arch = "x86_64")]
+                {
+                    #[target_feature(enable = "avx2,fma")]
+                    fn wide($($arg: $type),*) $(-> $out)? {
+                        $body($($arg),*)
+                    }
+                    if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") {
+                        // SAFETY: the processor was just asked for these features; the body
+                        // is safe code.
+                        return unsafe { wide($($arg),*) };
+                    }
+                }
+                $body($($arg),*)
+            }
+        };
+    }
+
+    for_this_processor!(
+        /// Σ a·b.
+        dot = dot_loop(a: &[f32], b: &[f32]) -> f32
+    );
+    for_this_processor!(
+        /// y += s·x.
+        add_scaled = add_scaled_loop(s: f32, x: &[f32], y: &mut [f32])
+    );
+    for_this_processor!(
+        /// gate = silu(gate)·up.
+        swiglu = swiglu_loop(gate: &mut [f32], up: &[f32])
+    );
+    for_this_processor!(
+        /// out = Σ softmax(q·kᵀ·scale)·v over the rows of k and v.
+        attend = attend_loop(
+            q: &[f32], k: &[f32], v: &[f32], scale: f32, scores: &mut Vec<f32>, out: &mut [f32]
+        )
+    );
+
+    #[inline(always)]
+    fn dot_loop(a: &[f32], b: &[f32]) -> f32 {
+        let mut lanes = [0f32; 32];
+        let (a, b) = (a.as_chunks::<32>(), b.as_chunks::<32>());
+        for (a, b) in a.0.iter().zip(b.0) {
+            for i in 0..32 {
+                lanes[i] += a[i] * b[i];
+            }
+        }
+        let tail: f32 = a.1.iter().zip(b.1).map(|(a, b)| a * b).sum();
+        lanes.iter().sum::<f32>() + tail
+    }
+
+    #[inline(always)]
+    fn add_scaled_loop(s: f32, x: &[f32], y: &mut [f32]) {
+        for (y, x) in y.iter_mut().zip(x) {
+            *y += s * x;
+        }
+    }
+
+    #[inline(always)]
+    fn swiglu_loop(gate: &mut [f32], up: &[f32]) {
+        for (gate, up) in gate.iter_mut().zip(up) {
+            *gate = *gate / (1.0 + exp(-*gate)) * up;
+        }
+    }
+
+    #[inline(always)]
+    fn attend_loop(
+        q: &[f32],
+        k: &[f32],
+        v: &[f32],
+        scale: f32,
+        scores: &mut Vec<f32>,
+        out: &mut [f32],
+    ) {
+        scores.clear();
+        scores.extend(k.chunks_exact(q.len()).map(|k| dot_loop(q, k) * scale));
+        let highest = scores.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+        let mut total = 0.0;
+        for s in scores.iter_mut() {
+            *s = exp(*s - highest);
+            total += *s;
+        }
+        out.fill(0.0);
+        for (s, v) in scores.iter().zip(v.chunks_exact(out.len())) {
+            add_scaled_loop(*s / total, v, out);
+        }
+    }
+
+    /// e^x within 2 units in the last place, in operations that become vector instructions:
+    /// 2^n·e^r with n the nearest integer to x/ln 2, and e^r by its series.
+    #[inline(always)]
+    pub(super) fn exp(x: f32) -> f32 {
+        let x = x.clamp(-87.0, 88.0);
+        // 1.5 · 2^23 rounds to an integer, which then stands in the low bits.
+        let shifted = x * std::f32::consts::LOG2_E + 12_582_912.0;
+        let n = shifted - 12_582_912.0;
+        // ln 2 in two parts, the first exact for |n| < 2^9.
+        let r = x - n * 0.693_359_4 + n * 2.121_944_4e-4;
+        let series = 1.0 / 5040.0;
+        let series = series * r + 1.0 / 720.0;
+        let series = series * r + 1.0 / 120.0;
+        let series = series * r + 1.0 / 24.0;
+        let series = series * r + 1.0 / 6.0;
+        let series = series * r + 0.5;
+        let series = (series * r + 1.0) * r + 1.0;
+        let power = (shifted.to_bits() << 23).wrapping_add(0x3f80_0000);
+        series * f32::from_bits(power)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::tests::{golden, tiny};
+    use super::super::{Placement, Precision};
+    use super::*;
+
+    #[test]
+    fn exp_is_that_of_the_standard_library() {
+        for i in -8700..8800 {
+            let x = i as f32 / 100.0;
+            let (got, exact) = (f64::from(simd::exp(x)), f64::from(x).exp());
+            assert!((got / exact - 1.0).abs() < 3e-7, "{x}: {got} {exact}");
+        }
+    }
+
+    #[test]
+    fn a_session_gives_the_logits_of_the_decoder_with_and_without_an_adapter() {
+        for (name, with_adapter) in [("qwen2", false), ("qwen2", true), ("llama", false)] {
+            let decoder = tiny(name, Precision::Dense(DType::F32));
+            let adapter = with_adapter.then(|| {
+                Adapter::load(&golden("sft_adapter"), &decoder.config, &Device::Cpu).unwrap()
+            });
+            let adapter = adapter.as_ref();
+            let x = decoder
+                .embed(&[&[3, 14, 15, 9, 26, 5, 35, 8, 9, 7, 9]])
+                .unwrap();
+            let h = decoder
+                .hidden(&x, &Placement::Causal, adapter, None, None)
+                .unwrap();
+            let all = decoder.logits(&h).unwrap().squeeze(0).unwrap();
+            let all = all.to_vec2::<f32>().unwrap();
+            let mut session = Session::new(&decoder, adapter, 11).unwrap().unwrap();
+            for (from, n) in [(0, 4), (4, 1), (5, 1), (6, 5)] {
+                let got = session.read(&x.narrow(1, from, n).unwrap()).unwrap();
+                for (a, b) in got.iter().zip(&all[from + n - 1]) {
+                    assert!((a - b).abs() < 2e-5, "{name} at {from}: {a} {b}");
+                }
+            }
+            let full = session.read(&x.narrow(1, 0, 1).unwrap()).unwrap_err();
+            assert!(full.to_string().contains("room for 11"), "{full}");
+        }
+    }
+}

@@ -2,23 +2,25 @@
 //!
 //! ```text
 //! cargo run --release -p simpatico-engine --example train_sage -- \
-//!     --features VECTORS.jsonl --out bundles/default/sage.safetensors [--report DIR]
+//!     --model MINILM --epochs 120 --out bundles/default/sage.safetensors [--report DIR]
 //! ```
 //!
-//! VECTORS.jsonl holds one text vector a line, `{"attribute": str, "vector": [f32]}`. The
-//! graph is the synthetic community of seed 0, or the events of `--events FILE` (JSON lines,
-//! plain or gzip). With `--report` the protocol of `eval links` runs too: `--seeds N` times
-//! the whole of it, beside the paper's preset if `--paper` is given.
+//! MINILM is the folder of all-MiniLM-L6-v2. The graph is the synthetic community of seed 0,
+//! or the events of `--events FILE` (JSON lines, plain or gzip), whose attributes may have
+//! longer texts in `--texts FILE`, `{"attribute": str, "text": str}` a line. With `--report`
+//! the protocol of `eval links` runs too, for `--seeds N` seeds, and for the paper's preset if
+//! `--paper` is given.
 
 use candle_core::{DType, Device};
 use serde::Deserialize;
 use simpatico_engine::eval_links::evaluate;
 use simpatico_engine::sage_train::{LinkData, LinkSplit, SageEpoch, SageTrainOptions, train};
 use simpatico_engine::synth::{SynthOptions, generate};
+use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::{Error, Result};
 use simpatico_schema::formats::{Line, Lines};
 use simpatico_schema::{Sign, read_jsonl_event};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::File;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -26,7 +28,7 @@ use std::path::Path;
 #[derive(Deserialize)]
 struct Row {
     attribute: String,
-    vector: Vec<f32>,
+    text: String,
 }
 
 fn main() -> Result<()> {
@@ -39,13 +41,15 @@ fn main() -> Result<()> {
         let bad = |_| Error::BadRequest(format!("{name} wants a number"));
         value(name).map_or(Ok(default), |text| text.parse().map_err(bad))
     };
-    let features = value("--features")
-        .ok_or_else(|| Error::BadRequest("--features VECTORS.jsonl is needed".into()))?;
-    let features = read_features(Path::new(features))?;
+    let model = value("--model")
+        .ok_or_else(|| Error::BadRequest("--model FOLDER with MiniLM is needed".into()))?;
+    let model = TextEncoder::open(Path::new(model), &Device::Cpu)?;
+    let texts = value("--texts").map_or(Ok(BTreeMap::new()), |path| read_texts(Path::new(path)))?;
     let edges = match value("--events") {
         Some(path) => read_edges(Path::new(path))?,
         None => synthetic_edges()?,
     };
+    let features = features(&model, &edges, &texts)?;
     let data = LinkData::new(edges, |name| features.get(name).cloned())?;
     let default = SageTrainOptions::default();
     let options = SageTrainOptions {
@@ -122,14 +126,26 @@ fn synthetic_edges() -> Result<Vec<(String, String, Sign)>> {
     Ok(synth.events.into_iter().filter_map(edge).collect())
 }
 
-fn read_features(path: &Path) -> Result<BTreeMap<String, Vec<f32>>> {
-    let mut features = BTreeMap::new();
+/// The text vector of every attribute, of its text or else its name.
+fn features(
+    model: &TextEncoder,
+    edges: &[(String, String, Sign)],
+    texts: &BTreeMap<String, String>,
+) -> Result<BTreeMap<String, Vec<f32>>> {
+    let names: BTreeSet<&String> = edges.iter().map(|edge| &edge.1).collect();
+    let text = |name: &&String| texts.get(*name).unwrap_or(name).as_str();
+    let vectors = model.encode(&names.iter().map(text).collect::<Vec<_>>())?;
+    Ok(names.into_iter().cloned().zip(vectors).collect())
+}
+
+fn read_texts(path: &Path) -> Result<BTreeMap<String, String>> {
+    let mut texts = BTreeMap::new();
     for_lines(path, |line| {
         let row: Row = serde_json::from_slice(line).map_err(|e| e.to_string())?;
-        features.insert(row.attribute, row.vector);
+        texts.insert(row.attribute, row.text);
         Ok(())
     })?;
-    Ok(features)
+    Ok(texts)
 }
 
 /// The last statement of each user on each attribute.

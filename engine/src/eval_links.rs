@@ -561,3 +561,110 @@ impl LinkReport {
         plot.to_svg()
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::sage_train::tests::planted;
+
+    #[test]
+    fn auc_counts_pairs_in_order_with_ties_half() {
+        let liked = [true, false, true, false];
+        assert_eq!(auc(&[4.0, 3.0, 2.0, 1.0], &liked), Some(0.75));
+        assert_eq!(auc(&[1.0; 4], &liked), Some(0.5));
+        assert_eq!(auc(&[2.0, 2.0, 3.0, 1.0], &liked), Some(0.875));
+        assert_eq!(auc(&[1.0, 2.0], &[true, true]), None);
+        assert!(auc(&[f32::NAN, 1.0, f32::NAN], &[true, false, false]).is_some());
+        // Against the definition, on random scores with ties.
+        let mut random = Philox::new(9, 0);
+        let scores: Vec<f32> = (0..200).map(|_| random.below(20) as f32).collect();
+        let liked: Vec<bool> = (0..200).map(|_| random.below(3) == 0).collect();
+        let (mut won, mut pairs) = (0.0, 0.0);
+        for (a, _) in scores.iter().zip(&liked).filter(|(_, l)| **l) {
+            for (b, _) in scores.iter().zip(&liked).filter(|(_, l)| !**l) {
+                pairs += 1.0;
+                won += if a > b { 1.0 } else { 0.5 * f64::from(a == b) };
+            }
+        }
+        assert!((auc(&scores, &liked).unwrap() - won / pairs).abs() < 1e-12);
+    }
+
+    #[test]
+    fn the_best_threshold_is_the_best_of_all() {
+        let mut random = Philox::new(10, 0);
+        for _ in 0..50 {
+            let scores: Vec<f32> = (0..30).map(|_| random.below(12) as f32).collect();
+            let liked: Vec<bool> = scores
+                .iter()
+                .map(|s| random.below(12) < *s as u32)
+                .collect();
+            let best = macro_f1(&scores, &liked, best_threshold(&scores, &liked));
+            for threshold in 0..14 {
+                assert!(macro_f1(&scores, &liked, threshold as f32 - 0.5) <= best + 1e-12);
+            }
+        }
+        assert_eq!(macro_f1(&[1.0, -1.0], &[true, false], 0.0), 1.0);
+        assert_eq!(macro_f1(&[1.0, -1.0], &[false, true], 0.0), 0.0);
+    }
+
+    #[test]
+    fn a_plan_never_asks_what_it_teaches() {
+        let data = planted(60, 75, 1);
+        let options = SageTrainOptions::default();
+        let plan = LinkPlan::new(&data, &options, 0.2);
+        assert_eq!(plan.held_out.len(), 12);
+        let LinkSplit { train, valid, test } = &plan.split;
+        let cold = plan.held_out.iter().flatten();
+        let mut all: Vec<Link> = [train, valid, test]
+            .into_iter()
+            .flatten()
+            .chain(cold)
+            .copied()
+            .collect();
+        all.sort_unstable();
+        assert_eq!(all, data.links);
+        for links in &plan.held_out {
+            assert!(train.iter().all(|link| link.user != links[0].user));
+        }
+        assert!(
+            plan.asked()
+                .iter()
+                .all(|link| !plan.known(16).contains(link))
+        );
+    }
+
+    #[test]
+    fn two_planted_tastes_are_found_and_biases_cannot_find_them() {
+        let data = planted(80, 75, 2);
+        let options = SageTrainOptions {
+            hidden: 16,
+            out: 16,
+            epochs: 120,
+            lr: 1e-2,
+            ..SageTrainOptions::default()
+        };
+        let go_on = |_: &SageEpoch| ControlFlow::Continue(());
+        let (report, _) = evaluate(&data, &options, 0.2, &Device::Cpu, go_on).unwrap();
+        let of = |name: &str| report.methods.iter().find(|m| m.method == name).unwrap();
+        let edges = |name: &str| of(name).held_out_edges.auc.unwrap();
+        // A tenth of the signs is noise, so 0.9 is nearly all there is to find.
+        assert!(edges("sage") > 0.8, "{}", report.to_text());
+        assert!(edges("matrix factorisation") > 0.7, "{}", report.to_text());
+        assert!(edges("bias only") < 0.65, "{}", report.to_text());
+        let cold = |known: usize| {
+            let scores = &of("sage").held_out_users;
+            scores
+                .iter()
+                .find(|c| c.known == known)
+                .unwrap()
+                .score
+                .auc
+                .unwrap()
+        };
+        assert!(cold(0) < 0.65 && cold(16) > 0.8, "{}", report.to_text());
+        assert!(report.to_svg().contains("polyline"));
+        let json = serde_json::to_string(&report).unwrap();
+        let read: LinkReport = serde_json::from_str(&json).unwrap();
+        assert_eq!(read.to_text(), report.to_text());
+    }
+}

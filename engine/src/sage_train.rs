@@ -602,7 +602,8 @@ fn decode(
 
 // --------------------------------------------------------------------------- the training
 
-/// What a run tells of itself after each epoch.
+/// What a run tells of itself after each epoch. Single precision, so that it survives JSON
+/// to the bit.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct SageEpoch {
     /// Counted from 0.
@@ -610,11 +611,11 @@ pub struct SageEpoch {
     /// How many there may be.
     pub epochs: usize,
     /// Mean cross-entropy of the supervised edges.
-    pub loss: f64,
+    pub loss: f32,
     /// Norm of the gradient before clipping.
-    pub gradient_norm: f64,
+    pub gradient_norm: f32,
     /// AUC of the validation edges, where this epoch looked at them.
-    pub valid_auc: Option<f64>,
+    pub valid_auc: Option<f32>,
 }
 
 /// A trained encoder with its decoder.
@@ -624,11 +625,13 @@ pub struct TrainedSage {
     /// Its shape.
     pub config: EncoderConfig,
     /// Best AUC of the validation edges; `None` if there were no such edges of both signs.
-    pub valid_auc: Option<f64>,
+    pub valid_auc: Option<f32>,
     /// What happened in each epoch.
     pub history: Vec<SageEpoch>,
     params: Params,
-    users: Vec<String>,
+    /// Per row of the user table the user's name; `None` for one without training edges,
+    /// whose row was never trained.
+    users: Vec<Option<String>>,
 }
 
 /// The learned user table's name among the parameters.
@@ -648,7 +651,7 @@ pub struct Checkpoint {
 struct Saved {
     options: SageTrainOptions,
     next_epoch: usize,
-    best: Option<(usize, f64)>,
+    best: Option<(usize, f32)>,
     history: Vec<SageEpoch>,
 }
 
@@ -706,7 +709,7 @@ struct Run<'a> {
     whitening: Option<Tensor>,
     next_epoch: usize,
     /// Epoch and AUC of the best look, and the weights it had.
-    best: Option<(usize, f64)>,
+    best: Option<(usize, f32)>,
     best_weights: BTreeMap<String, Tensor>,
     history: Vec<SageEpoch>,
 }
@@ -822,8 +825,8 @@ impl<'a> Run<'a> {
         Ok(SageEpoch {
             epoch,
             epochs: self.options.epochs,
-            loss: f64::from(loss.to_scalar::<f32>()?),
-            gradient_norm,
+            loss: loss.to_scalar()?,
+            gradient_norm: gradient_norm as f32,
             valid_auc,
         })
     }
@@ -840,14 +843,14 @@ impl<'a> Run<'a> {
         schedule.factor(epoch)
     }
 
-    fn look(&mut self, epoch: usize) -> Result<Option<f64>> {
+    fn look(&mut self, epoch: usize) -> Result<Option<f32>> {
         if self.split.valid.is_empty() {
             return Ok(None);
         }
         let graph = self.graph(&self.split.train);
         let logits = self.logits(&graph, &self.split.valid, None)?;
         let scores = logits.to_vec1::<f32>()?;
-        let auc = crate::eval_links::auc(&scores, &signs(&self.split.valid));
+        let auc = crate::eval_links::auc(&scores, &signs(&self.split.valid)).map(|auc| auc as f32);
         if let Some(auc) = auc
             && self.best.is_none_or(|(_, best)| auc > best)
         {
@@ -886,10 +889,19 @@ impl<'a> Run<'a> {
             options: self.options.clone(),
             config: self.options.config(self.data.feature_dim()),
             valid_auc: self.best.map(|(_, auc)| auc),
+            users: self.trained_users(),
             history: self.history,
             params: self.params,
-            users: self.data.users.clone(),
         })
+    }
+
+    fn trained_users(&self) -> Vec<Option<String>> {
+        let mut users = vec![None; self.data.users.len()];
+        for link in &self.split.train {
+            let user = link.user as usize;
+            users[user] = Some(self.data.users[user].clone());
+        }
+        users
     }
 
     fn save(&self, checkpoint: &Checkpoint) -> Result<()> {
@@ -1103,12 +1115,17 @@ impl TrainedSage {
         ))
     }
 
-    /// The learned vector of each user by name, for `store.set_user_features`; `None` where
+    /// The learned vector of each user that had training edges, by name, for `store.set_user_features`; `None` where
     /// users have none.
     pub fn user_features(&self) -> Option<Vec<(String, Vec<f32>)>> {
         let table = self.params.get(USER_TABLE)?;
         let rows = table.as_tensor().to_vec2::<f32>().ok()?;
-        Some(self.users.iter().cloned().zip(rows).collect())
+        let named = self.users.iter().zip(rows);
+        Some(
+            named
+                .filter_map(|(name, row)| Some((name.clone()?, row)))
+                .collect(),
+        )
     }
 
     /// Writes the file that `store.set_encoder` loads, numbers as `dtype` (f16 halves it),
@@ -1127,5 +1144,297 @@ impl TrainedSage {
             .map(|(name, var)| Ok((name, var.as_tensor().to_dtype(dtype)?)))
             .collect::<Result<Vec<_>>>()?;
         crate::params::save_tensors(path, &tensors, &metadata)
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod tests {
+    use super::*;
+    use simpatico_storage::sage::{AttributeId, Encoder, Sage, UserId};
+
+    /// Two tastes: users of one like even attributes and dislike odd ones, the others the
+    /// other way round, a tenth of it noise. Which attribute is which stands in no single
+    /// number of its random feature.
+    pub(crate) fn planted(users: u32, attributes: u32, seed: u64) -> LinkData {
+        let mut random = Philox::new(seed, 77);
+        let features: BTreeMap<String, Vec<f32>> = (0..attributes)
+            .map(|a| (format!("attribute {a:03}"), random.normals(12)))
+            .collect();
+        let mut edges = Vec::new();
+        for user in 0..users {
+            for attribute in 0..attributes {
+                if random.below(3) == 0 {
+                    let noise = random.below(10) == 0;
+                    let liked = ((user + attribute) % 2 == 0) != noise;
+                    let sign = if liked { Sign::Like } else { Sign::Dislike };
+                    edges.push((
+                        format!("user {user:03}"),
+                        format!("attribute {attribute:03}"),
+                        sign,
+                    ));
+                }
+            }
+        }
+        LinkData::new(edges, |name| features.get(name).cloned()).unwrap()
+    }
+
+    fn small(relations: Relations, in_dim_user: usize) -> SageTrainOptions {
+        SageTrainOptions {
+            relations,
+            in_dim_user,
+            hidden: 10,
+            out: 8,
+            epochs: 6,
+            look_every: 2,
+            user_dropout: if in_dim_user > 0 { 0.3 } else { 0.0 },
+            ..SageTrainOptions::default()
+        }
+    }
+
+    fn go_on(_: &SageEpoch) -> ControlFlow<()> {
+        ControlFlow::Continue(())
+    }
+
+    #[test]
+    fn the_network_gives_pygs_numbers() {
+        for name in ["separated", "blind"] {
+            let path = format!(
+                "{}/../tests/golden/sage/{name}.safetensors",
+                env!("CARGO_MANIFEST_DIR")
+            );
+            let tensors = crate::params::load_tensors(Path::new(&path), &Device::Cpu).unwrap();
+            let relations = match name {
+                "blind" => Relations::Blind,
+                _ => Relations::Separated,
+            };
+            let config = EncoderConfig {
+                version: 1,
+                in_dim_attribute: 9,
+                in_dim_user: 5,
+                hidden: 20,
+                out: 12,
+                relations,
+            };
+            let mut links = Vec::new();
+            let rows = tensors["sign"].to_vec2::<i64>().unwrap();
+            for (user, row) in (0..).zip(rows) {
+                for (attribute, sign) in (0..).zip(row) {
+                    let sign = match sign {
+                        1 => Sign::Like,
+                        -1 => Sign::Dislike,
+                        _ => continue,
+                    };
+                    links.push(Link {
+                        user,
+                        attribute,
+                        sign,
+                    });
+                }
+            }
+            let graph = MessageGraph::new(40, 30, &links, relations);
+            let (x_user, x_attribute) = (&tensors["x_user"], &tensors["x_attribute"]);
+            let weights = tensors.clone().into_iter().collect();
+            let vb = VarBuilder::from_tensors(weights, DType::F32, &Device::Cpu);
+            let network = SageNetwork::new(config, vb);
+            let (users, _) = network.forward(Some(x_user), x_attribute, &graph).unwrap();
+            let worst = (users - &tensors["embedding"]).unwrap().abs().unwrap();
+            let worst = worst.max_all().unwrap().to_scalar::<f32>().unwrap();
+            assert!(worst < 1e-5, "{name}: {worst}");
+        }
+    }
+
+    #[test]
+    fn the_store_computes_what_was_trained() {
+        let data = planted(30, 20, 1);
+        let folder = std::env::temp_dir().join(format!("simpatico-sage-{}", std::process::id()));
+        for (relations, in_dim_user) in [
+            (Relations::Separated, 0),
+            (Relations::Separated, 4),
+            (Relations::Blind, 4),
+        ] {
+            let options = small(relations, in_dim_user);
+            let split = LinkSplit::random(&data.links, 0.8, 0.1, 0);
+            let trained = train(&data, &split, &options, &Device::Cpu, None, go_on).unwrap();
+            let path = folder.join("sage.safetensors");
+            trained.save(&path, DType::F32).unwrap();
+            let mut sage = Sage::new(Arc::new(Encoder::load(&path).unwrap()));
+            for (id, feature) in (0..).zip(&data.features) {
+                sage.set_attribute_feature(AttributeId(id), Some(feature))
+                    .unwrap();
+            }
+            for (name, feature) in trained.user_features().unwrap_or_default() {
+                let id = data.users.iter().position(|user| *user == name).unwrap();
+                sage.set_user_feature(UserId(id as u32), Some(&feature), &[])
+                    .unwrap();
+            }
+            for link in &data.links {
+                let (user, attribute) = (UserId(link.user), AttributeId(link.attribute));
+                sage.on_edge(user, attribute, None, Some(link.sign));
+            }
+            let graph = MessageGraph::new(30, 20, &data.links, relations);
+            let (batch, _) = trained.embed(&data, &graph).unwrap();
+            for (user, batch) in (0..).zip(batch.to_vec2::<f32>().unwrap()) {
+                let own = data.links.iter().filter(|link| link.user == user);
+                let own: Vec<_> = own.map(|l| (AttributeId(l.attribute), l.sign)).collect();
+                let stored = sage.embedding(UserId(user), &own);
+                for (a, b) in stored.iter().zip(&batch) {
+                    assert!((a - b).abs() < 1e-5, "{a} in the store, {b} in training");
+                }
+            }
+        }
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn every_trainable_tensor_gets_a_gradient() {
+        let data = planted(20, 10, 2);
+        let split = LinkSplit::random(&data.links, 0.8, 0.1, 0);
+        for decoder in [Decoder::DotAndBias, Decoder::TwoLinear] {
+            for (relations, in_dim_user) in [(Relations::Separated, 3), (Relations::Blind, 0)] {
+                let options = SageTrainOptions {
+                    decoder,
+                    ..small(relations, in_dim_user)
+                };
+                let mut run = Run::new(&data, &split, &options, &Device::Cpu).unwrap();
+                let graph = run.graph(&split.train);
+                let logits = run.logits(&graph, &split.train, None).unwrap();
+                let loss = cross_entropy(&logits, &split.train, true).unwrap();
+                run.optimizer
+                    .accumulate(&loss.backward().unwrap(), 1.0)
+                    .unwrap();
+                assert_eq!(run.optimizer.without_gradient(), Vec::<&str>::new());
+                assert!(run.params.names().len() > 10);
+                // And it is the right one: against central differences, through both layers.
+                for name in ["c1.attr__rev_", "c1.user__", "c2.attr__rev_", "c2.user__"] {
+                    let names = run.params.names();
+                    let name = names
+                        .iter()
+                        .find(|n| n.starts_with(name) && n.ends_with("lin_l.weight"));
+                    let Some(name) = name else { continue };
+                    let var = run.params.get(name).unwrap();
+                    let gradient = run.optimizer.gradient(name).unwrap();
+                    let direction = gradient.sqr().unwrap().sum_all().unwrap().sqrt().unwrap();
+                    let length = direction.to_scalar::<f32>().unwrap();
+                    let unit = (gradient / f64::from(length)).unwrap();
+                    let before = var.as_tensor().copy().unwrap();
+                    let at = |step: f64| {
+                        var.set(&(&before + (&unit * step).unwrap()).unwrap())
+                            .unwrap();
+                        let logits = run.logits(&graph, &split.train, None).unwrap();
+                        let loss = cross_entropy(&logits, &split.train, true).unwrap();
+                        f64::from(loss.to_scalar::<f32>().unwrap())
+                    };
+                    let slope = (at(1e-2) - at(-1e-2)) / 2e-2;
+                    var.set(&before).unwrap();
+                    let error = (slope - f64::from(length)).abs() / f64::from(length);
+                    assert!(error < 0.03, "{name}: slope {slope}, gradient {length}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn a_run_cut_off_and_resumed_ends_as_one_that_was_not() {
+        let data = planted(25, 15, 3);
+        let split = LinkSplit::random(&data.links, 0.8, 0.1, 0);
+        let options = SageTrainOptions {
+            epochs: 9,
+            ..small(Relations::Separated, 3)
+        };
+        let bits = |trained: &TrainedSage| -> Vec<(String, Vec<u32>)> {
+            let vars = trained.params.vars().into_iter();
+            let bits = |v: Var| v.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            vars.map(|(n, v)| (n, bits(v).into_iter().map(f32::to_bits).collect()))
+                .collect()
+        };
+        let whole = train(&data, &split, &options, &Device::Cpu, None, go_on).unwrap();
+        let folder = std::env::temp_dir().join(format!("simpatico-resume-{}", std::process::id()));
+        let checkpoint = Checkpoint {
+            folder: folder.clone(),
+            every: 2,
+        };
+        for stop_at in [2, 3, 6] {
+            let stop = |epoch: &SageEpoch| match epoch.epoch == stop_at {
+                true => ControlFlow::Break(()),
+                false => ControlFlow::Continue(()),
+            };
+            let run = train(
+                &data,
+                &split,
+                &options,
+                &Device::Cpu,
+                Some(&checkpoint),
+                stop,
+            );
+            assert!(matches!(run, Err(Error::Cancelled)));
+        }
+        let resumed = train(
+            &data,
+            &split,
+            &options,
+            &Device::Cpu,
+            Some(&checkpoint),
+            go_on,
+        );
+        let resumed = resumed.unwrap();
+        assert_eq!(resumed.history, whole.history);
+        assert_eq!(bits(&resumed), bits(&whole));
+        let other = SageTrainOptions {
+            lr: 1.0,
+            ..options.clone()
+        };
+        let other = train(
+            &data,
+            &split,
+            &other,
+            &Device::Cpu,
+            Some(&checkpoint),
+            go_on,
+        );
+        assert!(other.is_err_and(|e| e.to_string().contains("other settings")));
+        std::fs::remove_dir_all(folder).unwrap();
+    }
+
+    #[test]
+    fn whitened_rows_differ_equally_in_all_directions() {
+        let mut random = Philox::new(4, 0);
+        let (rows, dim) = (400, 10);
+        // Directions of very different size, and one shared by all.
+        let x: Vec<f32> = (0..rows * dim)
+            .map(|i| random.normal() * 0.5f32.powi((i % dim) as i32 / 2) + 2.0)
+            .collect();
+        let x = Tensor::from_vec(x, (rows, dim), &Device::Cpu).unwrap();
+        let white = x.matmul(&whitening(&x).unwrap()).unwrap();
+        let moment = (white.t().unwrap().matmul(&white).unwrap() / rows as f64).unwrap();
+        for (i, row) in moment.to_vec2::<f32>().unwrap().into_iter().enumerate() {
+            for (j, value) in row.into_iter().enumerate() {
+                if i == j {
+                    assert!((0.1..1.01).contains(&value), "{i}: {value}");
+                } else {
+                    assert!(value.abs() < 0.4, "{i} {j}: {value}");
+                }
+            }
+        }
+        let zero = Tensor::zeros((3, 4), DType::F32, &Device::Cpu).unwrap();
+        assert!(whitening(&zero).is_ok());
+    }
+
+    #[test]
+    fn nothing_to_train_on_and_odd_settings_are_named() {
+        let data = planted(5, 5, 5);
+        let fails = |split: &LinkSplit, options: &SageTrainOptions| {
+            let run = train(&data, split, options, &Device::Cpu, None, go_on);
+            run.err().map(|e| e.to_string()).unwrap_or_default()
+        };
+        let options = small(Relations::Blind, 0);
+        assert!(fails(&LinkSplit::default(), &options).contains("ingest"));
+        let split = LinkSplit::random(&data.links, 0.8, 0.1, 0);
+        let odd = SageTrainOptions {
+            train_share: 1.5,
+            ..options
+        };
+        assert!(fails(&split, &odd).contains("train_share"));
+        let bare = LinkData::new([("u".into(), "a".into(), Sign::Like)], |_| None);
+        assert!(bare.is_err_and(|e| e.to_string().contains("featurize")));
     }
 }

@@ -91,7 +91,7 @@ impl Store {
         };
         compare_states(&live, &fresh, &mut report);
         compare_embeddings(&live, &fresh, &mut report);
-        let (rows, problems) = shared.check_mirror(&live);
+        let (rows, problems) = shared.check_mirror();
         report.mirror_rows = rows;
         for text in problems {
             report.problem(|| text);

@@ -249,11 +249,9 @@ impl Store {
         inner.payload = Payload::new(inner.state.seq + 1, Vec::new());
         remove_segments(&places.log, |g| g == old)?;
         remove_old_encoders(&places.encoders, inner.state.encoder.as_deref());
-        let state = inner.state.clone();
-        let position = log.at;
         drop(log);
         drop(inner);
-        shared.rebuild_mirror(&state, position)?;
+        shared.rebuild_mirror()?;
         Ok(CompactReport {
             bytes_before,
             bytes_after: directory_bytes(&shared.path),
@@ -510,6 +508,7 @@ fn restore_into(file: &Path, dir: &Path) -> Result<RestoreReport> {
         let frame = log::Frame {
             first_seq: seq.saturating_add(1),
             count: 0,
+            previous: 0,
             payload: body,
             path: file,
             payload_offset: offset,

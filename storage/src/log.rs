@@ -135,7 +135,7 @@ pub(crate) fn sync_parent(path: &Path) -> Result<()> {
 }
 
 #[inline]
-fn put_varint(out: &mut Vec<u8>, mut value: u64) {
+pub(crate) fn put_varint(out: &mut Vec<u8>, mut value: u64) {
     while value >= 0x80 {
         out.push(value as u8 | 0x80);
         value >>= 7;
@@ -144,12 +144,12 @@ fn put_varint(out: &mut Vec<u8>, mut value: u64) {
 }
 
 #[inline]
-fn zigzag(value: i64) -> u64 {
+pub(crate) fn zigzag(value: i64) -> u64 {
     (value << 1) as u64 ^ (value >> 63) as u64
 }
 
 #[inline]
-fn unzigzag(value: u64) -> i64 {
+pub(crate) fn unzigzag(value: u64) -> i64 {
     (value >> 1) as i64 ^ -((value & 1) as i64)
 }
 
@@ -336,21 +336,31 @@ pub(crate) fn genesis_digest(store_id: u64, generation: u64) -> u64 {
 }
 
 /// Reads numbers and strings out of a payload without ever reading past its end.
-struct Cursor<'a> {
+pub(crate) struct Cursor<'a> {
     bytes: &'a [u8],
     at: usize,
 }
 
 impl<'a> Cursor<'a> {
+    /// At the beginning of the bytes.
+    pub(crate) fn new(bytes: &'a [u8]) -> Self {
+        Self { bytes, at: 0 }
+    }
+
+    /// What was not read yet.
+    pub(crate) fn rest(&self) -> &'a [u8] {
+        &self.bytes[self.at..]
+    }
+
     #[inline]
-    fn byte(&mut self) -> Result<u8, String> {
+    pub(crate) fn byte(&mut self) -> Result<u8, String> {
         let byte = *self.bytes.get(self.at).ok_or("expected another byte")?;
         self.at += 1;
         Ok(byte)
     }
 
     #[inline]
-    fn varint(&mut self) -> Result<u64, String> {
+    pub(crate) fn varint(&mut self) -> Result<u64, String> {
         let first = self.byte()?;
         if first < 0x80 {
             return Ok(u64::from(first));
@@ -366,7 +376,7 @@ impl<'a> Cursor<'a> {
         Err("expected a number of at most 64 bits".into())
     }
 
-    fn take(&mut self, len: usize) -> Result<&'a [u8], String> {
+    pub(crate) fn take(&mut self, len: usize) -> Result<&'a [u8], String> {
         let end = self.at.checked_add(len).filter(|e| *e <= self.bytes.len());
         let end =
             end.ok_or_else(|| format!("expected {len} bytes, got {}", self.bytes.len() - self.at))?;
@@ -375,7 +385,7 @@ impl<'a> Cursor<'a> {
         Ok(taken)
     }
 
-    fn body<T: bincode::BorrowDecode<'a, ()>>(&mut self) -> Result<T, String> {
+    pub(crate) fn body<T: bincode::BorrowDecode<'a, ()>>(&mut self) -> Result<T, String> {
         let (value, used) = bincode::borrow_decode_from_slice(&self.bytes[self.at..], BINCODE)
             .map_err(|e| format!("record: {e}"))?;
         self.at += used;
@@ -632,6 +642,11 @@ impl LogWriter {
         self.mark = Some(mark);
     }
 
+    /// The number of the last segment, and where it ends.
+    pub(crate) fn position(&self) -> (u64, u64) {
+        (self.number, self.offset)
+    }
+
     /// Bytes of the log.
     pub(crate) fn bytes(&self) -> u64 {
         self.earlier_bytes + self.offset
@@ -729,6 +744,8 @@ pub(crate) struct Frame<'a> {
     pub first_seq: u64,
     /// How many sequence numbers it takes; 0 in a compaction's base.
     pub count: u32,
+    /// The chain digest before it.
+    pub previous: u64,
     /// Its records ([`decode_payload`]).
     pub payload: &'a [u8],
     /// Its segment.
@@ -904,6 +921,7 @@ fn replay_segment(
         let frame = Frame {
             first_seq: frame.0,
             count: frame.1,
+            previous: end.at.digest,
             payload: &buffer[FRAME_HEADER..],
             path,
             payload_offset: end.offset + FRAME_HEADER as u64,

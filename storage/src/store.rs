@@ -22,6 +22,7 @@ use crate::log::{
     self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness,
 };
 use crate::mark::{self, Mark, MarkFile};
+use crate::sled_mirror::{self, Dirty, MirrorState, Seal};
 use crate::snapshot::{Counts, Polarities, Snapshot};
 use crate::state::{State, edge_change, invalid};
 use serde::{Deserialize, Serialize};
@@ -35,7 +36,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 /// How events of one append are taken to the graph: so many at a time.
 const BATCH: usize = 1024;
@@ -176,6 +177,10 @@ pub(crate) struct Shared {
     refused: AtomicBool,
     /// Held while everything is looked at or rewritten: one such work at a time.
     pub maintenance: Mutex<()>,
+    /// sled. Taken before the state's lock.
+    pub mirror: Mutex<MirrorState>,
+    mirror_closing: Mutex<bool>,
+    mirror_wake: Condvar,
     /// Held for its lock.
     lock_file: File,
 }
@@ -184,6 +189,10 @@ pub(crate) struct Shared {
 pub(crate) struct Inner {
     pub state: State,
     pub payload: Payload,
+    /// What the mirror lacks.
+    pub dirty: Dirty,
+    /// The mirror's seal, until the mirror is opened.
+    pub seal: Option<Seal>,
     scratch: Vec<(u32, u32)>,
 }
 
@@ -310,6 +319,9 @@ pub(crate) struct Loaded {
     pub state: State,
     pub log: LogWriter,
     pub damage: Option<String>,
+    pub dirty: Dirty,
+    pub seal: Option<Seal>,
+    pub mirror: MirrorState,
 }
 
 /// Reads the valid log of a directory, or starts one.
@@ -325,7 +337,14 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
             std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
         }
     }
-    let mut state = State::default();
+    let live: Vec<_> = segments.iter().filter(|s| s.0 == generation).collect();
+    let mut seal = sled_mirror::read_seal(&places);
+    if strictness == Strictness::Exact && options.mirror {
+        if let Some(loaded) = load_rows(&places, options, mark.as_ref(), seal.as_ref(), &live)? {
+            return Ok(loaded);
+        }
+    }
+    let (mut state, mut dirty, mut frames) = (State::default(), Dirty::default(), 0);
     let end = log::replay(
         path,
         &places.log,
@@ -333,8 +352,23 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
         mark.as_ref(),
         strictness,
         None,
-        |frame| state.apply_frame(frame),
+        |frame| {
+            // What came after the seal is what the mirror lacks.
+            if let Some(held) = seal.as_ref().filter(|held| frames >= held.frames) {
+                if frames == held.frames && frame.previous != held.digest {
+                    seal = None;
+                } else {
+                    frame.visit(|record| {
+                        dirty.note(&record);
+                        Ok(())
+                    })?;
+                }
+            }
+            frames += 1;
+            state.apply_frame(frame)
+        },
     )?;
+    let seal = seal.filter(|held| held.belongs_to(&end.at));
     for (_, number, file) in segments.iter().filter(|s| s.0 == generation) {
         if *number > end.number {
             std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
@@ -352,7 +386,46 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     };
     log.set_mark(MarkFile::replace(&places.mark, &log.at)?);
     state.seq = log.at.seq;
-    Ok(Loaded { state, log, damage })
+    Ok(Loaded {
+        state,
+        log,
+        damage,
+        dirty,
+        seal,
+        mirror: MirrorState::Closed,
+    })
+}
+
+/// The state by way of sled's rows, where that is shorter and nothing speaks against it.
+fn load_rows(
+    places: &Places,
+    options: &Options,
+    mark: Option<&Mark>,
+    seal: Option<&Seal>,
+    segments: &[&(u64, u64, PathBuf)],
+) -> Result<Option<Loaded>> {
+    let (Some(mark), Some(seal), Some((_, number, last))) = (mark, seal, segments.last()) else {
+        return Ok(None);
+    };
+    let length = |path: &PathBuf| std::fs::metadata(path).map_or(0, |m| m.len());
+    let bytes = segments.iter().map(|s| length(&s.2)).sum();
+    if *number != segments.len() as u64 || !seal.is_shortcut(mark, *number, bytes) {
+        return Ok(None);
+    }
+    let Some((state, mirror)) = sled_mirror::load(places, seal) else {
+        return Ok(None);
+    };
+    let end = seal.log_end(last.clone(), *mark);
+    let mut log = LogWriter::resume(end, options.segment_bytes)?;
+    log.set_mark(MarkFile::replace(&places.mark, &log.at)?);
+    Ok(Some(Loaded {
+        state,
+        log,
+        damage: None,
+        dirty: Dirty::default(),
+        seal: None,
+        mirror: MirrorState::Open(Box::new(mirror)),
+    }))
 }
 
 /// The generation that counts; `None` where no log was ever completed.
@@ -402,6 +475,9 @@ fn start_log(places: &Places, options: &Options) -> Result<Loaded> {
         state: State::default(),
         log,
         damage: None,
+        dirty: Dirty::default(),
+        seal: None,
+        mirror: MirrorState::Closed,
     })
 }
 
@@ -443,6 +519,7 @@ impl Store {
 
     fn start(path: &Path, options: Options, lock_file: File, loaded: Loaded) -> Result<Self> {
         let Loaded { mut state, log, .. } = loaded;
+        let seal = loaded.seal;
         state.load_encoder(&Places::of(path).encoders, options.embedding_cache_bytes);
         let durable = state.seq;
         let shared = Arc::new(Shared {
@@ -451,6 +528,8 @@ impl Store {
             inner: Mutex::new(Inner {
                 payload: Payload::new(state.seq + 1, Vec::new()),
                 state,
+                dirty: loaded.dirty,
+                seal,
                 scratch: Vec::new(),
             }),
             log: Mutex::new(log),
@@ -464,17 +543,30 @@ impl Store {
             done: Condvar::new(),
             refused: AtomicBool::new(false),
             maintenance: Mutex::new(()),
+            mirror: Mutex::new(loaded.mirror),
+            mirror_closing: Mutex::new(false),
+            mirror_wake: Condvar::new(),
             lock_file,
         });
-        let writer = shared.clone();
-        let spawned = std::thread::Builder::new()
-            .name("simpatico-log".into())
-            .spawn(move || writer.write_loop())
-            .map_err(StoreError::io("start a thread for", path))?;
-        Ok(Self {
+        let mut store = Self {
             shared,
-            threads: vec![spawned],
-        })
+            threads: Vec::new(),
+        };
+        store.spawn("simpatico-log", Shared::write_loop)?;
+        if store.shared.options.mirror {
+            store.spawn("simpatico-sled", Shared::mirror_loop)?;
+        }
+        Ok(store)
+    }
+
+    fn spawn(&mut self, name: &str, work: fn(&Shared)) -> Result<()> {
+        let shared = self.shared.clone();
+        let thread = std::thread::Builder::new()
+            .name(name.into())
+            .spawn(move || work(&shared))
+            .map_err(StoreError::io("start a thread for", &self.shared.path))?;
+        self.threads.push(thread);
+        Ok(())
     }
 
     /// The store's directory.
@@ -740,6 +832,8 @@ impl Store {
         if self.threads.is_empty() {
             return Ok(());
         }
+        *lock(&self.shared.mirror_closing) = true;
+        self.shared.mirror_wake.notify_all();
         lock(&self.shared.queue).closing = true;
         self.shared.work.notify_all();
         for thread in self.threads.drain(..) {
@@ -747,7 +841,10 @@ impl Store {
         }
         let result = match self.shared.failure() {
             Some(failure) => Err(failure),
-            None => lock(&self.shared.log).sync_mark(),
+            None => {
+                self.shared.seal_mirror();
+                lock(&self.shared.log).sync_mark()
+            }
         };
         self.shared.refused.store(true, Ordering::Release);
         let _ = self.shared.lock_file.unlock();
@@ -884,6 +981,35 @@ impl Shared {
         }
     }
 
+    /// The mirror's thread: a checkpoint when nothing comes in, or when much has.
+    fn mirror_loop(&self) {
+        let (mut last_seq, mut since) = (0, Instant::now());
+        let mut closing = lock(&self.mirror_closing);
+        while !*closing {
+            let wait = Duration::from_millis(250);
+            closing = match self.mirror_wake.wait_timeout(closing, wait) {
+                Ok((guard, _)) => guard,
+                Err(e) => e.into_inner().0,
+            };
+            if *closing || self.refused.load(Ordering::Acquire) {
+                return;
+            }
+            let (seq, rows) = {
+                let inner = lock(&self.inner);
+                (inner.state.seq, inner.dirty.rows)
+            };
+            if seq != last_seq {
+                (last_seq, since) = (seq, Instant::now());
+            }
+            let idle = since.elapsed() >= self.options.checkpoint_idle;
+            if rows > 0 && (idle || rows >= self.options.checkpoint_users) {
+                drop(closing);
+                self.checkpoint();
+                closing = lock(&self.mirror_closing);
+            }
+        }
+    }
+
     /// One group commit. Takes the open payload too if the state's lock is free; `must`
     /// waits for it.
     fn write_once(&self, must: bool) -> Result<()> {
@@ -1006,6 +1132,7 @@ impl Inner {
     fn log_record(&mut self, shared: &Shared, record: &Record<'_>) -> Result<()> {
         self.make_room(shared)?;
         self.payload.push(record)?;
+        self.dirty.note(record);
         self.payload.count_one();
         self.state.seq += 1;
         Ok(())
@@ -1032,10 +1159,12 @@ impl Inner {
             });
         }
         let name_record = Cow::Borrowed(name);
-        self.payload.push(&Record::DefineUser {
+        let record = Record::DefineUser {
             number,
             name: name_record,
-        })?;
+        };
+        self.payload.push(&record)?;
+        self.dirty.note(&record);
         Ok(self.state.graph.add_user(name).0)
     }
 
@@ -1052,10 +1181,12 @@ impl Inner {
             });
         }
         let name_record = Cow::Borrowed(name);
-        self.payload.push(&Record::DefineAttribute {
+        let record = Record::DefineAttribute {
             number,
             name: name_record,
-        })?;
+        };
+        self.payload.push(&record)?;
+        self.dirty.note(&record);
         Ok(self.state.graph.add_attribute(name).0)
     }
 
@@ -1133,6 +1264,7 @@ impl Inner {
             return Ok(());
         }
         receipt.applied += 1;
+        self.dirty.user(user.0);
         self.make_room(shared)?;
         self.payload.push_event(&EventRecord {
             user: user.0,

@@ -1,4 +1,4 @@
-//! The index alone: `cargo bench -p simpatico-storage --bench graph [-- w1 w2 w3 curves events]`
+//! The index alone: `cargo bench -p simpatico-storage --bench graph [-- w1 w2 w3 curves events export]`
 //!
 //! Medians of top-10 questions on W1, W2 and W3, one thread, beside byte counters over
 //! posting lists in the same run (whose answers must be equal); everyone's top-10; bulk
@@ -8,12 +8,13 @@
 mod measure;
 
 use measure::plot::{Axis, Lines, Series};
-use measure::{Outcome, Report, SEED, Wanted, build, median_us, resident_mib, seconds};
+use measure::{Outcome, Report, SEED, Wanted, median_us, resident_mib, seconds};
 use serde_json::json;
 use simpatico_schema::random::Philox;
-use simpatico_schema::{OverlapMode, Polarity};
+use simpatico_schema::{OverlapMode, Polarity, Sign};
 use simpatico_storage::graph::{AttributeId, Graph, Register, UserId};
 use simpatico_storage::workload::Workload;
+use std::io::{BufWriter, Write};
 
 fn main() -> Outcome {
     let wanted = Wanted::from_args();
@@ -29,6 +30,10 @@ fn main() -> Outcome {
         }
     }
     std::fs::create_dir_all(&wanted.out)?;
+    if wanted.has("export") {
+        export("w1", &Workload::w1(SEED), &wanted)?;
+        export("w2", &Workload::w2(SEED), &wanted)?;
+    }
     if wanted.has("curves") {
         std::fs::write(wanted.out.join("cost_users.svg"), users_curve(&mut report))?;
         std::fs::write(
@@ -41,6 +46,53 @@ fn main() -> Outcome {
         std::fs::write(wanted.out.join("cost_event.svg"), event_curve(&mut report))?;
     }
     report.save(&wanted)
+}
+
+/// Writes NAME.csv, a line `user,attribute` for each edge, and NAME.top10.csv, the overlaps
+/// of the ten most similar users of each of the first 100: what tests/peers works on.
+fn export(name: &str, workload: &Workload, wanted: &Wanted) -> Outcome {
+    let file = |suffix| std::fs::File::create(wanted.out.join(format!("{name}{suffix}")));
+    let mut edges = BufWriter::new(file(".csv")?);
+    for (user, attribute, _, _) in workload.edges() {
+        writeln!(edges, "{user},{attribute}")?;
+    }
+    edges.flush()?;
+    let (graph, _) = build(workload, workload.edges());
+    let mut answers = BufWriter::new(file(".top10.csv")?);
+    for user in (0..100).map(UserId) {
+        let best = graph.similar(user, 10, OverlapMode::Shared);
+        let overlaps: Vec<_> = best
+            .iter()
+            .map(|(_, overlap)| overlap.to_string())
+            .collect();
+        writeln!(answers, "{}", overlaps.join(","))?;
+    }
+    answers.flush()?;
+    Ok(())
+}
+
+/// A graph with the workload's names and edges, and the seconds the edges took.
+fn build(workload: &Workload, edges: impl Iterator<Item = (u32, u32, Sign, i64)>) -> (Graph, f64) {
+    let mut graph = Graph::new();
+    for attribute in 0..workload.attributes {
+        graph.add_attribute(&workload.attribute_name(attribute));
+    }
+    for user in 0..workload.users {
+        graph.add_user(&workload.user_name(user));
+    }
+    let mut taken = 0.0;
+    let mut batch = Vec::new();
+    let mut edges = edges.peekable();
+    while let Some((user, attribute, sign, at)) = edges.next() {
+        let (polarity, id) = (sign.polarity(), "");
+        let register = Register { polarity, at, id };
+        batch.push((UserId(user), AttributeId(attribute), register));
+        if batch.len() == 1 << 16 || edges.peek().is_none() {
+            taken += seconds(|| graph.set_batch(&batch)).0;
+            batch.clear();
+        }
+    }
+    (graph, taken)
 }
 
 fn some_users(workload: &Workload, n: usize) -> Vec<UserId> {

@@ -1,8 +1,6 @@
 //! What both benchmarks share: medians, the machine's name, memory, and the report.
 
 use serde_json::{Map, Value, json};
-use simpatico_storage::graph::{AttributeId, Graph, Register, UserId};
-use simpatico_storage::workload::Workload;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -115,31 +113,4 @@ pub fn median_us<I>(items: impl IntoIterator<Item = I>, mut call: impl FnMut(I))
     let at = |share: f64| times.get((times.len() as f64 * share) as usize);
     let rounded = |t: Option<&f64>| (t.unwrap_or(&0.0) * 100.0).round() / 100.0;
     (rounded(at(0.5)), rounded(at(0.99)))
-}
-
-/// A graph with the workload's names and edges, and the seconds the edges took.
-pub fn build(
-    workload: &Workload,
-    edges: impl Iterator<Item = (u32, u32, simpatico_schema::Sign, i64)>,
-) -> (Graph, f64) {
-    let mut graph = Graph::new();
-    for attribute in 0..workload.attributes {
-        graph.add_attribute(&workload.attribute_name(attribute));
-    }
-    for user in 0..workload.users {
-        graph.add_user(&workload.user_name(user));
-    }
-    let mut taken = 0.0;
-    let mut batch = Vec::new();
-    let mut edges = edges.peekable();
-    while let Some((user, attribute, sign, at)) = edges.next() {
-        let (polarity, id) = (sign.polarity(), "");
-        let register = Register { polarity, at, id };
-        batch.push((UserId(user), AttributeId(attribute), register));
-        if batch.len() == 1 << 16 || edges.peek().is_none() {
-            taken += seconds(|| graph.set_batch(&batch)).0;
-            batch.clear();
-        }
-    }
-    (graph, taken)
 }

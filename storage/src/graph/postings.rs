@@ -1,7 +1,8 @@
 //! Who has an edge to an attribute: per chunk of users a short list or a bitmap.
 //!
 //! A chunk is 65,536 users by id. While few of them are in the posting, a chunk is an
-//! unsorted list of 16-bit offsets; when more than one in 128 is, a bitmap counts faster. An event sets a bit or appends two bytes, so it costs the same
+//! unsorted list of 16-bit offsets; when more than one in 128 is, a bitmap, which counts
+//! faster from there on. An event sets a bit or appends two bytes, so it costs the same
 //! whether ten users share the attribute or a million. Everything is behind `Arc`: what a
 //! snapshot holds is copied before it is changed, one chunk at a time.
 

@@ -36,4 +36,5 @@ pub mod train_policy;
 pub mod vocabulary;
 pub mod weights;
 
+pub use engine::{Engine, device};
 pub use error::{Error, Result};

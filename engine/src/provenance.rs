@@ -75,6 +75,35 @@ pub fn pseudonym(key: &[u8; 32], user: &str) -> String {
     hex(&outer.chain_update(inner.finalize()).finalize()[..16])
 }
 
+/// The pseudonym key kept in a file; made from the system's randomness where there is none.
+/// Whoever has it can resolve pseudonyms, so it stays beside the store and is never shared.
+pub fn key_at(path: &Path) -> Result<[u8; 32]> {
+    match std::fs::read(path) {
+        Ok(bytes) => {
+            return bytes.try_into().map_err(|bytes: Vec<u8>| {
+                let reason = format!("expected a key of 32 bytes, got {}", bytes.len());
+                Error::BadRequest(format!("{}: {reason}", path.display()))
+            });
+        }
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {}
+        Err(e) => return Err(Error::io(path)(e)),
+    }
+    // Two hashers of the standard library are keyed by the system's randomness.
+    use std::hash::{BuildHasher, RandomState};
+    let mut sum = Sha256::new();
+    for i in 0..8u64 {
+        sum.update(RandomState::new().hash_one(i).to_le_bytes());
+    }
+    if let Ok(mut random) = File::open("/dev/urandom") {
+        let mut bytes = [0; 32];
+        random.read_exact(&mut bytes).map_err(Error::io(path))?;
+        sum.update(bytes);
+    }
+    let key: [u8; 32] = sum.finalize().into();
+    write_whole(path, &key)?;
+    Ok(key)
+}
+
 /// Gives a record its id: 16 hex digits that follow from everything else in it, so the same
 /// request on the same state has the same id and any difference another.
 pub fn with_id(mut record: Provenance) -> Provenance {

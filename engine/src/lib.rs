@@ -3,6 +3,7 @@
 pub mod bundle;
 pub mod canny;
 pub mod chat;
+pub mod conv;
 pub mod dino;
 pub mod edit;
 pub mod engine;

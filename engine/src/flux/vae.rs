@@ -13,10 +13,11 @@
 //! `autoencoder_kl.py`.
 
 use super::names::NameAndShape;
+use crate::conv::{self, Conv2d};
 use crate::nn;
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder};
+use candle_nn::{Conv2dConfig, VarBuilder};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::random::Philox;
 
@@ -211,6 +212,15 @@ impl GroupNorm {
         })
     }
 
+    /// The norm, then x·sigmoid(x).
+    fn silu(&self, x: &Tensor) -> Result<Tensor> {
+        let (weight, bias) = (&self.weight, &self.bias);
+        if conv::learns_on_cpu(&[x, weight, bias]) {
+            return Ok(conv::group_norm_silu(x, weight, bias, self.groups, 1e-6)?);
+        }
+        nn::silu(&self.forward(x)?)
+    }
+
     /// x (b, c, h, w).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
@@ -245,8 +255,8 @@ impl ResnetBlock {
     }
 
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&nn::silu(&self.norm1.forward(x)?)?)?;
-        let h = self.conv2.forward(&nn::silu(&self.norm2.forward(&h)?)?)?;
+        let h = self.conv1.forward(&self.norm1.silu(x)?)?;
+        let h = self.conv2.forward(&self.norm2.silu(&h)?)?;
         Ok(match &self.shortcut {
             Some(shortcut) => (shortcut.forward(x)? + h)?,
             None => (x + h)?,
@@ -380,9 +390,7 @@ impl Encoder {
             }
         }
         let x = self.middle.forward(&x)?;
-        Ok(self
-            .conv_out
-            .forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+        self.conv_out.forward(&self.norm_out.silu(&x)?)
     }
 }
 
@@ -433,13 +441,10 @@ impl Decoder {
                 x = block.forward(&x)?;
             }
             if let Some(conv) = &level.resize {
-                let (_, _, h, w) = x.dims4()?;
-                x = conv.forward(&x.upsample_nearest2d(2 * h, 2 * w)?)?;
+                x = conv.forward(&conv::double(&x)?)?;
             }
         }
-        Ok(self
-            .conv_out
-            .forward(&nn::silu(&self.norm_out.forward(&x)?)?)?)
+        self.conv_out.forward(&self.norm_out.silu(&x)?)
     }
 }
 

@@ -1,6 +1,9 @@
 //! Trains the small Flux: `train_flux vae FOLDER [STEPS]`, and so on.
 
-use simpatico_engine::train_flux::{Progress, Rhythm, autoencoder};
+use candle_core::{Device, Tensor};
+use simpatico_engine::render::Object;
+use simpatico_engine::text_vectors::TextEncoder;
+use simpatico_engine::train_flux::{Progress, Rhythm, autoencoder, flow, pairs, save_grid};
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -22,6 +25,35 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let mut options = autoencoder::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
             autoencoder::run(&options, &rhythm, &mut tell)?;
+        }
+        "rebuild" => {
+            let vae = autoencoder::trained(rhythm.folder.as_path(), &autoencoder::config())?;
+            let scenes: Vec<_> = (0..16).map(|i| pairs::pair(Object::HELD_OUT, 2, 9, i).target).collect();
+            let pictures = autoencoder::pictures(&scenes, 128)?;
+            let rebuilt = vae.decode(&vae.encode(&pictures)?)?;
+            println!("mean absolute error {:.4}", (&rebuilt - &pictures)?.abs()?.mean_all()?.to_scalar::<f32>()?);
+            save_grid(&rhythm.folder.join("rebuilt.png"), &Tensor::cat(&[&pictures, &rebuilt], 0)?, 16)?;
+        }
+        "pairs" => {
+            let mut options = pairs::Options::shipped();
+            options.pairs = number(0).unwrap_or(options.pairs);
+            let vae = autoencoder::trained(rhythm.folder.as_path(), &autoencoder::config())?;
+            println!("scaling {} shift {}", vae.config().scaling_factor, vae.config().shift_factor);
+            let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
+            let begun = std::time::Instant::now();
+            let file = rhythm.folder.join("pairs.safetensors");
+            pairs::prepare(&options, &vae, &encoder, &file, &mut |done, all| {
+                if done % 160 == 0 {
+                    println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());
+                }
+            })?;
+        }
+        "flow" => {
+            let mut options = flow::Options::shipped();
+            options.steps = number(0).unwrap_or(options.steps);
+            options.batch = number(1).unwrap_or(options.batch);
+            let pairs = pairs::Pairs::open(&rhythm.folder.join("pairs.safetensors"))?;
+            flow::run(&options, &pairs, &rhythm, &mut tell)?;
         }
         other => return Err(format!("no stage {other}").into()),
     }

@@ -49,10 +49,13 @@ impl Conv2d {
 
 /// Whether one of these carries a gradient and all are f32 on the CPU.
 pub fn learns_on_cpu(tensors: &[&Tensor]) -> bool {
-    tensors.iter().any(|x| x.track_op())
-        && tensors
-            .iter()
-            .all(|x| x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu))
+    tensors.iter().any(|x| x.track_op()) && plain_on_cpu(tensors)
+}
+
+/// Whether all are f32 on the CPU.
+pub fn plain_on_cpu(tensors: &[&Tensor]) -> bool {
+    let plain = |x: &&Tensor| x.dtype() == DType::F32 && matches!(x.device(), Device::Cpu);
+    tensors.iter().all(plain)
 }
 
 /// The convolution with its gradients, f32 on the CPU.

@@ -321,6 +321,9 @@ impl Linear {
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let y = matmul_t(x, &self.weight)?;
         Ok(match &self.bias {
+            Some(b) if crate::conv::learns_on_cpu(&[b, &y]) && b.track_op() => {
+                crate::fused::add_bias(&y, b)?
+            }
             Some(b) => y.broadcast_add(b)?,
             None => y,
         })
@@ -503,6 +506,9 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
 
 /// GELU by the tanh approximation (Flux, GPT-2).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
+    if crate::conv::learns_on_cpu(&[x]) {
+        return Ok(crate::fused::gelu_tanh(x)?);
+    }
     Ok(x.gelu()?)
 }
 

@@ -12,6 +12,8 @@
 //! moments and a number. Not here: sampling with the trained model ([`crate::sampler`]).
 
 pub mod autoencoder;
+pub mod flow;
+pub mod pairs;
 
 use crate::flux::names::NameAndShape;
 use crate::flux::{init, names};
@@ -290,4 +292,24 @@ pub fn export(
     }
     let text = serde_json::to_vec_pretty(&json).unwrap_or_default();
     write_whole(&folder.join("config.json"), &text)
+}
+
+/// Writes pictures (b, 3, h, w) in -1..1 as a PNG, `across` in a row.
+///
+/// # Errors
+/// If a value is not a number, or the file cannot be written.
+pub fn save_grid(path: &Path, pictures: &Tensor, across: usize) -> Result<()> {
+    let all = crate::picture::Picture::from_tensor(pictures)?;
+    let (_, _, h, w) = pictures.dims4()?;
+    let across = across.max(1);
+    let (wide, high) = ((across * w) as u32, (all.len().div_ceil(across) * h) as u32);
+    let mut sheet = crate::picture::Picture::filled(wide, high, [255; 3]);
+    for (i, picture) in all.iter().enumerate() {
+        for y in 0..h {
+            let to = (((i / across) * h + y) * wide as usize + (i % across) * w) * 3;
+            let from = y * w * 3;
+            sheet.rgb[to..to + 3 * w].copy_from_slice(&picture.rgb[from..from + 3 * w]);
+        }
+    }
+    write_whole(path, &sheet.to_png(&[])?)
 }

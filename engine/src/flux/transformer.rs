@@ -17,6 +17,8 @@
 //! Reference: the FLUX.1 sources (`src/flux/model.py`, `modules/layers.py`) and diffusers
 //! 0.42 `transformer_flux.py`.
 
+use crate::conv::learns_on_cpu;
+use crate::fused;
 use crate::nn::{self, Linear, Mask, RopeLayout};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
@@ -423,6 +425,9 @@ fn part(modulation: &Tensor, i: usize, d: usize) -> Result<Tensor> {
 /// LayerNorm without weights, then ·(1 + scale) + shift with parts `shift`, `shift + 1` of
 /// the modulation. x (b, t, d).
 fn modulated_norm(x: &Tensor, modulation: &Tensor, shift: usize) -> Result<Tensor> {
+    if learns_on_cpu(&[x, modulation]) {
+        return Ok(fused::modulated_norm(x, modulation, shift)?);
+    }
     let d = x.dim(D::Minus1)?;
     let (shift, scale) = (part(modulation, shift, d)?, part(modulation, shift + 1, d)?);
     let x = nn::layer_norm(x, None, None, 1e-6)?;
@@ -431,6 +436,9 @@ fn modulated_norm(x: &Tensor, modulation: &Tensor, shift: usize) -> Result<Tenso
 
 /// x + gate·y with part `gate` of the modulation.
 fn gated_add(x: &Tensor, modulation: &Tensor, gate: usize, y: &Tensor) -> Result<Tensor> {
+    if learns_on_cpu(&[x, modulation, y]) {
+        return Ok(fused::gated_add(x, modulation, gate, y)?);
+    }
     let gate = part(modulation, gate, x.dim(D::Minus1)?)?;
     in_range((x + y.broadcast_mul(&gate)?)?)
 }

@@ -215,7 +215,7 @@ impl GroupNorm {
     /// The norm, then x·sigmoid(x).
     fn silu(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (&self.weight, &self.bias);
-        if conv::learns_on_cpu(&[x, weight, bias]) {
+        if conv::plain_on_cpu(&[x, weight, bias]) {
             return Ok(conv::group_norm_silu(x, weight, bias, self.groups, 1e-6)?);
         }
         nn::silu(&self.forward(x)?)

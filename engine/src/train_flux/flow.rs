@@ -1,0 +1,227 @@
+//! Training transformer and ControlNet together, as a rectified flow.
+//!
+//! At time t the network sees x_t = (1-t)·x_0 + t·ε and estimates ε - x_0. Times are
+//! logit-normal and shifted as sampling shifts them (arXiv 2403.03206, Sec. 3.1). The text is
+//! left out at times, so that sampling can do without it (classifier-free guidance); so is
+//! the control, so that the transformer stands alone.
+//!
+//! FLUX.1's ControlNets were trained against a finished transformer. With hours instead of
+//! months it pays to train both at once: the transformer need not learn to make layouts from
+//! nothing before it is of use.
+
+use super::pairs::Pairs;
+use super::{Report, Rhythm, Run, fresh};
+use crate::flux::controlnet::{self, Control, ControlNet, Mode};
+use crate::flux::names;
+use crate::flux::transformer::{self, FluxTransformer, Inputs, Residuals, image_ids, pack, text_ids};
+use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
+use crate::params::Params;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use simpatico_schema::random::Philox;
+
+/// The settings of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// The transformer.
+    pub config: transformer::Config,
+    /// Steps in all.
+    pub steps: usize,
+    /// Pairs a step.
+    pub batch: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// Steps of warm-up.
+    pub warmup: usize,
+    /// The factor that times are shifted by; 1 leaves them as they are.
+    pub shift: f64,
+    /// How often the text is left out.
+    pub drop_text: f32,
+    /// How often the control is left out.
+    pub drop_control: f32,
+    /// How often the control, where there is one, is the source itself (mode tile) rather
+    /// than its edges (mode canny).
+    pub tile: f32,
+    /// Decides everything that is random.
+    pub seed: u64,
+}
+
+impl Options {
+    /// What the shipped model was trained with.
+    pub fn shipped() -> Self {
+        Self {
+            config: config(),
+            steps: 1500,
+            batch: 32,
+            lr: 1.5e-3,
+            warmup: 60,
+            shift: 1.6,
+            drop_text: 0.1,
+            drop_control: 0.08,
+            tile: 0.5,
+            seed: 2,
+        }
+    }
+}
+
+/// The shipped transformer: 64 tokens of 64 channels for 128 px.
+pub fn config() -> transformer::Config {
+    transformer::Config {
+        in_channels: 64,
+        guidance_embeds: false,
+        ..transformer::Config::tiny()
+    }
+}
+
+/// Transformer and ControlNet over one set of parameters.
+pub struct Networks {
+    /// Named `transformer.…` and `controlnet.…`.
+    pub params: Params,
+    flux: FluxTransformer,
+    control: ControlNet,
+}
+
+impl Networks {
+    /// Fresh networks.
+    pub fn new(config: &transformer::Config, seed: u64) -> Result<Self> {
+        let params = Params::new(seed, Device::Cpu);
+        let small = controlnet::Config::small(config);
+        fresh(&params, "transformer.", &names::transformer_shapes(config), seed)?;
+        fresh(&params, "controlnet.", &names::controlnet_shapes(&small), seed + 1)?;
+        // A modulation of 0 and a silent output would take hundreds of steps to wake up.
+        let vb = params.builder(DType::F32);
+        Ok(Self {
+            flux: FluxTransformer::new(config, vb.pp("transformer"))?,
+            control: ControlNet::new(&small, vb.pp("controlnet"))?,
+            params,
+        })
+    }
+}
+
+/// Trains, or goes on training, until the steps are done or `report` says stop.
+pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) -> Result<()> {
+    if pairs.is_empty() {
+        return Err(Error::BadRequest("there are no pairs to train on: prepare some".into()));
+    }
+    let networks = Networks::new(&options.config, options.seed)?;
+    let group = Group {
+        vars: networks.params.vars(),
+        lr: options.lr,
+        weight_decay: 0.01,
+    };
+    let settings = AdamWOptions {
+        beta2: 0.99,
+        ema: Some(0.995),
+        ..AdamWOptions::default()
+    };
+    let mut adam = AdamW::new(vec![group], settings)?;
+    let mut run = Run::open("flow", rhythm, options.steps, &networks.params, &mut adam)?;
+    let schedule = Schedule::Cosine {
+        warmup: options.warmup,
+        total: options.steps,
+        floor: 0.02,
+    };
+    while run.state.step < options.steps {
+        let step = run.state.step;
+        let loss = loss(&networks, options, pairs, step as u64)?;
+        let gradients = loss.backward()?;
+        adam.accumulate(&gradients, 1.0)?;
+        let norm = adam.step(schedule.factor(step))?;
+        let loss = f64::from(loss.to_scalar::<f32>()?);
+        if !run.after_step(loss, norm, &networks.params, &adam, report)? {
+            break;
+        }
+    }
+    Ok(())
+}
+
+/// What is random about one member of a batch.
+struct Draw {
+    pair: u32,
+    time: f32,
+    text: bool,
+    control: bool,
+    tile: bool,
+}
+
+fn draw(options: &Options, pairs: usize, random: &mut Philox) -> Draw {
+    let odds = f64::from(random.normal()).exp() * options.shift;
+    Draw {
+        pair: random.below(pairs as u32),
+        time: (odds / (1.0 + odds)) as f32,
+        text: random.uniform() >= options.drop_text,
+        control: random.uniform() >= options.drop_control,
+        tile: random.uniform() < options.tile,
+    }
+}
+
+/// The loss of a step: the mean squared error of the velocity.
+fn loss(networks: &Networks, options: &Options, pairs: &Pairs, step: u64) -> Result<Tensor> {
+    let mut random = Philox::new(options.seed, step);
+    let draws: Vec<Draw> = (0..options.batch)
+        .map(|_| draw(options, pairs.len(), &mut random))
+        .collect();
+    let b = draws.len();
+    let device = Device::Cpu;
+    let rows = Tensor::from_vec(draws.iter().map(|d| d.pair).collect::<Vec<_>>(), b, &device)?;
+    let of = |all: &Tensor| -> Result<Tensor> { Ok(all.index_select(&rows, 0)?.to_dtype(DType::F32)?) };
+    let choose = |yes: &dyn Fn(&Draw) -> bool, rank: usize| -> Result<Tensor> {
+        let mask: Vec<f32> = draws.iter().map(|d| f32::from(yes(d))).collect();
+        let mut shape = vec![1; rank];
+        shape[0] = b;
+        Ok(Tensor::from_vec(mask, shape, &device)?)
+    };
+    let blend = |a: &Tensor, b: &Tensor, mask: &Tensor| -> Result<Tensor> {
+        let rest = (1.0 - mask)?;
+        Ok((a.broadcast_mul(mask)? + b.broadcast_mul(&rest)?)?)
+    };
+    let clean = pack(&of(&pairs.target)?)?; // (b, n, 4c)
+    let tile = choose(&|d| d.tile, 4)?;
+    let condition = pack(&blend(&of(&pairs.source)?, &of(&pairs.control)?, &tile)?)?;
+    let nothing = |none: &Tensor, like: &Tensor| -> Result<Tensor> {
+        Ok(none.to_dtype(DType::F32)?.broadcast_as(like.shape())?.contiguous()?)
+    };
+    let (text, pooled) = (of(&pairs.text)?, of(&pairs.pooled)?);
+    let text = blend(&text, &nothing(&pairs.no_text, &text)?, &choose(&|d| d.text, 3)?)?;
+    let pooled = blend(&pooled, &nothing(&pairs.no_pooled, &pooled)?, &choose(&|d| d.text, 2)?)?;
+    let noise = Tensor::from_vec(random.normals(clean.elem_count()), clean.shape(), &device)?;
+    let times: Vec<f32> = draws.iter().map(|d| d.time).collect();
+    let times = Tensor::from_vec(times, b, &device)?;
+    let t = times.reshape((b, 1, 1))?;
+    let noisy = (noise.broadcast_mul(&t)? + clean.broadcast_mul(&(1.0 - &t)?)?)?;
+    let side = pairs.source.dim(3)? / 2;
+    let ids = image_ids(pairs.source.dim(2)? / 2, side, &device)?;
+    let words = text_ids(text.dim(1)?, &device)?;
+    let mut inputs = Inputs {
+        latents: &noisy,
+        ids: &ids,
+        text: &text,
+        text_ids: &words,
+        pooled: &pooled,
+        timestep: &times,
+        guidance: None,
+        residuals: None,
+    };
+    let modes: Vec<u32> = draws
+        .iter()
+        .map(|d| if d.tile { Mode::Tile } else { Mode::Canny } as u32)
+        .collect();
+    let control = Control {
+        condition: &condition,
+        modes: Some(&modes),
+        scale: 1.0,
+    };
+    let residuals = networks.control.forward(&inputs, &control)?;
+    let heard = choose(&|d| d.control, 3)?;
+    let quiet = |all: &[Tensor]| -> Result<Vec<Tensor>> {
+        all.iter().map(|r| Ok(r.broadcast_mul(&heard)?)).collect()
+    };
+    let residuals = Residuals {
+        double: quiet(&residuals.double)?,
+        single: quiet(&residuals.single)?,
+        spread: residuals.spread,
+    };
+    inputs.residuals = Some(&residuals);
+    let velocity = networks.flux.forward(&inputs)?;
+    Ok((velocity - (noise - clean)?)?.sqr()?.mean_all()?)
+}

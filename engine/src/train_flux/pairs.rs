@@ -1,0 +1,192 @@
+//! Before/after pairs, rendered, encoded and written to one file.
+//!
+//! Encoding three pictures and a text takes longer than training on them once, and every
+//! pair can be trained on many times with other noise, so it is done once.
+
+use super::autoencoder::pictures;
+use crate::canny::canny;
+use crate::flux::vae::Vae;
+use crate::params::{load_tensors, save_tensors};
+use crate::picture::Picture;
+use crate::picture_text::picture_text;
+use crate::render::{Object, Scene};
+use crate::text_vectors::TextEncoder;
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use simpatico_schema::random::Philox;
+use std::path::Path;
+
+/// The settings.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Options {
+    /// How many pairs.
+    pub pairs: usize,
+    /// Side of the pictures, in pixels.
+    pub size: usize,
+    /// Text tokens that the transformer sees.
+    pub tokens: usize,
+    /// The most attributes that one edit changes.
+    pub most_changes: usize,
+    /// Decides everything that is random.
+    pub seed: u64,
+}
+
+impl Options {
+    /// What the shipped model was trained on.
+    pub fn shipped() -> Self {
+        Self {
+            pairs: 3000,
+            size: 128,
+            tokens: 20,
+            most_changes: 2,
+            seed: 1,
+        }
+    }
+}
+
+/// One before/after pair and its text.
+#[derive(Clone, Debug)]
+pub struct Pair {
+    /// Before.
+    pub source: Scene,
+    /// After: the same geometry.
+    pub target: Scene,
+    /// An instruction, or the caption of the target.
+    pub text: String,
+}
+
+/// Pair number `i`: half with an instruction, half with the caption of the result.
+pub fn pair(objects: &[Object], most_changes: usize, seed: u64, i: u64) -> Pair {
+    let mut random = Philox::new(seed, i);
+    let object = objects[random.below(objects.len() as u32) as usize];
+    let source = Scene::random(object, random.next_u64());
+    let edit = source.random_edit(most_changes, &mut random);
+    let target = source.clone().with(&edit);
+    let text = match random.uniform() < 0.6 {
+        true => source.instruction(&edit, &mut random),
+        false => target.caption_varied(&mut random),
+    };
+    Pair {
+        source,
+        target,
+        text,
+    }
+}
+
+/// The edges of a scene as a ControlNet picture, (3, size, size) in -1..1, with random
+/// thresholds and, at times, a part of them wiped out, so that the network does not learn to
+/// expect exactly these edges.
+fn edges(scene: &Scene, size: usize, random: &mut Philox) -> Result<Tensor> {
+    let picture = Picture::from_rgb(size as u32, size as u32, scene.render(size));
+    let low = 60 + random.below(80) as u16;
+    let high = low * 2 + random.below(60) as u16;
+    let drawn = canny(&picture, low, high).to_picture();
+    let mut tensor = drawn.to_tensor(&Device::Cpu)?;
+    if random.uniform() < 0.1 {
+        let keep: Vec<f32> = (0..64).map(|_| f32::from(random.uniform() > 0.15)).collect();
+        let keep = Tensor::from_vec(keep, (1, 1, 8, 8), &Device::Cpu)?;
+        let keep = keep.upsample_nearest2d(size, size)?;
+        tensor = ((tensor + 1.0)?.broadcast_mul(&keep)? - 1.0)?;
+    }
+    Ok(tensor)
+}
+
+/// Makes the pairs and writes them; `tell(done, all)` between batches.
+pub fn prepare(
+    options: &Options,
+    vae: &Vae,
+    encoder: &TextEncoder,
+    file: &Path,
+    tell: &mut dyn FnMut(usize, usize),
+) -> Result<()> {
+    let objects = Object::trained();
+    let (mut source, mut target, mut control) = (Vec::new(), Vec::new(), Vec::new());
+    let (mut text, mut pooled) = (Vec::new(), Vec::new());
+    let half = |x: Tensor| x.to_dtype(DType::F16);
+    const BATCH: usize = 16;
+    for start in (0..options.pairs).step_by(BATCH) {
+        let count = BATCH.min(options.pairs - start);
+        let made: Vec<Pair> = (start..start + count)
+            .map(|i| pair(&objects, options.most_changes, options.seed, i as u64))
+            .collect();
+        let mut random = Philox::new(options.seed, 1 << 40 | start as u64);
+        let before: Vec<Scene> = made.iter().map(|p| p.source.clone()).collect();
+        let after: Vec<Scene> = made.iter().map(|p| p.target.clone()).collect();
+        let drawn = before
+            .iter()
+            .map(|scene| edges(scene, options.size, &mut random))
+            .collect::<Result<Vec<_>>>()?;
+        source.push(half(vae.encode(&pictures(&before, options.size)?)?)?);
+        target.push(half(vae.encode(&pictures(&after, options.size)?)?)?);
+        control.push(half(vae.encode(&Tensor::cat(&drawn, 0)?)?)?);
+        let texts: Vec<&str> = made.iter().map(|p| p.text.as_str()).collect();
+        let (states, mean) = picture_text(encoder, &texts, options.tokens)?;
+        text.push(half(states)?);
+        pooled.push(half(mean)?);
+        tell(start + count, options.pairs);
+    }
+    let (nothing, nothing_pooled) = picture_text(encoder, &[""], options.tokens)?;
+    let tensors = [
+        ("source", Tensor::cat(&source, 0)?),
+        ("target", Tensor::cat(&target, 0)?),
+        ("control", Tensor::cat(&control, 0)?),
+        ("text", Tensor::cat(&text, 0)?),
+        ("pooled", Tensor::cat(&pooled, 0)?),
+        ("no_text", half(nothing)?),
+        ("no_pooled", half(nothing_pooled)?),
+    ];
+    let named: Vec<(String, Tensor)> = tensors
+        .into_iter()
+        .map(|(name, tensor)| (name.to_string(), tensor))
+        .collect();
+    save_tensors(file, &named, &[])
+}
+
+/// What [`prepare`] wrote, in memory, f16. First dimension: the pair.
+pub struct Pairs {
+    /// Latents before, (n, c, h, w).
+    pub source: Tensor,
+    /// Latents after.
+    pub target: Tensor,
+    /// Latents of the source's edges.
+    pub control: Tensor,
+    /// Text states, (n, tokens, dim).
+    pub text: Tensor,
+    /// Pooled text, (n, dim).
+    pub pooled: Tensor,
+    /// The states of no text, (1, tokens, dim).
+    pub no_text: Tensor,
+    /// Its pooled vector, (1, dim).
+    pub no_pooled: Tensor,
+}
+
+impl Pairs {
+    /// Reads a file of pairs.
+    pub fn open(file: &Path) -> Result<Self> {
+        let mut found = load_tensors(file, &Device::Cpu)?;
+        let mut take = |name: &str| {
+            found.remove(name).ok_or_else(|| {
+                Error::bad_model(file.display().to_string(), format!("{name} is missing"))
+            })
+        };
+        Ok(Self {
+            source: take("source")?,
+            target: take("target")?,
+            control: take("control")?,
+            text: take("text")?,
+            pooled: take("pooled")?,
+            no_text: take("no_text")?,
+            no_pooled: take("no_pooled")?,
+        })
+    }
+
+    /// How many pairs there are.
+    pub fn len(&self) -> usize {
+        self.source.dim(0).unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}

@@ -1,9 +1,24 @@
 //! Trains the small Flux: `train_flux vae FOLDER [STEPS]`, and so on.
 
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
+use simpatico_engine::flux::{init, vae::Vae};
+use simpatico_engine::params::{load_tensors, save_tensors};
 use simpatico_engine::render::Object;
 use simpatico_engine::text_vectors::TextEncoder;
-use simpatico_engine::train_flux::{Progress, Rhythm, autoencoder, flow, pairs, save_grid};
+use simpatico_engine::train_flux::{
+    Progress, Rhythm, autoencoder, flow, pairs, patches, save_grid,
+};
+use std::path::Path;
+
+/// The patch autoencoder of a run, scaled.
+fn patch_vae(folder: &Path) -> Result<Vae, Box<dyn std::error::Error>> {
+    let weights = load_tensors(&folder.join("patches.safetensors"), &Device::Cpu)?;
+    let vae = Vae::new(
+        &patches::config(),
+        init::builder(&weights, DType::F32, &Device::Cpu),
+    )?;
+    Ok(autoencoder::scaled(vae)?)
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -26,20 +41,43 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             options.steps = number(0).unwrap_or(options.steps);
             autoencoder::run(&options, &rhythm, &mut tell)?;
         }
+        "patches" => {
+            let seen = autoencoder::pictures(&autoencoder::sample_scenes(400), 128)?;
+            let weights = patches::fit(&patches::config(), &seen)?;
+            let weights: Vec<_> = weights.into_iter().collect();
+            save_tensors(&rhythm.folder.join("patches.safetensors"), &weights, &[])?;
+        }
         "rebuild" => {
-            let vae = autoencoder::trained(rhythm.folder.as_path(), &autoencoder::config())?;
-            let scenes: Vec<_> = (0..16).map(|i| pairs::pair(Object::HELD_OUT, 2, 9, i).target).collect();
+            let vae = patch_vae(&rhythm.folder)?;
+            let scenes: Vec<_> = (0..16)
+                .map(|i| pairs::pair(Object::HELD_OUT, 2, 9, i).target)
+                .collect();
             let pictures = autoencoder::pictures(&scenes, 128)?;
             let rebuilt = vae.decode(&vae.encode(&pictures)?)?;
-            println!("mean absolute error {:.4}", (&rebuilt - &pictures)?.abs()?.mean_all()?.to_scalar::<f32>()?);
-            save_grid(&rhythm.folder.join("rebuilt.png"), &Tensor::cat(&[&pictures, &rebuilt], 0)?, 16)?;
+            println!(
+                "mean absolute error {:.4}",
+                (&rebuilt - &pictures)?
+                    .abs()?
+                    .mean_all()?
+                    .to_scalar::<f32>()?
+            );
+            save_grid(
+                &rhythm.folder.join("rebuilt.png"),
+                &Tensor::cat(&[&pictures, &rebuilt], 0)?,
+                16,
+            )?;
         }
         "pairs" => {
             let mut options = pairs::Options::shipped();
             options.pairs = number(0).unwrap_or(options.pairs);
-            let vae = autoencoder::trained(rhythm.folder.as_path(), &autoencoder::config())?;
-            println!("scaling {} shift {}", vae.config().scaling_factor, vae.config().shift_factor);
-            let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
+            let vae = patch_vae(&rhythm.folder)?;
+            println!(
+                "scaling {} shift {}",
+                vae.config().scaling_factor,
+                vae.config().shift_factor
+            );
+            let encoder =
+                TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
             let begun = std::time::Instant::now();
             let file = rhythm.folder.join("pairs.safetensors");
             pairs::prepare(&options, &vae, &encoder, &file, &mut |done, all| {

@@ -121,7 +121,12 @@ fn sum(values: &[f32]) -> f32 {
 fn dot(a: &[f32], b: &[f32]) -> f32 {
     let mut lanes = [0f32; 16];
     let (left, right) = (a.chunks_exact(16), b.chunks_exact(16));
-    let rest: f32 = left.remainder().iter().zip(right.remainder()).map(|(a, b)| a * b).sum();
+    let rest: f32 = left
+        .remainder()
+        .iter()
+        .zip(right.remainder())
+        .map(|(a, b)| a * b)
+        .sum();
     for (x, y) in left.zip(right) {
         for ((lane, x), y) in lanes.iter_mut().zip(x).zip(y) {
             *lane += x * y;
@@ -175,7 +180,12 @@ pub fn group_norm_silu(
                 let span = at + k * area..at + (k + 1) * area;
                 let n = &mut normed[k * area..(k + 1) * area];
                 let d = &mut inner[k * area..(k + 1) * area];
-                for (((n, d), x), g) in n.iter_mut().zip(d.iter_mut()).zip(&xs[span.clone()]).zip(&gs[span]) {
+                for (((n, d), x), g) in n
+                    .iter_mut()
+                    .zip(d.iter_mut())
+                    .zip(&xs[span.clone()])
+                    .zip(&gs[span])
+                {
                     *n = (x - mean) * scale;
                     let z = *n * gain + offset;
                     let s = 1.0 / (1.0 + fast_exp(-z));
@@ -299,7 +309,10 @@ fn unfold(x: &Tensor, window: Window) -> CandleResult<Tensor> {
                 1 => part[to..to + n].copy_from_slice(&picture[from..from + n]),
                 step => {
                     let source = picture[from..].iter().step_by(step);
-                    part[to..to + n].iter_mut().zip(source).for_each(|(a, b)| *a = *b);
+                    part[to..to + n]
+                        .iter_mut()
+                        .zip(source)
+                        .for_each(|(a, b)| *a = *b);
                 }
             });
         }
@@ -308,7 +321,11 @@ fn unfold(x: &Tensor, window: Window) -> CandleResult<Tensor> {
 }
 
 /// The transpose of [`unfold`]: what lands on the same pixel is added up.
-fn fold(columns: &Tensor, shape: (usize, usize, usize, usize), window: Window) -> CandleResult<Tensor> {
+fn fold(
+    columns: &Tensor,
+    shape: (usize, usize, usize, usize),
+    window: Window,
+) -> CandleResult<Tensor> {
     let (b, c, h, w) = shape;
     let depth = c * window.k * window.k;
     let area = window.out(h) * window.out(w);
@@ -320,7 +337,10 @@ fn fold(columns: &Tensor, shape: (usize, usize, usize, usize), window: Window) -
             rows((c, h, w), window, |from, to, n| {
                 let source = &part[from..from + n];
                 match window.stride {
-                    1 => picture[to..to + n].iter_mut().zip(source).for_each(|(a, b)| *a += b),
+                    1 => picture[to..to + n]
+                        .iter_mut()
+                        .zip(source)
+                        .for_each(|(a, b)| *a += b),
                     step => {
                         let target = picture[to..].iter_mut().step_by(step);
                         target.zip(source).for_each(|(a, b)| *a += b);

@@ -59,7 +59,11 @@ pub fn modulated_norm(x: &Tensor, modulation: &Tensor, part: usize) -> Result<Te
     let wide = mods.len() / b;
     let mut scales = Vec::with_capacity(b * t);
     let mut normed = vec![0f32; out.len()];
-    for (i, (row, normed)) in out.chunks_exact_mut(d).zip(normed.chunks_exact_mut(d)).enumerate() {
+    for (i, (row, normed)) in out
+        .chunks_exact_mut(d)
+        .zip(normed.chunks_exact_mut(d))
+        .enumerate()
+    {
         let at = (i / t) * wide + part * d;
         let (shift, scale) = (&mods[at..at + d], &mods[at + d..at + 2 * d]);
         let mean = row.iter().sum::<f32>() / d as f32;
@@ -71,31 +75,36 @@ pub fn modulated_norm(x: &Tensor, modulation: &Tensor, part: usize) -> Result<Te
             *x = *n * (1.0 + s) + a;
         }
     }
-    attach2(x, modulation, &tensor(out, x)?, move |x, modulation, _, g| {
-        let (gs, mods) = (values(g)?, values(modulation)?);
-        let mut to_mod = vec![0f32; mods.len()];
-        let mut to_x = vec![0f32; gs.len()];
-        let rows = gs.chunks_exact(d).zip(normed.chunks_exact(d));
-        for (i, ((g, n), to)) in rows.zip(to_x.chunks_exact_mut(d)).enumerate() {
-            let at = (i / t) * wide + part * d;
-            let scale = &mods[at + d..at + 2 * d];
-            let (to_shift, to_scale) = to_mod[at..at + 2 * d].split_at_mut(d);
-            let (mut total, mut along) = (0f32, 0f32);
-            for j in 0..d {
-                let inner = g[j] * (1.0 + scale[j]);
-                to_shift[j] += g[j];
-                to_scale[j] += g[j] * n[j];
-                to[j] = inner;
-                total += inner;
-                along += inner * n[j];
+    attach2(
+        x,
+        modulation,
+        &tensor(out, x)?,
+        move |x, modulation, _, g| {
+            let (gs, mods) = (values(g)?, values(modulation)?);
+            let mut to_mod = vec![0f32; mods.len()];
+            let mut to_x = vec![0f32; gs.len()];
+            let rows = gs.chunks_exact(d).zip(normed.chunks_exact(d));
+            for (i, ((g, n), to)) in rows.zip(to_x.chunks_exact_mut(d)).enumerate() {
+                let at = (i / t) * wide + part * d;
+                let scale = &mods[at + d..at + 2 * d];
+                let (to_shift, to_scale) = to_mod[at..at + 2 * d].split_at_mut(d);
+                let (mut total, mut along) = (0f32, 0f32);
+                for j in 0..d {
+                    let inner = g[j] * (1.0 + scale[j]);
+                    to_shift[j] += g[j];
+                    to_scale[j] += g[j] * n[j];
+                    to[j] = inner;
+                    total += inner;
+                    along += inner * n[j];
+                }
+                let (total, along) = (total / d as f32, along / d as f32);
+                for (to, n) in to.iter_mut().zip(n) {
+                    *to = scales[i] * (*to - total - n * along);
+                }
             }
-            let (total, along) = (total / d as f32, along / d as f32);
-            for (to, n) in to.iter_mut().zip(n) {
-                *to = scales[i] * (*to - total - n * along);
-            }
-        }
-        Ok((Some(tensor(to_x, x)?), Some(tensor(to_mod, modulation)?)))
-    })
+            Ok((Some(tensor(to_x, x)?), Some(tensor(to_mod, modulation)?)))
+        },
+    )
 }
 
 /// x + gate·y, the gate being part `part` of `modulation` (b, k·d). x and y (b, t, d).
@@ -109,23 +118,29 @@ pub fn gated_add(x: &Tensor, modulation: &Tensor, part: usize, y: &Tensor) -> Re
             *x += gate * y;
         }
     }
-    attach3(x, modulation, y, &tensor(out, x)?, move |_, modulation, y, _, g| {
-        let (mut to_y, mods, ys) = (values(g)?, values(modulation)?, values(y)?);
-        let mut to_mod = vec![0f32; mods.len()];
-        for (i, (row, y)) in to_y.chunks_exact_mut(d).zip(ys.chunks_exact(d)).enumerate() {
-            let at = (i / t) * wide + part * d;
-            let pairs = to_mod[at..at + d].iter_mut().zip(&mods[at..at + d]);
-            for ((g, y), (to, gate)) in row.iter_mut().zip(y).zip(pairs) {
-                *to += *g * y;
-                *g *= gate;
+    attach3(
+        x,
+        modulation,
+        y,
+        &tensor(out, x)?,
+        move |_, modulation, y, _, g| {
+            let (mut to_y, mods, ys) = (values(g)?, values(modulation)?, values(y)?);
+            let mut to_mod = vec![0f32; mods.len()];
+            for (i, (row, y)) in to_y.chunks_exact_mut(d).zip(ys.chunks_exact(d)).enumerate() {
+                let at = (i / t) * wide + part * d;
+                let pairs = to_mod[at..at + d].iter_mut().zip(&mods[at..at + d]);
+                for ((g, y), (to, gate)) in row.iter_mut().zip(y).zip(pairs) {
+                    *to += *g * y;
+                    *g *= gate;
+                }
             }
-        }
-        Ok((
-            Some(g.clone()),
-            Some(tensor(to_mod, modulation)?),
-            Some(tensor(to_y, y)?),
-        ))
-    })
+            Ok((
+                Some(g.clone()),
+                Some(tensor(to_mod, modulation)?),
+                Some(tensor(to_y, y)?),
+            ))
+        },
+    )
 }
 
 #[cfg(test)]
@@ -156,11 +171,19 @@ mod tests {
 
     #[test]
     fn each_equals_its_parts_and_their_gradients() {
-        let (x, y, m) = (random(&[2, 3, 8], 1), random(&[2, 3, 8], 2), random(&[2, 24], 3));
+        let (x, y, m) = (
+            random(&[2, 3, 8], 1),
+            random(&[2, 3, 8], 2),
+            random(&[2, 24], 3),
+        );
         let part = |i: usize| m.narrow(1, i * 8, 8).unwrap().unsqueeze(1).unwrap();
         same(&gelu_tanh(&x).unwrap(), &x.gelu().unwrap(), &[&x]);
         let bias = random(&[8], 4);
-        same(&add_bias(&x, &bias).unwrap(), &x.broadcast_add(&bias).unwrap(), &[&x, &bias]);
+        same(
+            &add_bias(&x, &bias).unwrap(),
+            &x.broadcast_add(&bias).unwrap(),
+            &[&x, &bias],
+        );
         let mean = x.mean_keepdim(2).unwrap();
         let centered = x.broadcast_sub(&mean).unwrap();
         let spread = (centered.sqr().unwrap().mean_keepdim(2).unwrap() + 1e-6).unwrap();

@@ -14,6 +14,7 @@
 pub mod autoencoder;
 pub mod flow;
 pub mod pairs;
+pub mod patches;
 
 use crate::flux::names::NameAndShape;
 use crate::flux::{init, names};
@@ -183,9 +184,13 @@ impl<'a> Run<'a> {
             save_tensors(&folder.join("average.safetensors"), &averages, &[])?;
         }
         let text = serde_json::to_vec(&self.state).unwrap_or_default();
-        write_whole(&self.rhythm.folder.join(format!("{}.json", self.stage)), &text)?;
+        write_whole(
+            &self.rhythm.folder.join(format!("{}.json", self.stage)),
+            &text,
+        )?;
         let prefix = format!("{}-", self.stage);
-        let entries = std::fs::read_dir(&self.rhythm.folder).map_err(Error::io(&self.rhythm.folder))?;
+        let entries =
+            std::fs::read_dir(&self.rhythm.folder).map_err(Error::io(&self.rhythm.folder))?;
         for entry in entries.flatten() {
             let name = entry.file_name().to_string_lossy().into_owned();
             if name.starts_with(&prefix) && entry.path() != folder {
@@ -266,7 +271,10 @@ pub fn export(
         let value = match recipe.join {
             names::Join::SwapHalves => {
                 let half = rows / 2;
-                Tensor::cat(&[value.narrow(0, half, half)?, value.narrow(0, 0, half)?], 0)?
+                Tensor::cat(
+                    &[value.narrow(0, half, half)?, value.narrow(0, 0, half)?],
+                    0,
+                )?
             }
             _ => value.clone(),
         };

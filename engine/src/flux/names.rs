@@ -253,7 +253,7 @@ pub fn detect(names: &[&str]) -> Result<Layout> {
         if p("encoder.down_blocks.0.resnets.0.conv1.weight") {
             return Ok(layout(Kind::Vae, Naming::Diffusers));
         }
-        if p("encoder.down.0.block.0.conv1.weight") {
+        if p("encoder.down.0.block.0.conv1.weight") || p("encoder.patch.weight") {
             return Ok(layout(Kind::Vae, Naming::Bfl));
         }
     }

@@ -39,6 +39,10 @@ pub struct Config {
     pub norm_num_groups: usize,
     /// Whether the middle has attention.
     pub mid_block_add_attention: bool,
+    /// `Some(p)`: no convolutional network but one linear map of p×p patches, see
+    /// [`PatchCoder`]; the fields about blocks then mean nothing.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub patch: Option<usize>,
     /// Latents are multiplied by this,
     pub scaling_factor: f64,
     /// after this is subtracted.
@@ -62,6 +66,7 @@ impl Config {
             layers_per_block: 2,
             norm_num_groups: 32,
             mid_block_add_attention: true,
+            patch: None,
             scaling_factor: 0.3611,
             shift_factor: 0.1159,
         }
@@ -83,10 +88,16 @@ impl Config {
 
     /// How many times smaller latents are than pictures, along each side.
     pub fn factor(&self) -> usize {
+        if let Some(p) = self.patch {
+            return p;
+        }
         1 << (self.block_out_channels.len().max(1) - 1)
     }
 
     fn check(&self) -> Result<()> {
+        if self.patch.is_some_and(|p| p == 0 || p > 64) {
+            return Err(Error::bad_model("config.json", "patch must be 1 to 64"));
+        }
         let groups = self.norm_num_groups;
         let fits = |c: &usize| groups > 0 && *c > 0 && c.is_multiple_of(groups);
         if self.block_out_channels.is_empty() || !self.block_out_channels.iter().all(fits) {
@@ -105,6 +116,14 @@ impl Config {
 /// Every weight of an autoencoder of this shape.
 pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
     let mut all = Vec::new();
+    if let Some(p) = config.patch {
+        let (c, pixels) = (config.latent_channels, config.in_channels * p * p);
+        all.push(("encoder.patch.weight".into(), vec![c, pixels]));
+        all.push(("encoder.patch.bias".into(), vec![c]));
+        all.push(("decoder.patch.weight".into(), vec![pixels, c, 3, 3]));
+        all.push(("decoder.patch.bias".into(), vec![pixels]));
+        return all;
+    }
     let channels = &config.block_out_channels;
     let top = channels.last().copied().unwrap_or(0);
     let levels = channels.len();
@@ -457,9 +476,91 @@ pub const TILE_ABOVE: usize = 1024;
 #[derive(Clone, Debug)]
 pub struct Vae {
     config: Config,
-    encoder: Encoder,
-    decoder: Decoder,
+    coder: Coder,
     tile: usize,
+}
+
+/// The two kinds of autoencoder.
+#[derive(Clone, Debug)]
+enum Coder {
+    Deep(Box<(Encoder, Decoder)>),
+    Patch(PatchCoder),
+}
+
+/// An autoencoder without a hidden layer, for when there is no time to train a deep one: a
+/// latent is a linear map of its p×p patch, a patch a linear map of the 3×3 latents around
+/// it (so that blocks do not show). Its best weights have a closed form, see
+/// [`crate::train_flux::patches`].
+#[derive(Clone, Debug)]
+pub struct PatchCoder {
+    encode: nn::Linear,
+    decode: Tensor,
+    bias: Tensor,
+    patch: usize,
+}
+
+impl Coder {
+    fn encode(&self, picture: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Deep(both) => both.0.forward(picture),
+            Self::Patch(patch) => patch.encode(picture),
+        }
+    }
+
+    fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::Deep(both) => both.1.forward(latents),
+            Self::Patch(patch) => patch.decode(latents),
+        }
+    }
+}
+
+impl PatchCoder {
+    fn new(config: &Config, patch: usize, vb: VarBuilder) -> Result<Self> {
+        let (c, pixels) = (config.latent_channels, config.in_channels * patch * patch);
+        let weight = vb.get((c, pixels), "encoder.patch.weight")?;
+        Ok(Self {
+            encode: nn::Linear::new(weight, Some(vb.get(c, "encoder.patch.bias")?)),
+            decode: vb.get((pixels, c, 3, 3), "decoder.patch.weight")?,
+            bias: vb.get(pixels, "decoder.patch.bias")?,
+            patch,
+        })
+    }
+
+    /// (b, 3, h, w) to mean and log-variance as one, (b, 2c, h/p, w/p).
+    fn encode(&self, picture: &Tensor) -> Result<Tensor> {
+        let (b, _, h, w) = picture.dims4()?;
+        let (rows, columns) = (h / self.patch, w / self.patch);
+        let latents = self.encode.forward(&patches(picture, self.patch)?)?;
+        let c = latents.dim(2)?;
+        let mean = latents.transpose(1, 2)?.reshape((b, c, rows, columns))?;
+        let sure = (mean.zeros_like()? - 30.0)?;
+        Ok(Tensor::cat(&[&mean, &sure], 1)?)
+    }
+
+    /// (b, c, h, w) to (b, 3, p·h, p·w).
+    fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        let (b, _, h, w) = latents.dims4()?;
+        let p = self.patch;
+        let pixels = latents
+            .conv2d(&self.decode, 1, 1, 1, 1)?
+            .broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?;
+        let c = pixels.dim(1)? / (p * p);
+        Ok(pixels
+            .reshape((b, c, p, p, h, w))?
+            .permute([0, 1, 4, 2, 5, 3].as_slice())?
+            .reshape((b, c, p * h, p * w))?)
+    }
+}
+
+/// (b, c, h, w) as its patches in rows, (b, h/p·w/p, c·p·p), a patch's values in the order
+/// (c, dy, dx).
+pub fn patches(picture: &Tensor, p: usize) -> Result<Tensor> {
+    let (b, c, h, w) = picture.dims4()?;
+    Ok(picture
+        .reshape((b, c, h / p, p, w / p, p))?
+        .permute([0, 2, 4, 1, 3, 5].as_slice())?
+        .reshape((b, h / p * (w / p), c * p * p))?)
 }
 
 impl Vae {
@@ -468,8 +569,13 @@ impl Vae {
         config.check()?;
         Ok(Self {
             config: config.clone(),
-            encoder: Encoder::new(config, vb.pp("encoder"))?,
-            decoder: Decoder::new(config, vb.pp("decoder"))?,
+            coder: match config.patch {
+                Some(p) => Coder::Patch(PatchCoder::new(config, p, vb)?),
+                None => Coder::Deep(Box::new((
+                    Encoder::new(config, vb.pp("encoder"))?,
+                    Decoder::new(config, vb.pp("decoder"))?,
+                ))),
+            },
             tile: TILE_ABOVE,
         })
     }
@@ -506,8 +612,8 @@ impl Vae {
             )));
         }
         let moments = match h.max(w) > self.tile {
-            false => self.encoder.forward(picture)?,
-            true => tiled(picture, self.tile, (1, f), |x| self.encoder.forward(x))?,
+            false => self.coder.encode(picture)?,
+            true => tiled(picture, self.tile, (1, f), |x| self.coder.encode(x))?,
         };
         let c = self.config.latent_channels;
         let log_variance = moments.narrow(1, c, c)?.clamp(-30f32, 20f32)?;
@@ -548,8 +654,8 @@ impl Vae {
         let z = ((latents / self.config.scaling_factor)? + self.config.shift_factor)?;
         let f = self.config.factor();
         match h.max(w) * f > self.tile {
-            false => self.decoder.forward(&z),
-            true => tiled(&z, self.tile / f, (f, 1), |x| self.decoder.forward(x)),
+            false => self.coder.decode(&z),
+            true => tiled(&z, self.tile / f, (f, 1), |x| self.coder.decode(x)),
         }
     }
 }

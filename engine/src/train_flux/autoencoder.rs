@@ -6,12 +6,12 @@
 //! norms look at small neighbourhoods, and they are four times cheaper than pictures.
 
 use super::{Report, Rhythm, Run, fresh, latest};
+use crate::Result;
 use crate::flux::vae::{Config, Vae};
 use crate::flux::{init, names};
 use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
 use crate::params::Params;
 use crate::render::{Object, Scene};
-use crate::Result;
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
 use std::path::Path;
@@ -74,7 +74,12 @@ pub fn config() -> Config {
 /// Trains, or goes on training, until the steps are done or `report` says stop.
 pub fn run(options: &Options, rhythm: &Rhythm, report: Report) -> Result<()> {
     let params = Params::new(options.seed, Device::Cpu);
-    fresh(&params, "", &names::vae_shapes(&options.config), options.seed)?;
+    fresh(
+        &params,
+        "",
+        &names::vae_shapes(&options.config),
+        options.seed,
+    )?;
     let vae = Vae::new(&options.config, params.builder(DType::F32))?;
     let group = Group {
         vars: params.vars(),
@@ -152,7 +157,11 @@ fn crops(options: &Options, step: u64) -> Result<Tensor> {
             }
         }
     }
-    Ok(Tensor::from_vec(values, (options.batch, 3, crop, crop), &Device::Cpu)?)
+    Ok(Tensor::from_vec(
+        values,
+        (options.batch, 3, crop, crop),
+        &Device::Cpu,
+    )?)
 }
 
 /// A batch of rendered pictures, (b, 3, size, size) in -1..1.
@@ -165,26 +174,40 @@ pub fn pictures(scenes: &[Scene], size: usize) -> Result<Tensor> {
             values.extend(one.map(|v| f32::from(*v) / 127.5 - 1.0));
         }
     }
-    Ok(Tensor::from_vec(values, (scenes.len(), 3, size, size), &Device::Cpu)?)
+    Ok(Tensor::from_vec(
+        values,
+        (scenes.len(), 3, size, size),
+        &Device::Cpu,
+    )?)
 }
 
-/// The trained autoencoder of a folder, its shift and scaling set so that latents of
-/// rendered pictures have mean 0 and variance 1.
-pub fn trained(folder: &Path, config: &Config) -> Result<Vae> {
-    let weights = latest(folder, "vae")?;
-    let vae = Vae::new(config, init::builder(&weights, DType::F32, &Device::Cpu))?;
+/// Scenes to measure latents on: before and after edits, all trained objects.
+pub fn sample_scenes(count: usize) -> Vec<Scene> {
     let objects = Object::trained();
     let mut random = Philox::new(17, 0);
-    let scenes: Vec<Scene> = (0..48u64)
+    (0..count)
         .map(|i| {
-            let object = objects[i as usize % objects.len()];
-            let scene = Scene::random(object, random.next_u64());
+            let scene = Scene::random(objects[i % objects.len()], random.next_u64());
             let edit = scene.random_edit(2, &mut random);
             scene.with(&edit)
         })
-        .collect();
-    let (latents, _) = vae.posterior(&pictures(&scenes, 128)?)?;
+        .collect()
+}
+
+/// The same autoencoder, its shift and scaling set so that latents of rendered pictures have
+/// mean 0 and variance 1.
+pub fn scaled(vae: Vae) -> Result<Vae> {
+    let (latents, _) = vae.posterior(&pictures(&sample_scenes(48), 128)?)?;
     let mean = f64::from(latents.mean_all()?.to_scalar::<f32>()?);
     let spread = (latents - mean)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
     Ok(vae.with_scaling(1.0 / f64::from(spread).sqrt().max(1e-6), mean))
+}
+
+/// The deep autoencoder of a folder, trained by [`run`].
+pub fn trained(folder: &Path, config: &Config) -> Result<Vae> {
+    let weights = latest(folder, "vae")?;
+    scaled(Vae::new(
+        config,
+        init::builder(&weights, DType::F32, &Device::Cpu),
+    )?)
 }

@@ -35,7 +35,7 @@ impl Options {
     /// What the shipped model was trained on.
     pub fn shipped() -> Self {
         Self {
-            pairs: 3000,
+            pairs: 1600,
             size: 128,
             tokens: 20,
             most_changes: 2,
@@ -83,7 +83,9 @@ fn edges(scene: &Scene, size: usize, random: &mut Philox) -> Result<Tensor> {
     let drawn = canny(&picture, low, high).to_picture();
     let mut tensor = drawn.to_tensor(&Device::Cpu)?;
     if random.uniform() < 0.1 {
-        let keep: Vec<f32> = (0..64).map(|_| f32::from(random.uniform() > 0.15)).collect();
+        let keep: Vec<f32> = (0..64)
+            .map(|_| f32::from(random.uniform() > 0.15))
+            .collect();
         let keep = Tensor::from_vec(keep, (1, 1, 8, 8), &Device::Cpu)?;
         let keep = keep.upsample_nearest2d(size, size)?;
         tensor = ((tensor + 1.0)?.broadcast_mul(&keep)? - 1.0)?;

@@ -15,8 +15,13 @@
 //! What is random (order, dropout, who sees the written profile) is a function of seed and step,
 //! so a run that was killed goes on exactly.
 //!
+//! At every checkpoint the result's files are written too: `adapter/` in PEFT's form and
+//! `soft_prompt.safetensors`, both f16. [`runs::run`] does a whole run.
+//!
 //! Numerics follow TRL 1.16: sums of log-probabilities over completion tokens, means over pairs,
 //! the names of the metrics.
+
+pub mod runs;
 
 use crate::error::{Error, Result};
 use crate::lm::{Decoder, Dropout, Placement};
@@ -634,6 +639,8 @@ pub struct Journal<'a> {
     pub folder: PathBuf,
     /// Whether to go on from the folder's checkpoint, if it has one.
     pub resume: bool,
+    /// Looked at after each step; when it is set, the run ends with [`Error::Cancelled`].
+    pub cancelled: Option<&'a std::cell::Cell<bool>>,
     /// Told after each step: its metrics, seconds left, and a warning if there is one.
     pub progress: Box<dyn FnMut(&Metrics, f64, Option<&str>) + 'a>,
 }
@@ -780,6 +787,13 @@ impl<'a> Recorder<'a> {
             (self.journal.progress)(last, left, warning);
         }
         Ok(())
+    }
+
+    fn stop_if_cancelled(&self) -> Result<()> {
+        match self.journal.cancelled {
+            Some(flag) if flag.get() => Err(Error::Cancelled),
+            _ => Ok(()),
+        }
     }
 
     /// Chosen answers that keep becoming unlikelier are the usual way DPO goes wrong.
@@ -1445,7 +1459,9 @@ pub fn train_dpo(
         let due = options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
         if due || step + 1 == options.steps {
             trained.save(&recorder.journal.folder, step + 1, tokens)?;
+            save_policy(policy, &recorder.journal.folder)?;
         }
+        recorder.stop_if_cancelled()?;
     }
     recorder.plot(
         &[
@@ -1457,6 +1473,22 @@ pub fn train_dpo(
         "Direct preference optimisation",
     )?;
     Ok(recorder.lines.last().cloned().unwrap_or_default())
+}
+
+/// The files of a trained policy: what a bundle holds of it.
+fn save_policy(policy: &Policy, folder: &Path) -> Result<()> {
+    policy
+        .adapter
+        .save(&folder.join("adapter"), Some(DType::F16))?;
+    if let Some((soft, params)) = policy.soft {
+        SoftPrompt::save(
+            &soft.config,
+            params,
+            &folder.join("soft_prompt.safetensors"),
+            DType::F16,
+        )?;
+    }
+    Ok(())
 }
 
 /// Numbers for tests and reports: what one batch's metrics are.

@@ -357,6 +357,7 @@ fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec
     let journal = Journal {
         folder: folder.to_path_buf(),
         resume,
+        cancelled: None,
         progress: Box::new(|_, _, _| {
             count.set(count.get() + 1);
             if count.get() == steps_now {
@@ -441,6 +442,7 @@ fn fine_tuning_lowers_the_loss() {
     let journal = Journal {
         folder: folder.clone(),
         resume: false,
+        cancelled: None,
         progress: Box::new(|_, _, _| {}),
     };
     let last = train_sft(&model, &trained, &groups, &options, journal).unwrap();

@@ -1,1 +1,91 @@
-fn main() {}
+//! The program `simpatico`: the door to the three libraries.
+//!
+//! Each command is a thin function: it parses its flags, calls a library, prints what came
+//! back. Absent on purpose: anything another program could want to call.
+
+mod output;
+mod store_commands;
+
+use clap::{Parser, Subcommand};
+use output::Output;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Learns people's taste from likes and dislikes, and edits pictures to it.
+#[derive(Parser)]
+#[command(name = "simpatico", version, about, max_term_width = 100)]
+struct Cli {
+    #[command(flatten)]
+    common: Common,
+    #[command(subcommand)]
+    command: Command,
+}
+
+/// Flags every command takes.
+#[derive(clap::Args, Clone)]
+struct Common {
+    /// The folder with the store
+    #[arg(long, global = true, env = "SIMPATICO_STORE", default_value = "./simpatico.store", value_name = "DIR")]
+    store: PathBuf,
+    /// The bundle of models: a name or a folder
+    #[arg(long, global = true, env = "SIMPATICO_BUNDLE", default_value = "default", value_name = "NAME|DIR")]
+    bundle: String,
+    /// Print one JSON object a line on stdout, and nothing else there
+    #[arg(long, global = true)]
+    json: bool,
+    /// Where to compute: cpu, cuda, cuda:N or metal; the best present if not given
+    #[arg(long, global = true, value_name = "DEVICE")]
+    device: Option<String>,
+    /// The seed of everything random
+    #[arg(long, global = true, default_value_t = 0, value_name = "N")]
+    seed: u64,
+    /// No progress and no notes on stderr
+    #[arg(long, global = true)]
+    quiet: bool,
+}
+
+#[derive(Subcommand)]
+enum Command {
+    #[command(flatten)]
+    Store(store_commands::StoreCommand),
+}
+
+/// What a command came to, when it did not fail.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Outcome {
+    /// All done.
+    Done,
+    /// Done, but some input was rejected.
+    SomeRejected,
+}
+
+static CANCELLED: AtomicBool = AtomicBool::new(false);
+
+/// Whether Ctrl-C was pressed. Long work asks between steps and stops whole.
+fn cancelled() -> bool {
+    CANCELLED.load(Ordering::Relaxed)
+}
+
+fn main() -> ExitCode {
+    let cli = Cli::parse();
+    // A second Ctrl-C ends the program at once; the log makes even that safe.
+    let _ = ctrlc::set_handler(|| {
+        if CANCELLED.swap(true, Ordering::Relaxed) {
+            std::process::exit(130);
+        }
+    });
+    let output = Output::new(cli.common.json, cli.common.quiet);
+    let result = match cli.command {
+        Command::Store(command) => store_commands::run(command, &cli.common, &output),
+    };
+    match result {
+        Ok(Outcome::Done) => ExitCode::SUCCESS,
+        Ok(Outcome::SomeRejected) => ExitCode::from(3),
+        Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::from(if error.is::<output::Usage>() { 2 } else { 1 })
+        }
+    }
+}

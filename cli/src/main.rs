@@ -26,10 +26,22 @@ struct Cli {
 #[derive(clap::Args, Clone)]
 struct Common {
     /// The folder with the store
-    #[arg(long, global = true, env = "SIMPATICO_STORE", default_value = "./simpatico.store", value_name = "DIR")]
+    #[arg(
+        long,
+        global = true,
+        env = "SIMPATICO_STORE",
+        default_value = "./simpatico.store",
+        value_name = "DIR"
+    )]
     store: PathBuf,
     /// The bundle of models: a name or a folder
-    #[arg(long, global = true, env = "SIMPATICO_BUNDLE", default_value = "default", value_name = "NAME|DIR")]
+    #[arg(
+        long,
+        global = true,
+        env = "SIMPATICO_BUNDLE",
+        default_value = "default",
+        value_name = "NAME|DIR"
+    )]
     bundle: String,
     /// Print one JSON object a line on stdout, and nothing else there
     #[arg(long, global = true)]

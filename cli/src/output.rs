@@ -27,7 +27,10 @@ impl Output {
     /// Answers are JSON where `--json` says so and wherever stdout is no terminal, so that a
     /// pipe gets the documented shapes with or without the flag.
     pub fn new(json: bool, quiet: bool) -> Self {
-        Self { json: json || !io::stdout().is_terminal(), quiet }
+        Self {
+            json: json || !io::stdout().is_terminal(),
+            quiet,
+        }
     }
 
     /// Prints an answer: one JSON object on a line, or words for a person.
@@ -36,7 +39,11 @@ impl Output {
         value: &T,
         words: impl FnOnce() -> String,
     ) -> anyhow::Result<()> {
-        let mut text = if self.json { serde_json::to_string(value)? } else { words() };
+        let mut text = if self.json {
+            serde_json::to_string(value)?
+        } else {
+            words()
+        };
         if !text.ends_with('\n') {
             text.push('\n');
         }

@@ -159,8 +159,12 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
             crate::learn_commands::prepare_embedding(&store, &user, common, output)?;
             let embedding = store.snapshot().embedding(&user)?;
             output.answer(&embedding, || {
-                let head: Vec<String> =
-                    embedding.vector.iter().take(8).map(|x| format!("{x:+.4}")).collect();
+                let head: Vec<String> = embedding
+                    .vector
+                    .iter()
+                    .take(8)
+                    .map(|x| format!("{x:+.4}"))
+                    .collect();
                 format!(
                     "{}: {} numbers by encoder {} as of {}: {} …",
                     embedding.user,
@@ -200,12 +204,18 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
         }
         StoreCommand::Snapshot { file } => {
             let report = open_existing(common)?.export_snapshot(&file)?;
-            output.answer(&report, || format!("{}: written, {} bytes", file.display(), report.bytes))?;
+            output.answer(&report, || {
+                format!("{}: written, {} bytes", file.display(), report.bytes)
+            })?;
         }
         StoreCommand::Restore { file } => {
             let report = Store::restore(&file, &common.store)?;
             output.answer(&report, || {
-                format!("{}: restored from {}", common.store.display(), file.display())
+                format!(
+                    "{}: restored from {}",
+                    common.store.display(),
+                    file.display()
+                )
             })?;
         }
     }
@@ -395,7 +405,10 @@ fn ingest(args: &Ingest, common: &Common, output: &Output) -> Result<Outcome> {
                 stopped = parsed.stopped;
             }
             if cancelled() {
-                bail!("interrupted after {} lines; what was read so far is safe", report.read);
+                bail!(
+                    "interrupted after {} lines; what was read so far is safe",
+                    report.read
+                );
             }
         }
         Ok(())
@@ -436,7 +449,11 @@ fn parse(
     strict: bool,
     sender: &std::sync::mpsc::SyncSender<Parsed>,
 ) {
-    let empty = || Parsed { events: Vec::with_capacity(BATCH), rejects: Vec::new(), stopped: None };
+    let empty = || Parsed {
+        events: Vec::with_capacity(BATCH),
+        rejects: Vec::new(),
+        stopped: None,
+    };
     let mut batch = empty();
     let mut lines = match Lines::new(input) {
         Ok(lines) => lines,
@@ -467,17 +484,23 @@ fn parse(
                     Ok(None) => {}
                     Err(error) => {
                         let reason = error.to_string();
-                        batch.rejects.push(Reject { line: number, reason, raw: raw.to_vec() });
+                        batch.rejects.push(Reject {
+                            line: number,
+                            reason,
+                            raw: raw.to_vec(),
+                        });
                         if strict {
-                            batch.stopped =
-                                Some(anyhow::anyhow!("line {number}: {error} (--strict stops here)"));
+                            batch.stopped = Some(anyhow::anyhow!(
+                                "line {number}: {error} (--strict stops here)"
+                            ));
                             break;
                         }
                     }
                 }
             }
             Err(error) => {
-                batch.stopped = Some(anyhow::Error::new(error).context("the file ends in the middle"));
+                batch.stopped =
+                    Some(anyhow::Error::new(error).context("the file ends in the middle"));
                 break;
             }
         }
@@ -498,7 +521,10 @@ fn open_input(file: &Path, count: Arc<AtomicU64>) -> io::Result<(Box<dyn Read + 
     let input = File::open(file)?;
     let metadata = input.metadata()?;
     if metadata.is_dir() {
-        return Err(io::Error::new(io::ErrorKind::IsADirectory, "expected a file, got a folder"));
+        return Err(io::Error::new(
+            io::ErrorKind::IsADirectory,
+            "expected a file, got a folder",
+        ));
     }
     Ok((Box::new(Counted { input, count }), metadata.len()))
 }
@@ -524,7 +550,11 @@ fn input_format(args: &Ingest) -> Result<Format> {
         || args.like_at.is_some()
         || args.dislike_at.is_some();
     let told = args.format.unwrap_or({
-        if delimited_flags || [".csv", ".tsv", ".dat"].iter().any(|end| stem.ends_with(end)) {
+        if delimited_flags
+            || [".csv", ".tsv", ".dat"]
+                .iter()
+                .any(|end| stem.ends_with(end))
+        {
             InputFormat::Csv
         } else {
             InputFormat::Jsonl
@@ -532,7 +562,10 @@ fn input_format(args: &Ingest) -> Result<Format> {
     });
     if matches!(told, InputFormat::Jsonl) {
         if delimited_flags {
-            return Err(Usage("--delimiter, --columns, --like-at and --dislike-at are for --format csv".into()).into());
+            return Err(Usage(
+                "--delimiter, --columns, --like-at and --dislike-at are for --format csv".into(),
+            )
+            .into());
         }
         return Ok(Format::Jsonl);
     }
@@ -557,12 +590,17 @@ fn input_format(args: &Ingest) -> Result<Format> {
         let columns: std::result::Result<_, _> = columns.split(',').map(str::parse).collect();
         format.columns = columns.map_err(|e| Usage(format!("--columns: {e}")))?;
         use simpatico_schema::formats::Column;
-        for (column, word) in
-            [(Column::User, "user"), (Column::Attribute, "attribute"), (Column::Value, "value")]
-        {
+        for (column, word) in [
+            (Column::User, "user"),
+            (Column::Attribute, "attribute"),
+            (Column::Value, "value"),
+        ] {
             let times = format.columns.iter().filter(|c| **c == column).count();
             if times != 1 {
-                return Err(Usage(format!("--columns: expected {word} once, got it {times} times")).into());
+                return Err(Usage(format!(
+                    "--columns: expected {word} once, got it {times} times"
+                ))
+                .into());
             }
         }
     }

@@ -19,7 +19,9 @@ struct Answer {
 
 impl Bench {
     fn new() -> Self {
-        Self { dir: tempfile::tempdir().unwrap() }
+        Self {
+            dir: tempfile::tempdir().unwrap(),
+        }
     }
 
     fn file(&self, name: &str, text: &str) -> PathBuf {
@@ -60,22 +62,35 @@ fn answer(output: &Output) -> Answer {
     let stdout = std::str::from_utf8(&output.stdout).unwrap();
     Answer {
         status: output.status.code().unwrap(),
-        lines: stdout.lines().map(|l| serde_json::from_str(l).expect(l)).collect(),
+        lines: stdout
+            .lines()
+            .map(|l| serde_json::from_str(l).expect(l))
+            .collect(),
         stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
     }
 }
 
 fn data(name: &str) -> String {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/data").join(name).display().to_string()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .join("../tests/data")
+        .join(name)
+        .display()
+        .to_string()
 }
 
 /// The edges of a file of events, by the rule of registers, computed the plain way.
 fn edges_of(events: &[(String, String, i64, String)]) -> BTreeMap<String, BTreeMap<String, bool>> {
-    let rank = |p: &str| ["clear", "pass", "dislike", "like"].iter().position(|w| *w == p);
+    let rank = |p: &str| {
+        ["clear", "pass", "dislike", "like"]
+            .iter()
+            .position(|w| *w == p)
+    };
     let mut registers: BTreeMap<(String, String), (i64, Option<usize>)> = BTreeMap::new();
     for (user, attribute, at, polarity) in events {
         let new = (*at, rank(polarity));
-        let register = registers.entry((user.clone(), attribute.clone())).or_insert(new);
+        let register = registers
+            .entry((user.clone(), attribute.clone()))
+            .or_insert(new);
         *register = (*register).max(new);
     }
     let mut edges: BTreeMap<String, BTreeMap<String, bool>> = BTreeMap::new();
@@ -97,7 +112,10 @@ fn brute_force(
     let mut holders: BTreeMap<(&str, bool), Vec<&str>> = BTreeMap::new();
     for (user, attributes) in edges {
         for (attribute, like) in attributes {
-            holders.entry((attribute, agreeing && *like)).or_default().push(user);
+            holders
+                .entry((attribute, agreeing && *like))
+                .or_default()
+                .push(user);
         }
     }
     let mut most = 0;
@@ -110,8 +128,10 @@ fn brute_force(
             }
         }
         counts.remove(user.as_str());
-        let mut ranked: Vec<(String, u64)> =
-            counts.into_iter().map(|(u, n)| (u.to_string(), n)).collect();
+        let mut ranked: Vec<(String, u64)> = counts
+            .into_iter()
+            .map(|(u, n)| (u.to_string(), n))
+            .collect();
         ranked.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
         most = most.max(ranked.first().map_or(0, |r| r.1));
         ranked.truncate(k);
@@ -134,9 +154,19 @@ fn assert_everyone_is_right(bench: &Bench, events: &[(String, String, i64, Strin
                 .as_array()
                 .unwrap()
                 .iter()
-                .map(|n| (n["user"].as_str().unwrap().into(), n["overlap"].as_u64().unwrap()))
+                .map(|n| {
+                    (
+                        n["user"].as_str().unwrap().into(),
+                        n["overlap"].as_u64().unwrap(),
+                    )
+                })
                 .collect();
-            assert_eq!(&got, &expected[line["user"].as_str().unwrap()], "{mode} {}", line["user"]);
+            assert_eq!(
+                &got,
+                &expected[line["user"].as_str().unwrap()],
+                "{mode} {}",
+                line["user"]
+            );
             for n in line["neighbors"].as_array().unwrap() {
                 let ratio = n["overlap"].as_f64().unwrap() / most as f64;
                 assert!((n["similarity"].as_f64().unwrap() - ratio).abs() < 1e-12);
@@ -150,10 +180,17 @@ fn polis_events() -> Vec<(String, String, i64, String)> {
     let mut lines = simpatico_schema::formats::Lines::new(file).unwrap();
     let mut events = Vec::new();
     while let Some((_, line)) = lines.next_line().unwrap() {
-        let simpatico_schema::formats::Line::Text(text) = line else { panic!("long line") };
+        let simpatico_schema::formats::Line::Text(text) = line else {
+            panic!("long line")
+        };
         let value: Value = serde_json::from_slice(text).unwrap();
         let word = |name: &str| value[name].as_str().unwrap().to_string();
-        events.push((word("user"), word("attribute"), value["at"].as_i64().unwrap(), word("polarity")));
+        events.push((
+            word("user"),
+            word("attribute"),
+            value["at"].as_i64().unwrap(),
+            word("polarity"),
+        ));
     }
     events
 }
@@ -189,7 +226,14 @@ fn real_opinions_give_everyone_the_neighbours_a_brute_force_count_gives() {
     let cleared: Vec<_> = events
         .iter()
         .step_by(7)
-        .map(|(user, attribute, ..)| (user.clone(), attribute.clone(), latest + 1, "clear".to_string()))
+        .map(|(user, attribute, ..)| {
+            (
+                user.clone(),
+                attribute.clone(),
+                latest + 1,
+                "clear".to_string(),
+            )
+        })
         .collect();
     events.extend(cleared);
     simpatico_schema::random::Philox::new(3, 0).shuffle(&mut events);
@@ -258,14 +302,23 @@ fn bad_lines_are_named_and_kept_and_the_rest_goes_on() {
     let kept = std::fs::read_to_string(bench.dir.path().join("store/rejected.jsonl")).unwrap();
     let lines: BTreeSet<u64> = kept
         .lines()
-        .map(|l| serde_json::from_str::<Value>(l).unwrap()["line"].as_u64().unwrap())
+        .map(|l| {
+            serde_json::from_str::<Value>(l).unwrap()["line"]
+                .as_u64()
+                .unwrap()
+        })
         .collect();
     assert_eq!(lines, BTreeSet::from([2, 3, 4]));
     let similar = bench.ask(&["similar", "a"]);
     assert_eq!(similar["neighbors"][0]["user"], "b");
 
     let strict = Bench::new();
-    assert_eq!(strict.run(&["ingest", "--strict", file.to_str().unwrap()]).status, 1);
+    assert_eq!(
+        strict
+            .run(&["ingest", "--strict", file.to_str().unwrap()])
+            .status,
+        1
+    );
 }
 
 #[test]
@@ -283,7 +336,10 @@ fn wrong_use_is_met_with_help() {
         assert!(answer.stderr.contains(word), "{args:?}: {}", answer.stderr);
         assert!(answer.lines.is_empty());
     }
-    bench.run_with_input(&["ingest", "-"], br#"{"user":"a","attribute":"x","polarity":"like"}"#);
+    bench.run_with_input(
+        &["ingest", "-"],
+        br#"{"user":"a","attribute":"x","polarity":"like"}"#,
+    );
     let unknown = bench.run(&["similar", "nobody"]);
     assert_eq!(unknown.status, 1);
     assert!(unknown.stderr.contains("nobody"), "{}", unknown.stderr);
@@ -301,22 +357,46 @@ fn a_forgotten_user_leaves_no_byte_behind_and_a_snapshot_restores_the_rest() {
         }
     }
     bench.run_with_input(&["ingest", "-"], text.as_bytes());
-    assert_eq!(bench.ask(&["similar", "ada"])["neighbors"].as_array().unwrap().len(), 2);
+    assert_eq!(
+        bench.ask(&["similar", "ada"])["neighbors"]
+            .as_array()
+            .unwrap()
+            .len(),
+        2
+    );
     let receipt = bench.ask(&["forget", "marker-zq-user"]);
     assert!(!receipt.to_string().contains("marker-zq-user"));
     bench.ask(&["compact"]);
-    assert_eq!(bench.ask(&["similar", "ada"])["neighbors"].as_array().unwrap().len(), 1);
+    assert_eq!(
+        bench.ask(&["similar", "ada"])["neighbors"]
+            .as_array()
+            .unwrap()
+            .len(),
+        1
+    );
     let store = bench.dir.path().join("store");
     assert!(!contains(&store, b"marker-zq-user"));
     assert!(contains(&store, b"ada"));
 
-    let file = bench.dir.path().join("whole.snapshot").display().to_string();
+    let file = bench
+        .dir
+        .path()
+        .join("whole.snapshot")
+        .display()
+        .to_string();
     bench.ask(&["snapshot", &file]);
     let other = Bench::new();
     other.ask(&["restore", &file]);
-    assert_eq!(other.ask(&["similar", "ada"]), bench.ask(&["similar", "ada"]));
+    assert_eq!(
+        other.ask(&["similar", "ada"]),
+        bench.ask(&["similar", "ada"])
+    );
     assert_eq!(other.ask(&["check"])["identical"], true);
-    assert_eq!(other.run(&["restore", &file]).status, 1, "a store is already there");
+    assert_eq!(
+        other.run(&["restore", &file]).status,
+        1,
+        "a store is already there"
+    );
 }
 
 fn contains(dir: &Path, needle: &[u8]) -> bool {

@@ -1,1 +1,5 @@
-//! tests
+//! What spans crates: parity with reference implementations, crashes, end to end.
+//!
+//! The library holds the means (what a power cut leaves behind); the tests are in tests/.
+
+pub mod power_cut;

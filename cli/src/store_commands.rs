@@ -7,7 +7,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use simpatico_schema::formats::{Delimited, Format, Line, Lines, TimeUnit, read_event};
 use simpatico_schema::{Event, OverlapMode};
-use simpatico_storage::{Options, Snapshot, Store};
+use simpatico_storage::{Options, Profile, Snapshot, Store};
 use std::fs::File;
 use std::io::{self, BufRead, Read, Write};
 use std::path::{Path, PathBuf};
@@ -153,7 +153,7 @@ pub struct Similar {
 pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Outcome> {
     match command {
         StoreCommand::Ingest(args) => return ingest(&args, common, output),
-        StoreCommand::Similar(args) => similar(&args, common, output)?,
+        StoreCommand::Similar(args) => return similar(&args, common, output),
         StoreCommand::Embed { user } => {
             let store = open_existing(common)?;
             crate::learn_commands::prepare_embedding(&store, &user, common, output)?;
@@ -177,20 +177,20 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
         }
         StoreCommand::Profile { user, k } => {
             let profile = open_existing(common)?.snapshot().profile(&user, k)?;
-            output.answer(&profile, || profile.to_string())?;
+            output.answer(&profile, || profile_words(&profile))?;
         }
         StoreCommand::Stats => {
             let stats = open_existing(common)?.stats()?;
-            output.answer(&stats, || stats.to_string())?;
+            output.answer(&stats, || object_words(&stats))?;
         }
         StoreCommand::Check { repair } => check(repair, common, output)?,
         StoreCommand::Forget { user } => {
             let receipt = open_existing(common)?.forget(&user)?;
-            output.answer(&receipt, || receipt.to_string())?;
+            output.answer(&receipt, || object_words(&receipt))?;
         }
         StoreCommand::Compact => {
             let report = open_existing(common)?.compact()?;
-            output.answer(&report, || report.to_string())?;
+            output.answer(&report, || object_words(&report))?;
         }
         StoreCommand::Export { format } => {
             let snapshot = open_existing(common)?.snapshot();
@@ -245,7 +245,7 @@ fn overlap_mode(overlap: Overlap) -> OverlapMode {
     }
 }
 
-fn similar(args: &Similar, common: &Common, output: &Output) -> Result<()> {
+fn similar(args: &Similar, common: &Common, output: &Output) -> Result<Outcome> {
     let store = open_existing(common)?;
     let mode = overlap_mode(args.overlap);
     if matches!(args.by, By::Embedding) {
@@ -275,16 +275,75 @@ fn similar(args: &Similar, common: &Common, output: &Output) -> Result<()> {
         })
     };
     if let Some(user) = &args.user {
-        return one(user);
+        one(user)?;
+        return Ok(Outcome::Done);
     }
-    let users: Vec<String> = match &args.users {
+    let asked: Vec<String> = match &args.users {
         Some(file) => read_names(file)?,
-        None => snapshot.users().map(|u| u.to_string()).collect(),
+        None => snapshot.users().map(str::to_string).collect(),
     };
-    if matches!(args.by, By::Overlap) {
-        return similar_many(&snapshot, &users, args.k, mode, output);
+    let (users, unknown): (Vec<String>, Vec<String>) =
+        asked.into_iter().partition(|user| snapshot.has_user(user));
+    for user in &unknown {
+        output.note(format_args!(
+            "{user:?}: no such user in {}",
+            common.store.display()
+        ));
     }
-    users.iter().try_for_each(|user| one(user))
+    match args.by {
+        By::Overlap => similar_many(&snapshot, &users, args.k, mode, output)?,
+        By::Embedding => users.iter().try_for_each(|user| one(user))?,
+    }
+    Ok(if unknown.is_empty() {
+        Outcome::Done
+    } else {
+        Outcome::SomeRejected
+    })
+}
+
+/// A profile as one would tell it.
+fn profile_words(profile: &Profile) -> String {
+    let list = |words: &[String]| {
+        if words.is_empty() {
+            "nothing yet".into()
+        } else {
+            words.join(", ")
+        }
+    };
+    let neighbors: Vec<String> = profile
+        .neighbors
+        .iter()
+        .map(|n| format!("{} ({} in common)", n.user, n.overlap.unwrap_or(0)))
+        .collect();
+    let added: Vec<String> = profile
+        .suggestions
+        .iter()
+        .filter(|s| s.weight > 0.0)
+        .take(10)
+        .map(|s| s.attribute.clone())
+        .collect();
+    format!(
+        "{}\n  likes            {}\n  dislikes         {}\n  is most like     {}\n  they would add   {}",
+        profile.user,
+        list(&profile.likes),
+        list(&profile.dislikes),
+        list(&neighbors),
+        list(&added)
+    )
+}
+
+/// The fields of a flat record, a line each.
+fn object_words(record: &impl Serialize) -> String {
+    match serde_json::to_value(record) {
+        Ok(serde_json::Value::Object(fields)) => {
+            let lines: Vec<String> = fields
+                .iter()
+                .map(|(name, value)| format!("{:<18} {value}", name.replace('_', " ")))
+                .collect();
+            lines.join("\n")
+        }
+        _ => String::new(),
+    }
 }
 
 /// Many users at once, on every core, answered in the order asked.
@@ -295,10 +354,11 @@ fn similar_many(
     mode: OverlapMode,
     output: &Output,
 ) -> Result<()> {
+    let threads = std::thread::available_parallelism().map_or(1, usize::from);
     let bar = output.bar(users.len() as u64, "users");
     for some in users.chunks(4096) {
         let names: Vec<&str> = some.iter().map(String::as_str).collect();
-        for answer in snapshot.similar_many(&names, k, mode)? {
+        for answer in snapshot.similar_many(&names, k, mode, threads)? {
             output.answer(&answer, || {
                 let list: Vec<&str> = answer.neighbors.iter().map(|n| n.user.as_str()).collect();
                 format!("{}: {}", answer.user, list.join(", "))
@@ -334,7 +394,7 @@ fn check(repair: bool, common: &Common, output: &Output) -> Result<()> {
     } else {
         open_existing(common)?.check()?
     };
-    output.answer(&report, || report.to_string())?;
+    output.answer(&report, || object_words(&report))?;
     if !report.identical {
         bail!(
             "{}: what is kept does not agree with the log; `simpatico check --repair` rebuilds it",

@@ -4,14 +4,22 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 fn root() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap().to_path_buf()
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+        .parent()
+        .unwrap()
+        .to_path_buf()
 }
 
 /// Every file git knows of. Empty outside a checkout (a source archive), where these rules
 /// have nothing to say.
 fn files() -> Vec<PathBuf> {
-    let output = Command::new("git").args(["ls-files", "-z"]).current_dir(root()).output();
-    let Ok(output) = output else { return Vec::new() };
+    let output = Command::new("git")
+        .args(["ls-files", "-z"])
+        .current_dir(root())
+        .output();
+    let Ok(output) = output else {
+        return Vec::new();
+    };
     String::from_utf8_lossy(&output.stdout)
         .split('\0')
         .filter(|name| !name.is_empty())
@@ -33,10 +41,17 @@ fn sources() -> Vec<(PathBuf, String)> {
 
 #[test]
 fn sled_is_named_only_in_storage_and_candle_only_in_engine() {
-    let manifest = |name: &str| std::fs::read_to_string(root().join(name).join("Cargo.toml")).unwrap();
-    for (package, home) in [("sled", "storage"), ("candle-core", "engine"), ("clap", "cli")] {
+    let manifest =
+        |name: &str| std::fs::read_to_string(root().join(name).join("Cargo.toml")).unwrap();
+    for (package, home) in [
+        ("sled", "storage"),
+        ("candle-core", "engine"),
+        ("clap", "cli"),
+    ] {
         for part in ["schema", "storage", "engine", "cli"] {
-            let named = manifest(part).lines().any(|l| l.starts_with(&format!("{package} ")));
+            let named = manifest(part)
+                .lines()
+                .any(|l| l.starts_with(&format!("{package} ")));
             assert_eq!(named, part == home, "{package} in {part}/Cargo.toml");
         }
     }
@@ -47,7 +62,12 @@ fn sled_is_named_only_in_storage_and_candle_only_in_engine() {
 #[test]
 fn nothing_is_left_unfinished_or_ignored() {
     // Spelt apart so that this file does not find itself.
-    let marks = [concat!("to", "do!("), concat!("unimple", "mented!("), concat!("FIX", "ME"), concat!("#[ig", "nore")];
+    let marks = [
+        concat!("to", "do!("),
+        concat!("unimple", "mented!("),
+        concat!("FIX", "ME"),
+        concat!("#[ig", "nore"),
+    ];
     for (file, text) in sources() {
         for mark in marks {
             assert!(!text.contains(mark), "{}: {mark}", file.display());
@@ -59,7 +79,11 @@ fn nothing_is_left_unfinished_or_ignored() {
 fn every_source_file_opens_with_what_it_is() {
     for (file, text) in sources() {
         let first = text.lines().find(|l| !l.starts_with("#!")).unwrap_or("");
-        assert!(first.starts_with("//!"), "{}: begins with {first:?}", file.display());
+        assert!(
+            first.starts_with("//!"),
+            "{}: begins with {first:?}",
+            file.display()
+        );
     }
 }
 
@@ -84,18 +108,27 @@ fn the_repository_stays_small_and_data_keeps_its_licence() {
         assert!(size <= 24 << 20, "{}: {size} bytes", file.display());
         total += size;
         let is_data = file.to_string_lossy().ends_with(".gz")
-            || file.extension().is_some_and(|e| e == "jpg" || e == "png" || e == "webp");
+            || file
+                .extension()
+                .is_some_and(|e| e == "jpg" || e == "png" || e == "webp");
         if is_data && !file.starts_with("docs") {
             // A licence or a note on the origin stands in the same folder or in one above.
-            let noted = file.ancestors().skip(1).take(3).filter(|d| !d.as_os_str().is_empty()).any(|d| {
-                std::fs::read_dir(root().join(d)).is_ok_and(|mut entries| {
-                    entries.any(|e| {
-                        let name = e.unwrap().file_name().to_string_lossy().to_uppercase();
-                        name.starts_with("LICENSE") || name.starts_with("LICENCE") || name.starts_with("README")
-                            || name.starts_with("MODEL_CARD")
+            let noted = file
+                .ancestors()
+                .skip(1)
+                .take(3)
+                .filter(|d| !d.as_os_str().is_empty())
+                .any(|d| {
+                    std::fs::read_dir(root().join(d)).is_ok_and(|mut entries| {
+                        entries.any(|e| {
+                            let name = e.unwrap().file_name().to_string_lossy().to_uppercase();
+                            name.starts_with("LICENSE")
+                                || name.starts_with("LICENCE")
+                                || name.starts_with("README")
+                                || name.starts_with("MODEL_CARD")
+                        })
                     })
-                })
-            });
+                });
             assert!(noted, "{}: no licence or origin beside it", file.display());
         }
     }

@@ -1,11 +1,14 @@
 //! The commands that learn: features, data sets, training, evaluation.
 
 use crate::output::Output;
-use crate::store_commands::open_or_create;
+use crate::store_commands::{open_existing, open_or_create};
 use crate::{Common, Outcome};
 use anyhow::Result;
 use clap::{Args, Subcommand};
+use simpatico_engine::bundle::Bundle;
+use simpatico_engine::Device;
 use simpatico_engine::synth::{self, SynthOptions};
+use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_schema::edit::PreferencePair;
 use simpatico_storage::Store;
 use std::path::PathBuf;
@@ -94,18 +97,67 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
     Ok(Outcome::Done)
 }
 
-/// Sees to it that a user's embedding can be computed: the store has an encoder, and the
-/// user's attributes have their text vectors.
-pub fn prepare_embedding(
-    _store: &Store,
-    _user: &str,
-    _common: &Common,
-    _output: &Output,
+/// Gives each attribute without one its text vector.
+pub fn featurize(common: &Common, output: &Output) -> Result<Outcome> {
+    let store = open_existing(common)?;
+    let started = Instant::now();
+    let missing = store.attributes_without_feature();
+    encode_attributes(&store, &missing, common, output)?;
+    let answer = serde_json::json!({
+        "attributes": missing.len(), "seconds": started.elapsed().as_secs_f64(),
+    });
+    output.answer(&answer, || format!("{} attributes got their text vectors", missing.len()))?;
+    Ok(Outcome::Done)
+}
+
+fn encode_attributes(
+    store: &Store,
+    attributes: &[String],
+    common: &Common,
+    output: &Output,
 ) -> Result<()> {
+    if attributes.is_empty() {
+        return Ok(());
+    }
+    let bundle = Bundle::find(&common.bundle)?;
+    let folder = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
+    let encoder = TextEncoder::open(&folder, &Device::Cpu)?;
+    let bar = output.bar(attributes.len() as u64, "attributes");
+    text_vectors::featurize_these(store, &encoder, attributes, |done, _| bar.set_position(done as u64))?;
+    bar.finish_and_clear();
     Ok(())
 }
 
+/// Sees to it that a user's embedding can be computed: the store has the bundle's encoder if
+/// it has none, and the user's own attributes have their text vectors (nobody else's enter
+/// that user's embedding).
+pub fn prepare_embedding(
+    store: &Store,
+    user: &str,
+    common: &Common,
+    output: &Output,
+) -> Result<()> {
+    prepare_encoder(store, common)?;
+    let snapshot = store.snapshot();
+    let missing: Vec<String> = snapshot
+        .edges(user)?
+        .into_iter()
+        .map(|(attribute, _)| attribute)
+        .filter(|attribute| snapshot.feature(attribute).is_none())
+        .collect();
+    encode_attributes(store, &missing, common, output)
+}
+
 /// The same for everyone.
-pub fn prepare_embeddings(_store: &Store, _common: &Common, _output: &Output) -> Result<()> {
+pub fn prepare_embeddings(store: &Store, common: &Common, output: &Output) -> Result<()> {
+    prepare_encoder(store, common)?;
+    encode_attributes(store, &store.attributes_without_feature(), common, output)
+}
+
+fn prepare_encoder(store: &Store, common: &Common) -> Result<()> {
+    if store.encoder_digest().is_none() {
+        let bundle = Bundle::find(&common.bundle)?;
+        store.set_encoder(&bundle.role("sage", bundle.manifest.roles.sage.as_ref())?)?;
+    }
     Ok(())
 }

@@ -4,6 +4,7 @@
 //! back. Absent on purpose: anything another program could want to call.
 
 mod learn_commands;
+mod model_commands;
 mod output;
 mod store_commands;
 
@@ -65,6 +66,11 @@ enum Command {
     /// Data sets: make one, or read one into the store
     #[command(subcommand)]
     Dataset(learn_commands::DatasetCommand),
+    /// Give each attribute its text vector
+    Featurize,
+    /// Models: what there is, fetch them, check them
+    #[command(subcommand)]
+    Models(model_commands::ModelsCommand),
 }
 
 /// What a command came to, when it did not fail.
@@ -95,6 +101,8 @@ fn main() -> ExitCode {
     let result = match cli.command {
         Command::Store(command) => store_commands::run(command, &cli.common, &output),
         Command::Dataset(command) => learn_commands::dataset(command, &cli.common, &output),
+        Command::Featurize => learn_commands::featurize(&cli.common, &output),
+        Command::Models(command) => model_commands::run(command, &cli.common, &output),
     };
     match result {
         Ok(Outcome::Done) => ExitCode::SUCCESS,

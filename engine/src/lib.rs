@@ -39,5 +39,6 @@ pub mod train_policy;
 pub mod vocabulary;
 pub mod weights;
 
+pub use candle_core::Device;
 pub use engine::{Engine, device};
 pub use error::{Error, Result};

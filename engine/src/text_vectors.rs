@@ -177,19 +177,30 @@ impl TextEncoder {
 pub fn featurize(
     store: &Store,
     encoder: &TextEncoder,
-    mut progress: impl FnMut(usize, usize),
+    progress: impl FnMut(usize, usize),
 ) -> Result<usize> {
     let missing = store.attributes_without_feature();
-    for (n, chunk) in missing.chunks(BATCH_TEXTS).enumerate() {
+    featurize_these(store, encoder, &missing, progress)?;
+    Ok(missing.len())
+}
+
+/// Gives these attributes their text vectors, in batches.
+pub fn featurize_these(
+    store: &Store,
+    encoder: &TextEncoder,
+    attributes: &[String],
+    mut progress: impl FnMut(usize, usize),
+) -> Result<()> {
+    for (n, chunk) in attributes.chunks(BATCH_TEXTS).enumerate() {
         let texts: Vec<&str> = chunk.iter().map(String::as_str).collect();
         let rows: Vec<(String, Vec<f32>)> =
             chunk.iter().cloned().zip(encoder.encode(&texts)?).collect();
         store
             .set_features(&rows)
             .map_err(|e| Error::BadRequest(format!("storing attribute vectors: {e}")))?;
-        progress(n * BATCH_TEXTS + chunk.len(), missing.len());
+        progress(n * BATCH_TEXTS + chunk.len(), attributes.len());
     }
-    Ok(missing.len())
+    Ok(())
 }
 
 #[cfg(test)]

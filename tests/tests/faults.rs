@@ -138,7 +138,7 @@ fn assert_survived(store: &Path, acks: &[u8], seed: u64, threads: u64, events: u
     let report = store
         .check()
         .unwrap_or_else(|e| panic!("{what}: check: {e}"));
-    assert!(report.identical, "{what}: {report}");
+    assert!(report.identical, "{what}: {report:?}");
     let snapshot = store.snapshot();
     let mut got: BTreeMap<String, BTreeMap<_, _>> = BTreeMap::new();
     for user in snapshot.users() {

@@ -195,11 +195,11 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
         StoreCommand::Export { format } => {
             let snapshot = open_existing(common)?.snapshot();
             let mut stdout = io::BufWriter::new(io::stdout().lock());
-            match format {
+            let _edges = match format {
                 ExportFormat::Jsonl => snapshot.export_jsonl(&mut stdout)?,
                 ExportFormat::Graphml => snapshot.export_graphml(&mut stdout)?,
                 ExportFormat::Dot => snapshot.export_dot(&mut stdout)?,
-            }
+            };
             stdout.flush()?;
         }
         StoreCommand::Snapshot { file } => {

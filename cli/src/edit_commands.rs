@@ -175,11 +175,27 @@ pub fn run(command: EditCommand, common: &Common, output: &Output) -> Result<Out
         EditCommand::Instruct(args) => instruct(&args, common, output)?,
         EditCommand::Edit(args) => edit(&args, common, output)?,
         EditCommand::Generate(args) => generate(&args, common, output)?,
-        EditCommand::Feedback { edit_id, verdict, instead } => {
+        EditCommand::Feedback {
+            edit_id,
+            verdict,
+            instead,
+        } => {
             answer(&edit_id, verdict, instead.as_deref(), common, output)?;
         }
-        EditCommand::Replay { provenance, image, mask, out } => {
-            replay(&provenance, image.as_deref(), mask.as_deref(), &out, common, output)?;
+        EditCommand::Replay {
+            provenance,
+            image,
+            mask,
+            out,
+        } => {
+            replay(
+                &provenance,
+                image.as_deref(),
+                mask.as_deref(),
+                &out,
+                common,
+                output,
+            )?;
         }
     }
     Ok(Outcome::Done)
@@ -223,7 +239,11 @@ fn instruct(args: &InstructArgs, common: &Common, output: &Output) -> Result<()>
 fn edit(args: &EditArgs, common: &Common, output: &Output) -> Result<()> {
     // The pictures first: a wrong file is told before any model is read.
     let source = Source::open(&args.image)?;
-    let mask = args.mask.as_deref().map(|m| MaskInput::open(m, args.mask_soften)).transpose()?;
+    let mask = args
+        .mask
+        .as_deref()
+        .map(|m| MaskInput::open(m, args.mask_soften))
+        .transpose()?;
     let request = EditRequest {
         user: args.user.clone(),
         source: Some(source),
@@ -240,9 +260,13 @@ fn edit(args: &EditArgs, common: &Common, output: &Output) -> Result<()> {
         mask,
         explore: args.settings.explore,
     };
-    carry_out(&request, &args.settings.out, common, output, |engine, store, hooks| {
-        Ok(engine.edit(&store.snapshot(), &request, hooks)?)
-    })
+    carry_out(
+        &request,
+        &args.settings.out,
+        common,
+        output,
+        |engine, store, hooks| Ok(engine.edit(&store.snapshot(), &request, hooks)?),
+    )
 }
 
 fn generate(args: &GenerateArgs, common: &Common, output: &Output) -> Result<()> {
@@ -253,9 +277,13 @@ fn generate(args: &GenerateArgs, common: &Common, output: &Output) -> Result<()>
         explore: args.settings.explore,
         ..EditRequest::default()
     };
-    carry_out(&request, &args.settings.out, common, output, |engine, store, hooks| {
-        Ok(engine.generate(&store.snapshot(), &request, hooks)?)
-    })
+    carry_out(
+        &request,
+        &args.settings.out,
+        common,
+        output,
+        |engine, store, hooks| Ok(engine.generate(&store.snapshot(), &request, hooks)?),
+    )
 }
 
 fn shared_settings(args: &Settings, common: &Common) -> EditSettings {
@@ -278,14 +306,25 @@ fn carry_out(
     output: &Output,
     work: impl FnOnce(&Engine, &Store, &mut Hooks) -> Result<Edit>,
 ) -> Result<()> {
-    if out.extension().is_none_or(|e| !e.eq_ignore_ascii_case("png")) {
-        return Err(Usage(format!("--out: expected a name ending in .png, got {}", out.display())).into());
+    if out
+        .extension()
+        .is_none_or(|e| !e.eq_ignore_ascii_case("png"))
+    {
+        return Err(Usage(format!(
+            "--out: expected a name ending in .png, got {}",
+            out.display()
+        ))
+        .into());
     }
     let engine = open_engine(common)?;
     let store = open_for(&request.user, common, output)?;
     let bar = output.bar(1, "steps");
     let mut show = |at: Progress| show_progress(&bar, at);
-    let mut hooks = Hooks { progress: Some(&mut show), cancel: Some(&CANCELLED), ..Hooks::default() };
+    let mut hooks = Hooks {
+        progress: Some(&mut show),
+        cancel: Some(&CANCELLED),
+        ..Hooks::default()
+    };
     let edit = work(&engine, &store, &mut hooks)?;
     bar.finish_and_clear();
     let mut files = Vec::new();
@@ -331,7 +370,11 @@ fn numbered(out: &Path, index: usize) -> PathBuf {
     if index == 0 {
         return out.to_path_buf();
     }
-    let stem = out.file_stem().unwrap_or_default().to_string_lossy().into_owned();
+    let stem = out
+        .file_stem()
+        .unwrap_or_default()
+        .to_string_lossy()
+        .into_owned();
     out.with_file_name(format!("{stem}-{index}.png"))
 }
 
@@ -393,7 +436,11 @@ fn replay(
     let engine = open_engine(common)?;
     let bar = output.bar(1, "steps");
     let mut show = |at: Progress| show_progress(&bar, at);
-    let mut hooks = Hooks { progress: Some(&mut show), cancel: Some(&CANCELLED), ..Hooks::default() };
+    let mut hooks = Hooks {
+        progress: Some(&mut show),
+        cancel: Some(&CANCELLED),
+        ..Hooks::default()
+    };
     let (picture, again) = engine.replay(&record, source.as_ref(), mask.as_ref(), &mut hooks)?;
     bar.finish_and_clear();
     provenance::write(out, &picture, &again)?;

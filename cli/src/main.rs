@@ -3,6 +3,7 @@
 //! Each command is a thin function: it parses its flags, calls a library, prints what came
 //! back. Absent on purpose: anything another program could want to call.
 
+mod edit_commands;
 mod learn_commands;
 mod model_commands;
 mod output;
@@ -71,6 +72,8 @@ enum Command {
     /// Models: what there is, fetch them, check them
     #[command(subcommand)]
     Models(model_commands::ModelsCommand),
+    #[command(flatten)]
+    Edit(edit_commands::EditCommand),
 }
 
 /// What a command came to, when it did not fail.
@@ -102,6 +105,7 @@ fn main() -> ExitCode {
         Command::Store(command) => store_commands::run(command, &cli.common, &output),
         Command::Dataset(command) => learn_commands::dataset(command, &cli.common, &output),
         Command::Featurize => learn_commands::featurize(&cli.common, &output),
+        Command::Edit(command) => edit_commands::run(command, &cli.common, &output),
         Command::Models(command) => model_commands::run(command, &cli.common, &output),
     };
     match result {

@@ -133,8 +133,11 @@ fn features(
     texts: &BTreeMap<String, String>,
 ) -> Result<BTreeMap<String, Vec<f32>>> {
     let names: BTreeSet<&String> = edges.iter().map(|edge| &edge.1).collect();
-    let text = |name: &&String| texts.get(*name).unwrap_or(name).as_str();
-    let vectors = model.encode(&names.iter().map(text).collect::<Vec<_>>())?;
+    let text = names.iter().map(|&name| match texts.get(name) {
+        Some(text) => text.as_str(),
+        None => name.as_str(),
+    });
+    let vectors = model.encode(&text.collect::<Vec<&str>>())?;
     Ok(names.into_iter().cloned().zip(vectors).collect())
 }
 

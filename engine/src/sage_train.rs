@@ -23,9 +23,16 @@
 //!
 //! # The weights that ship
 //!
-//! `bundles/default/sage.safetensors` is made by
-//! `cargo run --release -p simpatico-engine --example train_sage -- --out
-//! bundles/default/sage.safetensors`; see that example for what it reads.
+//! `bundles/default/sage.safetensors` (384 → 256 → 256, f16, 1.8 MB) is made by
+//! `cargo run --release -p simpatico-engine --example train_sage -- --model MINILM
+//! --epochs 120 --out bundles/default/sage.safetensors`, where MINILM is the folder of
+//! all-MiniLM-L6-v2: 120 epochs on the synthetic community of seed 0, minutes on two cores.
+//!
+//! # Why whitening
+//!
+//! On that community (2,700 users, 331 attributes, 55,074 edges, seed 0; 10% of the users and
+//! 10% of the edges held out) AUC on held-out edges is 0.767 without and 0.875 with whitened
+//! text vectors, after 150 and 100 epochs; logistic matrix factorisation has 0.860.
 
 use crate::error::{Error, Result};
 use crate::optim::{AdamW, AdamWOptions, Group, Schedule};

@@ -71,4 +71,4 @@ else:
     w = {k: torch.randn(s) * 0.4 for k, s in w.items()}
     x = torch.randn(2, 3, 12, 28)
     square = torch.randn(1, 3, 20, 20)
-    save_file(w | {"x": x, "y": forward(w, x, heads), "square": square, "square_y": forward(w, square, heads)}, "tiny.safetensors")
+    save_file(w | {"x": x, "y": forward(w, x, heads).contiguous(), "square": square, "square_y": forward(w, square, heads).contiguous()}, "tiny.safetensors")

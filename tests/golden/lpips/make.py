@@ -84,4 +84,4 @@ else:
             w[f"NetLinLayer_{i}.Conv_0.kernel"] = torch.rand(1, 1, f.shape[1], 1)
         out |= {prefix + k: v for k, v in w.items()}
         out[prefix + "y"] = distance(net, w, a, b)
-    save_file(out | {"a": a, "b": b}, "tiny.safetensors")
+    save_file({k: v.contiguous() for k, v in (out | {"a": a, "b": b}).items()}, "tiny.safetensors")

@@ -1,8 +1,12 @@
 //! Trains the small Flux: `train_flux vae FOLDER [STEPS]`, and so on.
 
 use candle_core::{DType, Device, Tensor};
-use simpatico_engine::flux::{init, vae::Vae};
+use simpatico_engine::canny::canny;
+use simpatico_engine::flux::controlnet::Mode;
+use simpatico_engine::flux::text::prompt_of_states;
+use simpatico_engine::flux::{init, names, vae::Vae};
 use simpatico_engine::params::{load_tensors, save_tensors};
+use simpatico_engine::picture::Picture;
 use simpatico_engine::render::Object;
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
@@ -92,6 +96,79 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             options.batch = number(1).unwrap_or(options.batch);
             let pairs = pairs::Pairs::open(&rhythm.folder.join("pairs.safetensors"))?;
             flow::run(&options, &pairs, &rhythm, &mut tell)?;
+        }
+        "export" => {
+            let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);
+            let vae = patch_vae(&rhythm.folder)?;
+            let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
+            let kind = names::Kind::Vae;
+            export(
+                &out.join("vae"),
+                kind,
+                1,
+                &weights,
+                vae.config(),
+                "AutoencoderKL",
+            )?;
+            flow::export(&rhythm.folder, &flow::config(), out)?;
+        }
+        "sample" => {
+            let vae = patch_vae(&rhythm.folder)?;
+            let encoder =
+                TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
+            let made: Vec<_> = (0..10)
+                .map(|i| pairs::pair(Object::HELD_OUT, 1, 77, i))
+                .collect();
+            let scenes = |f: &dyn Fn(&pairs::Pair) -> simpatico_engine::render::Scene| {
+                autoencoder::pictures(&made.iter().map(f).collect::<Vec<_>>(), 128)
+            };
+            let before = scenes(&|p| p.source.clone())?;
+            let wanted = scenes(&|p| p.target.clone())?;
+            let drawn: Vec<Tensor> = made
+                .iter()
+                .map(|p| {
+                    let picture = Picture::from_rgb(128, 128, p.source.render(128));
+                    canny(&picture, 100, 200)
+                        .to_picture()
+                        .to_tensor(&Device::Cpu)
+                })
+                .collect::<Result<_, _>>()?;
+            let drawn = Tensor::cat(&drawn, 0)?;
+            let states: Vec<Tensor> = made
+                .iter()
+                .map(|p| {
+                    println!("{}", p.text);
+                    encoder
+                        .encode_tokens(&[p.text.as_str()], 20)?
+                        .states
+                        .get(0)
+                        .map_err(Into::into)
+                })
+                .collect::<Result<_, simpatico_engine::Error>>()?;
+            let prompt = prompt_of_states(&states, 20)?;
+            let mut rows = vec![before.clone(), wanted];
+            for (control, mode, start, cfg) in [
+                (&before, Mode::Tile, 1.0, 1.0),
+                (&before, Mode::Tile, 0.8, 2.5),
+                (&drawn, Mode::Canny, 0.8, 2.5),
+                (&drawn, Mode::Canny, 1.0, 2.5),
+            ] {
+                let settings = (start, 20, cfg);
+                rows.push(flow::edit(
+                    &rhythm.folder,
+                    &flow::config(),
+                    &vae,
+                    &before,
+                    (control, mode),
+                    prompt.clone(),
+                    settings,
+                )?);
+            }
+            save_grid(
+                &rhythm.folder.join("samples.png"),
+                &Tensor::cat(&rows, 0)?,
+                10,
+            )?;
         }
         other => return Err(format!("no stage {other}").into()),
     }

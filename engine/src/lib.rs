@@ -23,7 +23,6 @@ pub mod nn;
 pub mod optim;
 pub mod params;
 pub mod picture;
-pub mod picture_text;
 pub mod plot;
 pub mod policy;
 pub mod provenance;

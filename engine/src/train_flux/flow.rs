@@ -10,17 +10,24 @@
 //! nothing before it is of use.
 
 use super::pairs::Pairs;
-use super::{Report, Rhythm, Run, fresh};
+use super::{Report, Rhythm, Run, fresh, latest};
 use crate::flux::controlnet::{self, Control, ControlNet, Mode};
+use crate::flux::init;
 use crate::flux::names;
 use crate::flux::transformer::{
     self, FluxTransformer, Inputs, Residuals, image_ids, pack, text_ids,
 };
-use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
+use crate::flux::vae::Vae;
+use crate::optim::{AdamW, AdamWOptions, Group, Schedule as RateSchedule};
 use crate::params::Params;
+use crate::sampler::{
+    Conditions, ControlInput, Prompt, Schedule, ScheduleConfig, Watch, img2img, packed_noise,
+};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
+use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The settings of a run.
 #[derive(Clone, Debug, PartialEq)]
@@ -53,7 +60,7 @@ impl Options {
     pub fn shipped() -> Self {
         Self {
             config: config(),
-            steps: 750,
+            steps: 1600,
             batch: 16,
             lr: 2e-3,
             warmup: 60,
@@ -139,7 +146,7 @@ pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) ->
     };
     let mut adam = AdamW::new(vec![group], settings)?;
     let mut run = Run::open("flow", rhythm, options.steps, &networks.params, &mut adam)?;
-    let schedule = Schedule::Cosine {
+    let schedule = RateSchedule::Cosine {
         warmup: options.warmup,
         total: options.steps,
         floor: 0.02,
@@ -259,4 +266,92 @@ fn loss(networks: &Networks, options: &Options, pairs: &Pairs, step: u64) -> Res
     inputs.residuals = Some(&residuals);
     let velocity = networks.flux.forward(&inputs)?;
     Ok((velocity - (noise - clean)?)?.sqr()?.mean_all()?)
+}
+
+/// Writes the run's averaged weights as two model folders, `transformer` and `controlnet`,
+/// under diffusers' names in half precision.
+pub fn export(run: &Path, config: &transformer::Config, out: &Path) -> Result<()> {
+    let all = latest(run, "flow")?;
+    let part = |prefix: &str| -> BTreeMap<String, Tensor> {
+        let own = all.iter().filter_map(|(name, value)| {
+            let name = name.strip_prefix(prefix)?;
+            Some((name.to_string(), value.clone()))
+        });
+        own.collect()
+    };
+    let (transformer, control) = (part("transformer."), part("controlnet."));
+    let kind = names::Kind::Transformer;
+    let folder = out.join("transformer");
+    super::export(
+        &folder,
+        kind,
+        0,
+        &transformer,
+        config,
+        "FluxTransformer2DModel",
+    )?;
+    let kind = names::Kind::ControlNet;
+    let folder = out.join("controlnet");
+    super::export(
+        &folder,
+        kind,
+        0,
+        &control,
+        &control_config(config),
+        "FluxControlNetModel",
+    )
+}
+
+/// Edits pictures with the run's averaged weights: (b, 3, h, w) in -1..1 in and out. The
+/// noised source at level `start` is followed down over `steps` steps, steered by the source
+/// itself (mode tile) or by its edges (mode canny) given as `control`.
+#[allow(clippy::too_many_arguments)]
+pub fn edit(
+    run: &Path,
+    config: &transformer::Config,
+    vae: &Vae,
+    source: &Tensor,
+    control: (&Tensor, Mode),
+    prompt: Prompt,
+    (start, steps, true_cfg): (f64, usize, f64),
+) -> Result<Tensor> {
+    let all = latest(run, "flow")?;
+    let vb = init::builder(&all, DType::F32, &Device::Cpu);
+    let flux = FluxTransformer::new(config, vb.pp("transformer"))?;
+    let net = ControlNet::new(&control_config(config), vb.pp("controlnet"))?;
+    let latents = vae.encode(source)?;
+    let (b, c, h, w) = latents.dims4()?;
+    let condition = pack(&vae.encode(control.0)?)?;
+    let negative = Prompt {
+        text: prompt.text.zeros_like()?,
+        pooled: prompt.pooled.zeros_like()?,
+    };
+    let conditions = Conditions {
+        flux: &flux,
+        prompt,
+        negative: Some(negative),
+        true_cfg,
+        guidance: 1.0,
+        controls: vec![ControlInput::new(
+            &net,
+            condition,
+            Some(control.1 as u32),
+            1.0,
+        )],
+        rows: h / 2,
+        columns: w / 2,
+        cache_threshold: 0.0,
+    };
+    let schedule = Schedule::from_level(&ScheduleConfig::dev(), steps, h * w / 4, start)?;
+    let pictures: Vec<u32> = (0..b as u32).collect();
+    let noise = packed_noise(0, &pictures, 0, (c, h, w), &Device::Cpu)?;
+    let edited = img2img(
+        &conditions,
+        &schedule,
+        &pack(&latents)?,
+        &noise,
+        None,
+        &mut Watch::default(),
+    )?;
+    vae.decode(&crate::flux::transformer::unpack(&edited, h, w)?)
 }

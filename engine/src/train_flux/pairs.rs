@@ -5,10 +5,10 @@
 
 use super::autoencoder::pictures;
 use crate::canny::canny;
+use crate::flux::text::prompt_of_states;
 use crate::flux::vae::Vae;
 use crate::params::{load_tensors, save_tensors};
 use crate::picture::Picture;
-use crate::picture_text::picture_text;
 use crate::render::{Object, Scene};
 use crate::text_vectors::TextEncoder;
 use crate::{Error, Result};
@@ -122,20 +122,28 @@ pub fn prepare(
         target.push(half(vae.encode(&pictures(&after, options.size)?)?)?);
         control.push(half(vae.encode(&Tensor::cat(&drawn, 0)?)?)?);
         let texts: Vec<&str> = made.iter().map(|p| p.text.as_str()).collect();
-        let (states, mean) = picture_text(encoder, &texts, options.tokens)?;
-        text.push(half(states)?);
-        pooled.push(half(mean)?);
+        let seen = encoder.encode_tokens(&texts, options.tokens)?;
+        let lengths = seen.mask.sum(1)?.to_vec1::<f32>()?;
+        let states = lengths
+            .iter()
+            .enumerate()
+            .map(|(i, n)| Ok(seen.states.get(i)?.narrow(0, 0, *n as usize)?))
+            .collect::<Result<Vec<_>>>()?;
+        let prompt = prompt_of_states(&states, options.tokens)?;
+        text.push(half(prompt.text)?);
+        pooled.push(half(prompt.pooled)?);
         tell(start + count, options.pairs);
     }
-    let (nothing, nothing_pooled) = picture_text(encoder, &[""], options.tokens)?;
+    let none = Tensor::zeros((0, encoder.dim), DType::F32, &Device::Cpu)?;
+    let nothing = prompt_of_states(&[none], options.tokens)?;
     let tensors = [
         ("source", Tensor::cat(&source, 0)?),
         ("target", Tensor::cat(&target, 0)?),
         ("control", Tensor::cat(&control, 0)?),
         ("text", Tensor::cat(&text, 0)?),
         ("pooled", Tensor::cat(&pooled, 0)?),
-        ("no_text", half(nothing)?),
-        ("no_pooled", half(nothing_pooled)?),
+        ("no_text", half(nothing.text)?),
+        ("no_pooled", half(nothing.pooled)?),
     ];
     let named: Vec<(String, Tensor)> = tensors
         .into_iter()

@@ -102,7 +102,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let vae = patch_vae(&rhythm.folder)?;
             let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
             let kind = names::Kind::Vae;
-            export(
+            simpatico_engine::train_flux::export(
                 &out.join("vae"),
                 kind,
                 1,

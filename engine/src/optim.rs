@@ -229,9 +229,11 @@ impl AdamW {
                 .first
                 .affine(lr / correction1, 0.0)?
                 .div(&denominator)?;
+            // Detached, or the moving average would keep every past weight alive: gigabytes
+            // after a thousand steps.
             let weight = slot
                 .var
-                .as_tensor()
+                .as_detached_tensor()
                 .to_dtype(DType::F32)?
                 .affine(1.0 - lr * decay, 0.0)?;
             let weight = (weight - update)?;

@@ -224,7 +224,7 @@ pub fn fast_exp(x: f32) -> f32 {
     let whole = (t + 12_582_912.0) - 12_582_912.0;
     let f = t - whole;
     let poly = 1.0
-        + f * (0.693_147_2
+        + f * (std::f32::consts::LN_2
             + f * (0.240_226_5 + f * (0.055_504_11 + f * (0.009_618_13 + f * 0.001_339_9))));
     f32::from_bits(((whole as i32 + 127) as u32) << 23) * poly
 }

@@ -360,7 +360,7 @@ fn answered(
     let events_on = |of: &EditRecord, polarity| -> Vec<Event> {
         let event = |attribute: &String| {
             let mut event = Event::new(&of.user, attribute, polarity).at(at);
-            event.id = Some(format!("feedback {}", record.id).into());
+            event.id = Some(format!("feedback {}", record.id));
             event
         };
         of.attributes

@@ -15,7 +15,7 @@ fn tensor(values: Vec<f32>, like: &Tensor) -> Result<Tensor> {
 
 /// gelu in its tanh form: x·sigmoid(2u), u = √(2/π)(x + 0.044715 x³).
 pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
-    const TWO_ROOT: f32 = 1.595_769_1; // 2·√(2/π)
+    const TWO_ROOT: f32 = 1.595_769; // 2·√(2/π)
     const CUBIC: f32 = 0.044_715;
     let sigmoid = |x: f32| 1.0 / (1.0 + fast_exp(-TWO_ROOT * (x + CUBIC * x * x * x)));
     let mut out = values(x)?;

@@ -225,11 +225,15 @@ pub fn generate_batch(
 
 fn check(model: &LanguageModel, prompts: &[Prompt], options: &Options) -> Result<()> {
     let s = &options.sampling;
-    if !(s.temperature >= 0.0 && s.temperature.is_finite())
-        || !(s.top_p > 0.0 && s.top_p <= 1.0)
-        || s.top_k == Some(0)
-        || !(s.repetition_penalty > 0.0 && s.repetition_penalty.is_finite())
-    {
+    // Written so that a NaN fails every comparison and is refused.
+    let fits = s.temperature >= 0.0
+        && s.temperature.is_finite()
+        && s.top_p > 0.0
+        && s.top_p <= 1.0
+        && s.top_k != Some(0)
+        && s.repetition_penalty > 0.0
+        && s.repetition_penalty.is_finite();
+    if !fits {
         return Err(Error::BadRequest(format!(
             "sampling needs temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 1 and a penalty > 0, got {s:?}"
         )));

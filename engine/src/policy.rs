@@ -514,7 +514,7 @@ pub fn clean(text: &str) -> String {
         .char_indices()
         .filter(|(_, c)| ".!?".contains(*c))
         .map(|(i, _)| i + 1)
-        .last();
+        .next_back();
     let line = match end {
         Some(end) if end * 2 >= line.len() => &line[..end],
         _ => line,
@@ -616,7 +616,8 @@ fn sft_group(
     let mut tone: Option<&'static str> = None;
     let mut wanted: Vec<&'static Attribute> = Vec::new();
     if mode < 0.15 || likes.is_empty() {
-        (likes.clear(), dislikes.clear());
+        likes.clear();
+        dislikes.clear();
         let common: Vec<&Attribute> = vocabulary::all().iter().filter(|a| a.rarity == 0).collect();
         wanted.extend((0..6).filter_map(|_| random.choose(&common).copied()));
     } else if mode < 0.3 {

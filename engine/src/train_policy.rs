@@ -669,7 +669,11 @@ impl Trained {
             .map(|(n, v)| (n.clone(), v.as_tensor().clone()))
             .collect();
         // Two sets, written in turn: a kill while one is written leaves the other whole.
-        let slot = folder.join(if step / 2 % 2 == 0 { "a" } else { "b" });
+        let slot = folder.join(if (step / 2).is_multiple_of(2) {
+            "a"
+        } else {
+            "b"
+        });
         save_tensors(&slot.join("weights.safetensors"), &weights, &[])?;
         self.optimizer.save(&slot.join("optimizer.safetensors"))?;
         let state = State {
@@ -816,7 +820,7 @@ impl<'a> Recorder<'a> {
         let series = names
             .iter()
             .map(|(name, value)| {
-                plot::Series::new(*name, self.lines.iter().map(|m| (m.step as f64, value(m))))
+                plot::Series::new(name, self.lines.iter().map(|m| (m.step as f64, value(m))))
             })
             .collect();
         let lines = plot::Lines {

@@ -83,13 +83,12 @@ fn write_base(state: &State, mut sink: impl FnMut(&mut Payload) -> Result<()>) -
     };
     let kept = kept_attributes(state);
     let mut numbers = vec![u32::MAX; kept.len()];
-    let mut next = 0;
-    for (old, _) in kept.iter().enumerate().filter(|(_, keep)| **keep) {
+    let live = kept.iter().enumerate().filter(|(_, keep)| **keep);
+    for (next, (old, _)) in (0u32..).zip(live) {
         numbers[old] = next;
         let name = state.graph.attribute_name(AttributeId(old as u32));
         let name = Cow::Borrowed(name);
         base.push(&Record::DefineAttribute { number: next, name })?;
-        next += 1;
     }
     for (old, feature) in state.features.iter().enumerate() {
         if let Some(vector) = feature

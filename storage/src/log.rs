@@ -971,7 +971,7 @@ fn read_frame(
     buffer.resize(FRAME_HEADER, 0);
     input.read_exact(buffer).map_err(FrameError::Io)?;
     let len = u32_at(buffer, 0) as usize;
-    if len < 4 || len > PAYLOAD_MAX || (len + FRAME_HEADER) as u64 > left {
+    if !(4..=PAYLOAD_MAX).contains(&len) || (len + FRAME_HEADER) as u64 > left {
         return damaged(format!(
             "expected a frame of at most {} bytes, got length {len}",
             left - FRAME_HEADER as u64

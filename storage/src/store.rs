@@ -339,10 +339,11 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     }
     let live: Vec<_> = segments.iter().filter(|s| s.0 == generation).collect();
     let mut seal = sled_mirror::read_seal(&places);
-    if strictness == Strictness::Exact && options.mirror {
-        if let Some(loaded) = load_rows(&places, options, mark.as_ref(), seal.as_ref(), &live)? {
-            return Ok(loaded);
-        }
+    if strictness == Strictness::Exact
+        && options.mirror
+        && let Some(loaded) = load_rows(&places, options, mark.as_ref(), seal.as_ref(), &live)?
+    {
+        return Ok(loaded);
     }
     let (mut state, mut dirty, mut frames) = (State::default(), Dirty::default(), 0);
     let end = log::replay(
@@ -1253,11 +1254,12 @@ impl Inner {
         timeless: bool,
         receipt: &mut Receipt,
     ) -> Result<()> {
-        if change == Change::Unchanged && timeless {
-            if let Some(at) = self.arrival_after(user, attribute, &register) {
-                register.at = at;
-                change = self.state.graph.set(user, attribute, register);
-            }
+        if change == Change::Unchanged
+            && timeless
+            && let Some(at) = self.arrival_after(user, attribute, &register)
+        {
+            register.at = at;
+            change = self.state.graph.set(user, attribute, register);
         }
         if change == Change::Unchanged {
             receipt.unchanged += 1;

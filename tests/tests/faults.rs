@@ -143,7 +143,7 @@ fn assert_survived(store: &Path, acks: &[u8], seed: u64, threads: u64, events: u
     let mut got: BTreeMap<String, BTreeMap<_, _>> = BTreeMap::new();
     for user in snapshot.users() {
         let edges: BTreeMap<_, _> = snapshot
-            .edges(&user)
+            .edges(user)
             .unwrap()
             .into_iter()
             .map(|(a, s)| (a.to_string(), s))

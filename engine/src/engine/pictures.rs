@@ -774,13 +774,15 @@ impl<'a> Part<'a> {
         let mut after = |step: &Step| -> Result<()> {
             let (done, total) = (part * step.total + step.done, parts * step.total);
             hooks.tell(Stage::Sample, done, total);
-            if every > 0 && step.done % every == 0 && step.done < step.total {
-                if hooks.preview.is_some() {
-                    let soon = step.preview()?;
-                    let pictures = self.pictures.decode(plan, &soon, &mut Hooks::default())?;
-                    if let Some(preview) = hooks.preview.as_mut() {
-                        preview(step.done, &pictures);
-                    }
+            if every > 0
+                && step.done.is_multiple_of(every)
+                && step.done < step.total
+                && hooks.preview.is_some()
+            {
+                let soon = step.preview()?;
+                let pictures = self.pictures.decode(plan, &soon, &mut Hooks::default())?;
+                if let Some(preview) = hooks.preview.as_mut() {
+                    preview(step.done, &pictures);
                 }
             }
             Ok(())

@@ -210,7 +210,7 @@ fn places(ours: &[NameAndShape]) -> BTreeMap<String, Place> {
             swap: false,
         };
         put(stem, &whole);
-        for alias in xlabs(stem) {
+        if let Some(alias) = xlabs(stem) {
             put(&alias, &whole);
         }
         let recipe = names::recipe(Kind::Transformer, Naming::Diffusers, 0, name);

@@ -194,7 +194,7 @@ pub fn pack(latents: &Tensor) -> Result<Tensor> {
 /// The inverse of [`pack`]: tokens (b, h/2·w/2, 4c) as latents (b, c, h, w).
 pub fn unpack(tokens: &Tensor, h: usize, w: usize) -> Result<Tensor> {
     let (b, n, c4) = tokens.dims3()?;
-    if h % 2 != 0 || w % 2 != 0 || n != h / 2 * (w / 2) || c4 % 4 != 0 {
+    if !h.is_multiple_of(2) || !w.is_multiple_of(2) || n != h / 2 * (w / 2) || c4 % 4 != 0 {
         return Err(Error::BadRequest(format!(
             "tokens {:?} are not latents of {h}×{w}",
             tokens.dims()

@@ -272,7 +272,7 @@ fn tensors_go_there_and_back_and_refuse_not_a_number() {
     let p = of("plain.png");
     let t = p.to_tensor(&Device::Cpu).unwrap();
     assert_eq!(t.dims(), [1, 3, 16, 24]);
-    assert_eq!(Picture::from_tensor(&t).unwrap(), [p.clone()]);
+    assert_eq!(Picture::from_tensor(&t).unwrap(), std::slice::from_ref(&p));
     let bad = (t * f64::NAN).unwrap();
     let said = Picture::from_tensor(&bad).unwrap_err().to_string();
     assert!(said.contains("weights"), "{said}");

@@ -211,7 +211,7 @@ fn layers(kind: PropKind, rgb: Rgb) -> Vec<(Shape, Rgb)> {
 
 fn star() -> Shape {
     let corner = |k: usize| {
-        let radius = if k % 2 == 0 { 0.95 } else { 0.42 };
+        let radius = if k.is_multiple_of(2) { 0.95 } else { 0.42 };
         let (sin, cos) = (k as f32 * std::f32::consts::TAU / 10.0).sin_cos();
         [radius * sin, -radius * cos]
     };

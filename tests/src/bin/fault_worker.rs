@@ -35,7 +35,7 @@ fn main() -> ExitCode {
 }
 
 fn work(root: &Path, seed: u64, threads: u64, events: u64, duty: &str) -> Result<(), String> {
-    let store = Store::open(&root.join("store"), Options::default()).map_err(|e| e.to_string())?;
+    let store = Store::open(root.join("store"), Options::default()).map_err(|e| e.to_string())?;
     let acks = OpenOptions::new()
         .create(true)
         .append(true)

@@ -3,6 +3,7 @@
 //! Each command is a thin function: it parses its flags, calls a library, prints what came
 //! back. Absent on purpose: anything another program could want to call.
 
+mod demo;
 mod edit_commands;
 mod learn_commands;
 mod model_commands;
@@ -74,6 +75,8 @@ enum Command {
     Models(model_commands::ModelsCommand),
     #[command(flatten)]
     Edit(edit_commands::EditCommand),
+    /// The whole job on the spot; ends with one page to look at
+    Demo(demo::DemoArgs),
 }
 
 /// What a command came to, when it did not fail.
@@ -106,6 +109,7 @@ fn main() -> ExitCode {
         Command::Dataset(command) => learn_commands::dataset(command, &cli.common, &output),
         Command::Featurize => learn_commands::featurize(&cli.common, &output),
         Command::Edit(command) => edit_commands::run(command, &cli.common, &output),
+        Command::Demo(args) => demo::run(&args, &cli.common, &output),
         Command::Models(command) => model_commands::run(command, &cli.common, &output),
     };
     match result {

@@ -9,6 +9,7 @@ use std::io::{self, IsTerminal, Write};
 pub struct Output {
     json: bool,
     quiet: bool,
+    answers: bool,
 }
 
 /// A request that makes no sense as it stands: exit status 2.
@@ -30,6 +31,7 @@ impl Output {
         Self {
             json: json || !io::stdout().is_terminal(),
             quiet,
+            answers: true,
         }
     }
 
@@ -39,6 +41,9 @@ impl Output {
         value: &T,
         words: impl FnOnce() -> String,
     ) -> anyhow::Result<()> {
+        if !self.answers {
+            return Ok(());
+        }
         let mut text = if self.json {
             serde_json::to_string(value)?
         } else {
@@ -50,6 +55,15 @@ impl Output {
         let mut stdout = io::stdout().lock();
         stdout.write_all(text.as_bytes())?;
         Ok(stdout.flush()?)
+    }
+
+    /// The same without answers: for a step that serves another command.
+    pub fn without_answers(&self) -> Self {
+        Self {
+            json: self.json,
+            quiet: self.quiet,
+            answers: false,
+        }
     }
 
     /// Says something on stderr unless told to be quiet.

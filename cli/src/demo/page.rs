@@ -174,7 +174,11 @@ fn grids(out: &mut String, page: &Page) {
 }
 
 fn cell_inside(out: &mut String, cell: &Cell) {
-    let mark = if cell.generic { " <span class=dim>(generic)</span>" } else { "" };
+    let mark = if cell.generic {
+        " <span class=dim>(generic)</span>"
+    } else {
+        ""
+    };
     let _ = write!(
         out,
         "{}<p>“{}”{mark}</p>",
@@ -197,7 +201,11 @@ fn rounds(out: &mut String, page: &Page) {
         let _ = write!(
             out,
             "<td><span class=\"chip {}\">{}</span><p>{}</p><td>",
-            if round.verdict == "accept" { "like" } else { "dislike" },
+            if round.verdict == "accept" {
+                "like"
+            } else {
+                "dislike"
+            },
             escape(&round.verdict),
             escape(&round.learned)
         );
@@ -247,7 +255,9 @@ fn community(out: &mut String, page: &Page) {
 }
 
 fn cold_start(out: &mut String, page: &Page) {
-    let Some(most) = page.cold_start.iter().map(|p| p.0).max().filter(|n| *n > 0) else { return };
+    let Some(most) = page.cold_start.iter().map(|p| p.0).max().filter(|n| *n > 0) else {
+        return;
+    };
     out.push_str(
         "<h2>How many likes it takes</h2><p>Share of a newcomer's ten nearest neighbours who have \
          the same taste, after so many likes; dashed: by chance.</p>\
@@ -306,17 +316,28 @@ fn timings(out: &mut String, page: &Page) {
 }
 
 fn image(png: &[u8], alt: &str) -> String {
-    format!("<img alt=\"{}\" src=\"data:image/png;base64,{}\">", escape(alt), base64(png))
+    format!(
+        "<img alt=\"{}\" src=\"data:image/png;base64,{}\">",
+        escape(alt),
+        base64(png)
+    )
 }
 
 fn base64(bytes: &[u8]) -> String {
     const DIGITS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
     let mut out = String::with_capacity(bytes.len().div_ceil(3) * 4);
     for three in bytes.chunks(3) {
-        let word = three.iter().enumerate().fold(0u32, |w, (i, b)| w | u32::from(*b) << (16 - 8 * i));
+        let word = three
+            .iter()
+            .enumerate()
+            .fold(0u32, |w, (i, b)| w | u32::from(*b) << (16 - 8 * i));
         for digit in 0..4 {
             let value = word >> (18 - 6 * digit) & 63;
-            out.push(if digit <= three.len() { DIGITS[value as usize] as char } else { '=' });
+            out.push(if digit <= three.len() {
+                DIGITS[value as usize] as char
+            } else {
+                '='
+            });
         }
     }
     out
@@ -364,7 +385,9 @@ mod tests {
     #[test]
     fn base64_pads_as_the_standard_says() {
         let words = ["", "f", "fo", "foo", "foob", "fooba", "foobar"];
-        let coded = ["", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy"];
+        let coded = [
+            "", "Zg==", "Zm8=", "Zm9v", "Zm9vYg==", "Zm9vYmE=", "Zm9vYmFy",
+        ];
         for (word, code) in words.into_iter().zip(coded) {
             assert_eq!(base64(word.as_bytes()), code);
         }

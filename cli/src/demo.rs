@@ -449,11 +449,7 @@ fn edit_everything(
         };
         let edits = engine.edit_batch(&snapshot, &requests, &mut hooks)?;
         spent += edits.first().map_or(0.0, |e| e.seconds.sample);
-        let cells = users
-            .iter()
-            .zip(&edits)
-            .map(|(user, edit)| cell(user, edit))
-            .collect::<Result<_>>()?;
+        let cells = edits.iter().map(cell).collect::<Result<_>>()?;
         page.grids.push(Grid {
             caption: subject.caption.clone(),
             before: subject.picture.to_png(&[])?,
@@ -477,7 +473,7 @@ fn edit_everything(
     Ok(())
 }
 
-fn cell(user: &str, edit: &Edit) -> Result<Cell> {
+fn cell(edit: &Edit) -> Result<Cell> {
     let picture = edit.images.first().context("an edit without a picture")?;
     let why = &edit.instruction.why;
     let neighbors: Vec<String> = why
@@ -487,7 +483,6 @@ fn cell(user: &str, edit: &Edit) -> Result<Cell> {
         .map(|n| format!("{} ({:.2})", n.user, n.weight))
         .collect();
     Ok(Cell {
-        user: user.into(),
         instruction: edit.instruction.instruction.clone(),
         why: format!(
             "own likes: {}; from neighbours: {}; neighbours: {}",
@@ -544,8 +539,8 @@ fn answer_and_edit_again(
             } else {
                 events.join(", ")
             },
-            first: cell(user, &first)?,
-            second: cell(user, &second)?,
+            first: cell(&first)?,
+            second: cell(&second)?,
         });
     }
     Ok(())

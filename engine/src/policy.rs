@@ -510,14 +510,14 @@ pub fn clean(text: &str) -> String {
     let words: Vec<&str> = line.split_whitespace().filter(|w| !is_address(w)).collect();
     let line = words.join(" ");
     let line = line.trim_matches(|c: char| "\"'`*“”".contains(c)).trim();
-    let end = line
-        .char_indices()
-        .filter(|(_, c)| ".!?".contains(*c))
-        .map(|(i, _)| i + 1)
-        .next_back();
-    let line = match end {
-        Some(end) if end * 2 >= line.len() => &line[..end],
-        _ => line,
+    // What follows the last whole sentence was cut off by the limit on tokens.
+    let ends = |(at, c): (usize, char)| {
+        let after = line[at + c.len_utf8()..].chars().next();
+        (".!?".contains(c) && after.is_none_or(char::is_whitespace)).then_some(at + c.len_utf8())
+    };
+    let line = match line.char_indices().filter_map(ends).next_back() {
+        Some(end) => &line[..end],
+        None => line,
     };
     match line.is_empty() || line.ends_with(['.', '!', '?']) {
         true => line.to_string(),

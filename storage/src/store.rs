@@ -246,6 +246,19 @@ impl Places {
     }
 }
 
+/// Takes the lock, trying for half a second: a process that is just being started holds its
+/// parent's descriptors, locks and all, until it has become its own program.
+fn lock_soon(file: &File) -> std::result::Result<(), TryLockError> {
+    const TRIES: u32 = 50;
+    for _ in 1..TRIES {
+        match file.try_lock() {
+            Err(TryLockError::WouldBlock) => std::thread::sleep(Duration::from_millis(10)),
+            other => return other,
+        }
+    }
+    file.try_lock()
+}
+
 /// Takes the directory for this handle alone.
 fn lock_store(path: &Path) -> Result<File> {
     let lock_path = path.join("lock");
@@ -256,7 +269,7 @@ fn lock_store(path: &Path) -> Result<File> {
         .truncate(false)
         .open(&lock_path)
         .map_err(StoreError::io("open", &lock_path))?;
-    match file.try_lock() {
+    match lock_soon(&file) {
         Ok(()) => {}
         Err(TryLockError::WouldBlock) => {
             let mut text = String::new();

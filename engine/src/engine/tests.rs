@@ -1,3 +1,5 @@
+//! Edits through the whole engine on a small random bundle made on the spot.
+
 use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -1,3 +1,5 @@
+//! What `generate` promises, tested.
+
 use super::*;
 use crate::lm::Precision;
 use crate::weights::Weights;

@@ -376,6 +376,8 @@ fn add_products(dot: &mut [i32; ROWS], line: &[u8; 64], quad: i32, weight: impl 
     }
 }
 
+// SAFETY of the whole module: its functions run only where the processor was asked for these
+// instructions first; each pointer's bounds are argued where it is used.
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod vnni {

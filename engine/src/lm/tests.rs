@@ -1,3 +1,5 @@
+//! What `lm` promises, tested.
+
 use super::*;
 use crate::lora::{Adapter, LoraConfig};
 use candle_core::Var;

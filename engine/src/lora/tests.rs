@@ -1,3 +1,5 @@
+//! What `lora` promises, tested.
+
 use super::*;
 use std::path::PathBuf;
 

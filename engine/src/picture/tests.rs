@@ -1,3 +1,5 @@
+//! What `picture` promises, tested.
+
 use super::*;
 
 fn golden(name: &str) -> Vec<u8> {

@@ -1,3 +1,5 @@
+//! What `sage` promises, tested.
+
 use super::*;
 use safetensors::SafeTensors;
 use safetensors::tensor::{Dtype, TensorView, serialize};

@@ -13,7 +13,7 @@ use crate::nn::{attach1, attach3};
 use candle_core::{CpuStorage, DType, Device, Result as CandleResult, Storage, Tensor};
 use candle_nn::Conv2dConfig;
 
-/// A convolution with weight [out, in, k, k] and bias [out].
+/// A convolution with weight (out, in, k, k) and bias (out).
 #[derive(Clone, Debug)]
 pub struct Conv2d {
     weight: Tensor,

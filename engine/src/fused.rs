@@ -31,7 +31,7 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
     })
 }
 
-/// y + b along the last dimension; b [n].
+/// y + b along the last dimension; b (n).
 pub fn add_bias(y: &Tensor, bias: &Tensor) -> Result<Tensor> {
     let (mut out, b) = (values(y)?, values(bias)?);
     for row in out.chunks_exact_mut(b.len()) {

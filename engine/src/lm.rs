@@ -215,7 +215,7 @@ pub enum Placement {
     /// Rows padded in front with so many tokens, which nobody sees and which have no
     /// position.
     LeftPadded(Vec<usize>),
-    /// Positions [b][t] and a mask of its own, for sequences that share a prompt.
+    /// Positions (b, t) and a mask of its own, for sequences that share a prompt.
     Custom {
         /// Position of each token.
         positions: Vec<Vec<u32>>,

@@ -302,7 +302,7 @@ pub struct Linear {
 }
 
 impl Linear {
-    /// From a weight [out, in] and perhaps a bias [out].
+    /// From a weight (out, in) and perhaps a bias (out).
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
         Self { weight, bias }
     }
@@ -312,7 +312,7 @@ impl Linear {
         &self.weight
     }
 
-    /// The bias, [out].
+    /// The bias, (out).
     pub fn bias(&self) -> Option<&Tensor> {
         self.bias.as_ref()
     }
@@ -637,7 +637,7 @@ const SCORES_MAX: usize = 16 << 20;
 ///
 /// q [b, heads, t, d], k and v [b, kv_heads, s, d] with heads a multiple of kv_heads (query
 /// head h reads key head h / (heads / kv_heads)); the answer is [b, heads, t, d]. Works
-/// through the queries in chunks, so that never more than [`SCORES_MAX`] scores exist, and
+/// through the queries in chunks, so that never more than `SCORES_MAX` scores exist, and
 /// computes them again in the backward pass instead of keeping them. Softmax in f32.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
     let (b, heads, t, _) = q.dims4()?;

@@ -222,7 +222,7 @@ pub struct SageTrainOptions {
     pub weight_decay: f64,
     /// Whether the rate falls along a cosine after a short warm-up.
     pub cosine: bool,
-    /// Whether training sees the text vectors whitened (see [`whitening`]). The map is folded
+    /// Whether training sees the text vectors whitened (see `whitening`). The map is folded
     /// into the weights at the end, so the encoder always takes raw vectors.
     pub whiten: bool,
     /// Most epochs; each is one full-batch step.

@@ -224,7 +224,7 @@ impl Tokenizer {
     }
 
     /// The ids of a text with the frame that the file prescribes for single texts (BERT's
-    /// [CLS] and [SEP]).
+    /// `[CLS]` and `[SEP]`).
     pub fn encode_framed(&self, text: &str) -> Result<Vec<u32>> {
         Ok(self.raw(text, true)?.get_ids().to_vec())
     }

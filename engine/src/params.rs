@@ -245,16 +245,12 @@ pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Ten
         .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))
 }
 
-/// Writes beside the path, then renames: a reader sees the old file or the new one.
+/// [`crate::picture::write_whole`], making the folder where there is none.
 pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
     if let Some(folder) = path.parent().filter(|f| !f.as_os_str().is_empty()) {
         std::fs::create_dir_all(folder).map_err(Error::io(folder))?;
     }
-    let mut name = path.file_name().unwrap_or_default().to_os_string();
-    name.push(".part");
-    let part = path.with_file_name(name);
-    std::fs::write(&part, bytes).map_err(Error::io(&part))?;
-    std::fs::rename(&part, path).map_err(Error::io(path))
+    crate::picture::write_whole(path, bytes)
 }
 
 #[cfg(test)]

@@ -74,6 +74,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "pairs" => {
             let mut options = pairs::Options::shipped();
             options.pairs = number(0).unwrap_or(options.pairs);
+            options.first = number(1).unwrap_or(0);
             let vae = patch_vae(&rhythm.folder)?;
             println!(
                 "scaling {} shift {}",
@@ -83,7 +84,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let encoder =
                 TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
             let begun = std::time::Instant::now();
-            let file = rhythm.folder.join("pairs.safetensors");
+            let file = rhythm.folder.join(format!("pairs-{:07}.safetensors", options.first));
             pairs::prepare(&options, &vae, &encoder, &file, &mut |done, all| {
                 if done % 160 == 0 {
                     println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());
@@ -93,8 +94,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "flow" => {
             let mut options = flow::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
-            options.batch = number(1).unwrap_or(options.batch);
-            let pairs = pairs::Pairs::open(&rhythm.folder.join("pairs.safetensors"))?;
+            options.cooldown = number(1).unwrap_or(options.steps / 4);
+            let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
             flow::run(&options, &pairs, &rhythm, &mut tell)?;
         }
         "export" => {

@@ -67,6 +67,16 @@ pub enum Schedule {
         /// The last rate, as a share of the peak.
         floor: f64,
     },
+    /// Linear from 0 over `warmup` steps, the peak, and over the last `cooldown` of `total`
+    /// steps linearly to 0: a run whose end is not known yet can be given one at any time.
+    Trapezoid {
+        /// Steps of warm-up.
+        warmup: usize,
+        /// Steps in all.
+        total: usize,
+        /// Steps of cooling down.
+        cooldown: usize,
+    },
 }
 
 impl Schedule {
@@ -74,6 +84,15 @@ impl Schedule {
     pub fn factor(self, step: usize) -> f64 {
         match self {
             Self::Constant => 1.0,
+            Self::Trapezoid {
+                warmup,
+                total,
+                cooldown,
+            } => {
+                let up = (step + 1) as f64 / warmup.max(1) as f64;
+                let down = total.saturating_sub(step) as f64 / cooldown.max(1) as f64;
+                up.min(down).min(1.0)
+            }
             Self::Cosine { warmup, .. } if step < warmup => (step + 1) as f64 / warmup as f64,
             Self::Cosine {
                 warmup,

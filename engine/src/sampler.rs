@@ -497,7 +497,8 @@ impl<'a> Field<'a> {
                 residuals.as_ref(),
                 Some(&mut branch.cache),
             )?;
-            Ok(v.to_dtype(DType::F32)?)
+            let prediction = flux.config().prediction;
+            prediction.velocity(latents, v.to_dtype(DType::F32)?, time)
         };
         let v = run(&mut self.prompt)?;
         self.evaluations += 1;

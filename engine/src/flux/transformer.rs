@@ -50,6 +50,41 @@ pub struct Config {
     pub guidance_embeds: bool,
     /// How a head's channels are shared among the three position axes.
     pub axes_dims_rope: Vec<usize>,
+    /// What the output estimates. Not in diffusers' files, whose models all give velocities.
+    #[serde(skip_serializing_if = "Prediction::is_velocity")]
+    pub prediction: Prediction,
+}
+
+/// What a transformer's output estimates, at x_t = (1-t)·x_0 + t·ε.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Prediction {
+    /// ε - x_0, as every released Flux.
+    #[default]
+    Velocity,
+    /// x_0 itself: what a network can learn whose tokens are nearly as wide as it is
+    /// (arXiv 2511.13720), such as the bundle's small one.
+    Sample,
+}
+
+/// The least time by which an error of x_0 is divided to give one of the velocity.
+pub const LEAST_TIME: f32 = 0.05;
+
+impl Prediction {
+    fn is_velocity(&self) -> bool {
+        *self == Self::Velocity
+    }
+
+    /// The velocity ε - x_0 = (x_t - x_0) / t that an output means at time t.
+    pub fn velocity(self, latents: &Tensor, output: Tensor, time: f32) -> Result<Tensor> {
+        match self {
+            Self::Velocity => Ok(output),
+            Self::Sample => {
+                let by = 1.0 / f64::from(time.max(LEAST_TIME));
+                Ok(((latents - output)? * by)?)
+            }
+        }
+    }
 }
 
 impl Default for Config {
@@ -66,6 +101,7 @@ impl Default for Config {
             pooled_projection_dim: 768,
             guidance_embeds: false,
             axes_dims_rope: vec![16, 56, 56],
+            prediction: Prediction::Velocity,
         }
     }
 }
@@ -98,6 +134,7 @@ impl Config {
             pooled_projection_dim: 384,
             guidance_embeds: true,
             axes_dims_rope: vec![8, 28, 28],
+            prediction: Prediction::Velocity,
         }
     }
 
@@ -964,7 +1001,8 @@ impl FluxTransformer {
         self.dtype
     }
 
-    /// The velocity ε - x_0, (b, n, out_channels), in the dtype of the weights.
+    /// The velocity ε - x_0 (or what else [`Config::prediction`] says), (b, n, out_channels), in
+    /// the dtype of the weights.
     pub fn forward(&self, inputs: &Inputs) -> Result<Tensor> {
         let modulation = self
             .modulator()?

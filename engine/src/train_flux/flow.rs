@@ -15,7 +15,7 @@ use crate::flux::controlnet::{self, Control, ControlNet, Mode};
 use crate::flux::init;
 use crate::flux::names;
 use crate::flux::transformer::{
-    self, FluxTransformer, Inputs, Residuals, image_ids, pack, text_ids,
+    self, FluxTransformer, Inputs, Prediction, Residuals, image_ids, pack, text_ids,
 };
 use crate::flux::vae::Vae;
 use crate::optim::{AdamW, AdamWOptions, Group, Schedule as RateSchedule};
@@ -36,6 +36,8 @@ pub struct Options {
     pub config: transformer::Config,
     /// Steps in all.
     pub steps: usize,
+    /// The last steps, over which the learning rate falls to nothing.
+    pub cooldown: usize,
     /// Pairs a step.
     pub batch: usize,
     /// Peak learning rate.
@@ -60,14 +62,15 @@ impl Options {
     pub fn shipped() -> Self {
         Self {
             config: config(),
-            steps: 1600,
+            steps: 24_000,
+            cooldown: 6_000,
             batch: 16,
-            lr: 2e-3,
-            warmup: 60,
-            shift: 1.6,
+            lr: 1.5e-3,
+            warmup: 200,
+            shift: 2.0,
             drop_text: 0.1,
             drop_control: 0.05,
-            tile: 0.75,
+            tile: 0.7,
             seed: 2,
         }
     }
@@ -80,6 +83,7 @@ pub fn config() -> transformer::Config {
         num_layers: 2,
         num_single_layers: 3,
         guidance_embeds: false,
+        prediction: Prediction::Sample,
         ..transformer::Config::tiny()
     }
 }
@@ -141,15 +145,15 @@ pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) ->
     };
     let settings = AdamWOptions {
         beta2: 0.99,
-        ema: Some(0.995),
+        ema: Some(0.998),
         ..AdamWOptions::default()
     };
     let mut adam = AdamW::new(vec![group], settings)?;
     let mut run = Run::open("flow", rhythm, options.steps, &networks.params, &mut adam)?;
-    let schedule = RateSchedule::Cosine {
+    let schedule = RateSchedule::Trapezoid {
         warmup: options.warmup,
         total: options.steps,
-        floor: 0.02,
+        cooldown: options.cooldown,
     };
     while run.state.step < options.steps {
         let step = run.state.step;
@@ -264,8 +268,17 @@ fn loss(networks: &Networks, options: &Options, pairs: &Pairs, step: u64) -> Res
         spread: residuals.spread,
     };
     inputs.residuals = Some(&residuals);
-    let velocity = networks.flux.forward(&inputs)?;
-    Ok((velocity - (noise - clean)?)?.sqr()?.mean_all()?)
+    let output = networks.flux.forward(&inputs)?;
+    // The error of the velocity, whichever of the two the network estimates.
+    let error = match options.config.prediction {
+        Prediction::Velocity => (output - (noise - clean)?)?,
+        Prediction::Sample => {
+            let weights: Vec<f32> = draws.iter().map(|d| 1.0 / d.time.max(0.1)).collect();
+            let weights = Tensor::from_vec(weights, (b, 1, 1), &device)?;
+            (output - clean)?.broadcast_mul(&weights)?
+        }
+    };
+    Ok(error.sqr()?.mean_all()?)
 }
 
 /// Writes the run's averaged weights as two model folders, `transformer` and `controlnet`,

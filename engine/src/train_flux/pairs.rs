@@ -21,6 +21,8 @@ use std::path::Path;
 pub struct Options {
     /// How many pairs.
     pub pairs: usize,
+    /// The number of the first one: several programs can prepare parts of one set.
+    pub first: usize,
     /// Side of the pictures, in pixels.
     pub size: usize,
     /// Text tokens that the transformer sees.
@@ -35,7 +37,8 @@ impl Options {
     /// What the shipped model was trained on.
     pub fn shipped() -> Self {
         Self {
-            pairs: 1600,
+            pairs: 24_000,
+            first: 0,
             size: 128,
             tokens: 20,
             most_changes: 2,
@@ -106,8 +109,9 @@ pub fn prepare(
     let (mut text, mut pooled) = (Vec::new(), Vec::new());
     let half = |x: Tensor| x.to_dtype(DType::F16);
     const BATCH: usize = 16;
-    for start in (0..options.pairs).step_by(BATCH) {
-        let count = BATCH.min(options.pairs - start);
+    for done in (0..options.pairs).step_by(BATCH) {
+        let count = BATCH.min(options.pairs - done);
+        let start = options.first + done;
         let made: Vec<Pair> = (start..start + count)
             .map(|i| pair(&objects, options.most_changes, options.seed, i as u64))
             .collect();
@@ -132,7 +136,7 @@ pub fn prepare(
         let prompt = prompt_of_states(&states, options.tokens)?;
         text.push(half(prompt.text)?);
         pooled.push(half(prompt.pooled)?);
-        tell(start + count, options.pairs);
+        tell(done + count, options.pairs);
     }
     let none = Tensor::zeros((0, encoder.dim), DType::F32, &Device::Cpu)?;
     let nothing = prompt_of_states(&[none], options.tokens)?;
@@ -187,6 +191,46 @@ impl Pairs {
             pooled: take("pooled")?,
             no_text: take("no_text")?,
             no_pooled: take("no_pooled")?,
+        })
+    }
+
+    /// Every `pairs*.safetensors` of a folder, by name.
+    ///
+    /// # Errors
+    /// If there is none, or one is damaged.
+    pub fn open_all(folder: &Path) -> Result<Self> {
+        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+        let mut files: Vec<_> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with("pairs") && name.ends_with(".safetensors")
+            })
+            .collect();
+        files.sort();
+        let parts = files
+            .iter()
+            .map(|file| Self::open(file))
+            .collect::<Result<Vec<_>>>()?;
+        let Some(first) = parts.first() else {
+            return Err(Error::MissingModel {
+                path: folder.join("pairs.safetensors"),
+                help: "prepare pairs first".into(),
+            });
+        };
+        let join = |of: &dyn Fn(&Self) -> &Tensor| -> Result<Tensor> {
+            let all: Vec<&Tensor> = parts.iter().map(of).collect();
+            Ok(Tensor::cat(&all, 0)?)
+        };
+        Ok(Self {
+            source: join(&|p| &p.source)?,
+            target: join(&|p| &p.target)?,
+            control: join(&|p| &p.control)?,
+            text: join(&|p| &p.text)?,
+            pooled: join(&|p| &p.pooled)?,
+            no_text: first.no_text.clone(),
+            no_pooled: first.no_pooled.clone(),
         })
     }
 

@@ -84,7 +84,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let encoder =
                 TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
             let begun = std::time::Instant::now();
-            let file = rhythm.folder.join(format!("pairs-{:07}.safetensors", options.first));
+            let file = rhythm
+                .folder
+                .join(format!("pairs-{:07}.safetensors", options.first));
             pairs::prepare(&options, &vae, &encoder, &file, &mut |done, all| {
                 if done % 160 == 0 {
                     println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());

@@ -92,6 +92,8 @@ pub fn config() -> transformer::Config {
 pub fn control_config(config: &transformer::Config) -> controlnet::Config {
     let mut small = controlnet::Config::small(config);
     small.trunk.num_single_layers = 1;
+    // Residuals estimate nothing by themselves.
+    small.trunk.prediction = Prediction::Velocity;
     small
 }
 

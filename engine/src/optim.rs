@@ -138,9 +138,13 @@ impl AdamW {
                         "parameter {name} stands in two groups"
                     )));
                 }
-                let zero = var.as_tensor().zeros_like()?.to_dtype(DType::F32)?;
+                let zero = var
+                    .as_detached_tensor()
+                    .zeros_like()?
+                    .to_dtype(DType::F32)?;
                 let average = match options.ema {
-                    Some(_) => Some(var.as_tensor().copy()?.to_dtype(DType::F32)?),
+                    // Detached, or each step's average would keep the one before alive.
+                    Some(_) => Some(var.as_detached_tensor().copy()?.to_dtype(DType::F32)?),
                     None => None,
                 };
                 slots.push(Slot {
@@ -370,6 +374,31 @@ mod tests {
             weight_decay: 0.01,
         };
         (var, AdamW::new(vec![group], options).unwrap())
+    }
+
+    #[test]
+    fn no_state_remembers_how_it_was_computed() -> Result<()> {
+        let var = Var::new(&[1f32, 2.0], &Device::Cpu)?;
+        let group = Group {
+            vars: vec![("w".into(), var.clone())],
+            lr: 0.1,
+            weight_decay: 0.01,
+        };
+        let options = AdamWOptions {
+            ema: Some(0.9),
+            ..AdamWOptions::default()
+        };
+        let mut adam = AdamW::new(vec![group], options)?;
+        for _ in 0..2 {
+            let gradients = var.as_tensor().sqr()?.sum_all()?.backward()?;
+            adam.accumulate(&gradients, 1.0)?;
+            adam.step(1.0)?;
+        }
+        // A tensor that tracks its operations holds everything it came from in memory.
+        let slot = &adam.slots[0];
+        let average = slot.average.as_ref().is_some_and(Tensor::track_op);
+        assert!(!average && !slot.first.track_op() && !slot.second.track_op());
+        Ok(())
     }
 
     #[test]

@@ -54,6 +54,8 @@ pub use check::CheckReport;
 pub use compact::{CompactReport, RestoreReport, SnapshotReport};
 pub use error::{Result, StoreError};
 pub use export::{Node, communities};
+#[cfg(feature = "planted")]
+pub use log::planted::BUGS as PLANTED_BUGS;
 pub use snapshot::{By, Counts, Embedding, Polarities, Profile, Similar, Snapshot, Suggestion};
 pub use store::{Ack, ForgetReceipt, Options, Receipt, Stats, Store};
 pub use stream::{Stream, StreamCounts, StreamOptions, WhenFull};

@@ -220,7 +220,13 @@ impl Sage {
             return;
         }
         let version = self.tick();
+        #[cfg(feature = "planted")]
+        let before = *self.users.get_mut(user.0 as usize);
         *self.users.get_mut(user.0 as usize) = version;
+        #[cfg(feature = "planted")]
+        if crate::log::planted::is("forget-one-cache") {
+            *self.users.get_mut(user.0 as usize) = before;
+        }
         let learned = self.learned_parts(user).cloned();
         let state = self.attributes.get_mut(attribute.0 as usize);
         let mattered = state.sums.is_some();

@@ -223,6 +223,8 @@ impl Top {
         }
         best.append(&mut ties);
         best.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| name(a.0).cmp(name(b.0))));
+        #[cfg(feature = "planted")]
+        crate::log::planted::scramble(&mut best);
         best
     }
 }

@@ -159,7 +159,14 @@ pub(crate) fn plan(
         if after == attribute {
             let polarity = Polarity::from_code(code).unwrap_or(Polarity::Clear);
             let (at, id) = (all.at(), all.id(has_id));
-            if (at, id, polarity) >= (to.at, to.id.as_bytes(), to.polarity) {
+            let held = (at, id, polarity);
+            let stays = held >= (to.at, to.id.as_bytes(), to.polarity);
+            #[cfg(feature = "planted")]
+            let stays = match crate::log::planted::is("register-less-than") {
+                true => held > (to.at, to.id.as_bytes(), to.polarity),
+                false => stays,
+            };
+            if stays {
                 return None;
             }
             push_entry(new, attribute - before, to, all.base);

@@ -33,6 +33,7 @@
 //! ```
 
 pub mod controlnet;
+mod cpu_blocks;
 pub mod init;
 pub mod lora;
 pub mod names;

@@ -17,6 +17,7 @@
 //! Reference: the FLUX.1 sources (`src/flux/model.py`, `modules/layers.py`) and diffusers
 //! 0.42 `transformer_flux.py`.
 
+use super::cpu_blocks;
 use crate::conv::learns_on_cpu;
 use crate::fused;
 use crate::nn::{self, Linear, Mask, RopeLayout};
@@ -562,6 +563,17 @@ impl Stream {
         })
     }
 
+    fn on_cpu(&self) -> cpu_blocks::Stream<'_> {
+        cpu_blocks::Stream {
+            qkv: &self.qkv,
+            norm_q: &self.norm_q,
+            norm_k: &self.norm_k,
+            proj: &self.proj,
+            up: &self.up,
+            down: &self.down,
+        }
+    }
+
     fn qkv(&self, x: &Tensor, modulation: &Tensor, heads: usize) -> Result<[Tensor; 3]> {
         let qkv = self.qkv.forward(&modulated_norm(x, modulation, 0)?)?;
         let (q, k, v) = split_heads(&qkv, heads, &self.norm_q, &self.norm_k)?;
@@ -602,6 +614,15 @@ impl DoubleBlock {
         (image_mod, text_mod): &(Tensor, Tensor),
         rope: &Rope,
     ) -> Result<(Tensor, Tensor)> {
+        let done = cpu_blocks::double(
+            (image, image_mod, &self.image.on_cpu()),
+            (text, text_mod, &self.text.on_cpu()),
+            self.heads,
+            (&rope.cos, &rope.sin),
+        )?;
+        if let Some(both) = done {
+            return Ok(both);
+        }
         let t = text.dim(1)?;
         let of_image = self.image.qkv(image, image_mod, self.heads)?;
         let of_text = self.text.qkv(text, text_mod, self.heads)?;
@@ -640,6 +661,16 @@ impl SingleBlock {
 
     /// (b, t + n, d) after the block.
     fn forward(&self, x: &Tensor, modulation: &Tensor, rope: &Rope) -> Result<Tensor> {
+        let block = cpu_blocks::Single {
+            first: &self.first,
+            second: &self.second,
+            norm_q: &self.norm_q,
+            norm_k: &self.norm_k,
+            heads: self.heads,
+        };
+        if let Some(x) = block.forward(x, modulation, (&rope.cos, &rope.sin))? {
+            return Ok(x);
+        }
         let d = x.dim(D::Minus1)?;
         let h = self.first.forward(&modulated_norm(x, modulation, 0)?)?; // (b, t + n, 7d)
         let qkv = h.narrow(2, 0, 3 * d)?;

@@ -1,13 +1,15 @@
 """The step of flux_step.rs in diffusers (same shape, random weights, f32), for comparison.
-Run: python flux_step.py [runs]; two threads, as there."""
+Run: python flux_step.py [runs]; THREADS (2) threads."""
 
+import os
+import resource
 import sys
 import time
 
 import torch
 from diffusers import FluxControlNetModel, FluxTransformer2DModel
 
-torch.set_num_threads(2)
+torch.set_num_threads(int(os.environ.get("THREADS", "2")))
 torch.set_grad_enabled(False)
 runs = int(sys.argv[1]) if len(sys.argv) > 1 else 5
 config = dict(
@@ -30,13 +32,16 @@ for side in (16, 32):
             guidance=torch.full((batch,), 3.5), img_ids=grid.reshape(-1, 3),
             txt_ids=torch.zeros(24, 3),
         )
-        least = 1e9
+        least = least_cpu = 1e9
         for _ in range(runs + 1):
-            start = time.perf_counter()
+            start, cpu = time.perf_counter(), time.process_time()
             double, single = net(
                 **x, controlnet_cond=latents, controlnet_mode=torch.zeros(batch, 1, dtype=torch.long),
                 conditioning_scale=0.7, return_dict=False,
             )
             flux(**x, controlnet_block_samples=double, controlnet_single_block_samples=single)
             least = min(least, (time.perf_counter() - start) * 1e3)
-        print({"tokens": side * side, "batch": batch, "ms": round(least, 1)}, flush=True)
+            least_cpu = min(least_cpu, (time.process_time() - cpu) * 1e3)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+        print({"tokens": side * side, "batch": batch, "ms": round(least, 1),
+               "cpu_ms": round(least_cpu, 1), "peak_mb": round(peak)}, flush=True)

@@ -23,7 +23,7 @@ use simpatico_engine::engine::Engine;
 use simpatico_engine::picture::{Picture, write_whole};
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::synth::{self, Synth, SynthOptions};
-use simpatico_schema::edit::{Backend, EditSettings};
+use simpatico_schema::edit::EditSettings;
 use simpatico_schema::{Event, OverlapMode, Polarity};
 use simpatico_storage::{Options, Store};
 use std::collections::BTreeMap;
@@ -405,15 +405,13 @@ fn subjects(photos: Option<&Path>, seed: u64) -> Result<Vec<Subject>> {
         .collect())
 }
 
-/// The request that the demo makes: from the half-noised source under its edges.
+/// The request that the demo makes: the bundle's own way to edit.
 fn request(user: &str, subject: &Subject, seed: u64) -> EditRequest {
     EditRequest {
         user: user.into(),
         source: Some(Source::of(subject.picture.clone())),
         caption: Some(subject.caption.clone()),
         settings: EditSettings {
-            backend: Some(Backend::Img2img),
-            noise_level: Some(0.5),
             seed,
             count: 1,
             ..EditSettings::default()

@@ -12,7 +12,7 @@ use simpatico_engine::edit::{
 };
 use simpatico_engine::engine::Engine;
 use simpatico_engine::provenance;
-use simpatico_schema::edit::{Backend, EditSettings, InstructRequest};
+use simpatico_schema::edit::{Backend, ControlKind, EditSettings, InstructRequest};
 use simpatico_storage::Store;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -124,7 +124,10 @@ pub struct EditArgs {
     /// How the source enters: canny, img2img, rf-inversion or flowedit
     #[arg(long)]
     backend: Option<Backend>,
-    /// How strongly the source's edges hold, 0 to 2
+    /// What the control picture shows of the source: canny, tile, blur, grey or palette
+    #[arg(long)]
+    control: Option<ControlKind>,
+    /// How strongly the control picture holds, 0 to 2
     #[arg(long)]
     control_scale: Option<f32>,
     /// How far from the source, 0 to 1
@@ -252,6 +255,7 @@ fn edit(args: &EditArgs, common: &Common, output: &Output) -> Result<()> {
         instructions: args.instruction.clone(),
         settings: EditSettings {
             backend: args.backend,
+            control: args.control,
             control_scale: args.control_scale,
             strength: args.strength,
             cache_threshold: args.cache,

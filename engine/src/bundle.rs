@@ -12,6 +12,8 @@ use std::path::{Component, Path, PathBuf};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::edit::ModelDigest;
 
+use simpatico_schema::edit::{Backend, ControlKind};
+
 use crate::picture::Fit;
 use crate::provenance::sha256_file;
 use crate::{Error, Result};
@@ -140,6 +142,10 @@ pub enum FluxText {
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default, deny_unknown_fields)]
 pub struct Settings {
+    /// How the source enters.
+    pub backend: Backend,
+    /// What the control picture of the backend `img2img` shows; absent: it has none.
+    pub control: Option<ControlKind>,
     /// Sampling steps.
     pub steps: usize,
     /// The guidance scalar.
@@ -175,6 +181,8 @@ pub struct Settings {
 impl Default for Settings {
     fn default() -> Self {
         Self {
+            backend: Backend::Canny,
+            control: None,
             steps: 20,
             guidance: 3.5,
             true_cfg: 1.0,

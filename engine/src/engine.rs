@@ -29,7 +29,7 @@ use std::time::Instant;
 
 use candle_core::Device;
 use simpatico_schema::edit::{
-    Backend, EditSettings, InstructRequest, Instruction, ModelDigest, Provenance, Why,
+    Backend, ControlKind, EditSettings, InstructRequest, Instruction, ModelDigest, Provenance, Why,
 };
 use simpatico_storage::Snapshot;
 
@@ -435,6 +435,7 @@ impl Engine {
             steps: settings.steps.unwrap_or(defaults.steps),
             guidance: settings.guidance.unwrap_or(defaults.guidance),
             true_cfg: settings.true_cfg.unwrap_or(1.0),
+            control: settings.control,
             control_scale: settings.control_scale.unwrap_or(0.0),
             control_end: settings.control_end.unwrap_or(1.0),
             start: match (settings.noise_level, settings.strength) {
@@ -469,7 +470,15 @@ impl Engine {
             )))
         };
         let source = request.source.as_ref().map(|s| &s.picture);
-        let backend = asked.backend.unwrap_or_default();
+        let backend = match source {
+            Some(_) => asked.backend.unwrap_or(defaults.backend),
+            None => asked.backend.unwrap_or_default(),
+        };
+        let control = match backend {
+            Backend::Canny => asked.control.or(Some(ControlKind::Canny)),
+            Backend::Img2img => asked.control.or(defaults.control),
+            Backend::RfInversion | Backend::Flowedit => asked.control,
+        };
         if source.is_none() && backend != Backend::Canny {
             let word = backend.as_str();
             let message = format!("the backend {word} edits a source picture; none was given");
@@ -489,9 +498,11 @@ impl Engine {
         let control_scale = match (source, asked.control_scale) {
             (None, _) => 0.0,
             (Some(_), Some(scale)) => within("control scale", scale, 0.0, 2.0)?,
-            (Some(_), None) if backend == Backend::Canny => defaults.control_scale,
+            (Some(_), None) if control.is_some() => defaults.control_scale,
             (Some(_), None) => 0.0,
         };
+        // A scale without a kind means edges, the paper's control.
+        let control = (control_scale > 0.0).then(|| control.unwrap_or(ControlKind::Canny));
         if control_scale > 0.0 && !pictures.has_control() {
             let name = &self.bundle.manifest.name;
             return Err(Error::BadRequest(format!(
@@ -536,6 +547,7 @@ impl Engine {
                 0.0,
                 100.0,
             )?),
+            control,
             control_scale: Some(control_scale),
             control_end: Some(within(
                 "control end",

@@ -114,6 +114,56 @@ impl std::str::FromStr for Backend {
     }
 }
 
+/// What a control picture shows of the source.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum ControlKind {
+    /// Its edges.
+    Canny,
+    /// Itself.
+    Tile,
+    /// Itself, out of focus.
+    Blur,
+    /// Its brightness.
+    Grey,
+    /// Its colours, in squares.
+    Palette,
+}
+
+impl ControlKind {
+    /// Every kind.
+    pub const ALL: [Self; 5] = [
+        Self::Canny,
+        Self::Tile,
+        Self::Blur,
+        Self::Grey,
+        Self::Palette,
+    ];
+
+    /// The word used on the command line and in provenance.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Canny => "canny",
+            Self::Tile => "tile",
+            Self::Blur => "blur",
+            Self::Grey => "grey",
+            Self::Palette => "palette",
+        }
+    }
+}
+
+impl std::str::FromStr for ControlKind {
+    type Err = String;
+    fn from_str(word: &str) -> Result<Self, String> {
+        Self::ALL
+            .into_iter()
+            .find(|kind| kind.as_str() == word)
+            .ok_or_else(|| {
+                format!("control: expected canny, tile, blur, grey or palette, got {word:?}")
+            })
+    }
+}
+
 /// The settings of one edit. `None` everywhere means the bundle's own setting.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
@@ -126,7 +176,9 @@ pub struct EditSettings {
     pub guidance: Option<f32>,
     /// True classifier-free guidance; 1 or `None` runs the model once a step.
     pub true_cfg: Option<f32>,
-    /// How strongly the control image holds, 0 to 2.
+    /// What the control picture shows. The backend `canny` has edges unless this says otherwise.
+    pub control: Option<ControlKind>,
+    /// How strongly the control picture holds, 0 to 2.
     pub control_scale: Option<f32>,
     /// The share of the steps after which control ends, 0 to 1.
     pub control_end: Option<f32>,

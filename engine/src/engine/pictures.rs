@@ -12,7 +12,7 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use serde::de::DeserializeOwned;
-use simpatico_schema::edit::Backend;
+use simpatico_schema::edit::{Backend, ControlKind};
 use tokenizers::Tokenizer;
 
 use crate::bundle::{Bundle, Flux, FluxText, Location};
@@ -146,6 +146,7 @@ pub(super) struct Plan {
     pub steps: usize,
     pub guidance: f32,
     pub true_cfg: f32,
+    pub control: Option<ControlKind>,
     pub control_scale: f32,
     pub control_end: f32,
     /// Where a backend that starts from the source begins.
@@ -554,14 +555,12 @@ impl Pictures {
             .filter_map(|job| Some(job.frame.to_model(job.source?)))
             .collect();
         let vae = self.vae()?;
-        let settings = &self.bundle.manifest.settings;
-        let (low, high) = settings.canny;
-        let control = match plan.control_scale > 0.0 && self.has_control() {
-            false => None,
-            true => {
-                let edges = |p| Control::Canny { low, high }.of(p);
-                let edges: Vec<Picture> = sources.iter().map(edges).collect();
-                Some(self.encode(&vae, &edges, hooks)?)
+        let control = match plan.control.filter(|_| self.has_control()) {
+            None => None,
+            Some(kind) => {
+                let control = self.control(kind);
+                let shown: Vec<Picture> = sources.iter().map(|p| control.of(p)).collect();
+                Some(self.encode(&vae, &shown, hooks)?)
             }
         };
         let needs_source = plan.backend != Backend::Canny || plan.has_mask;
@@ -581,6 +580,20 @@ impl Pictures {
             source,
             mask,
         })
+    }
+
+    /// How the control picture of a kind is made.
+    fn control(&self, kind: ControlKind) -> Control {
+        let (low, high) = self.bundle.manifest.settings.canny;
+        match kind {
+            ControlKind::Canny => Control::Canny { low, high },
+            ControlKind::Tile => Control::Tile { factor: 1 },
+            ControlKind::Blur => Control::Blur { sigma: 4.0 },
+            ControlKind::Grey => Control::Grey,
+            ControlKind::Palette => Control::Palette {
+                square: self.token_pixels(),
+            },
+        }
     }
 
     fn mask_tokens(&self, job: &Job) -> Result<Tensor> {
@@ -719,11 +732,12 @@ impl<'a> Part<'a> {
             .as_ref()
             .zip(self.encoded.control.clone());
         let input = control.map(|(net, condition)| {
-            // Edges are mode 0 of every Union; nets without modes take none.
+            // Nets without modes take none.
+            let kind = self.plan.control.unwrap_or(ControlKind::Canny);
             let mode = net
                 .config()
                 .num_mode
-                .map(|_| Control::default().union_mode());
+                .map(|_| self.pictures.control(kind).union_mode());
             let mut input =
                 ControlInput::new(net, condition, mode, f64::from(self.plan.control_scale));
             input.end = f64::from(self.plan.control_end);

@@ -132,6 +132,21 @@ fn encode_attributes(
     Ok(())
 }
 
+/// The text vectors of these words by the bundle's encoder.
+pub fn encoded(words: &[&str], common: &Common, output: &Output) -> Result<Vec<Vec<f32>>> {
+    let bundle = Bundle::find(&common.bundle)?;
+    let folder = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
+    let encoder = TextEncoder::open(&folder, &Device::Cpu)?;
+    let bar = output.bar(words.len() as u64, "attributes");
+    let mut vectors = Vec::with_capacity(words.len());
+    for part in words.chunks(64) {
+        vectors.extend(encoder.encode(part)?);
+        bar.inc(part.len() as u64);
+    }
+    bar.finish_and_clear();
+    Ok(vectors)
+}
+
 /// Sees to it that a user's embedding can be computed: the store has the bundle's encoder if
 /// it has none, and the user's own attributes have their text vectors (nobody else's enter
 /// that user's embedding).

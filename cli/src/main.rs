@@ -5,10 +5,12 @@
 
 mod demo;
 mod edit_commands;
+mod eval_commands;
 mod learn_commands;
 mod model_commands;
 mod output;
 mod store_commands;
+mod train_commands;
 
 use clap::{Parser, Subcommand};
 use output::Output;
@@ -70,6 +72,12 @@ enum Command {
     Dataset(learn_commands::DatasetCommand),
     /// Give each attribute its text vector
     Featurize,
+    /// Train the graph encoder, the policy or the picture model
+    #[command(subcommand)]
+    Train(train_commands::TrainCommand),
+    /// Measure: links, neighbours, prompts, pictures
+    #[command(subcommand)]
+    Eval(eval_commands::EvalCommand),
     /// Models: what there is, fetch them, check them
     #[command(subcommand)]
     Models(model_commands::ModelsCommand),
@@ -108,6 +116,8 @@ fn main() -> ExitCode {
         Command::Store(command) => store_commands::run(command, &cli.common, &output),
         Command::Dataset(command) => learn_commands::dataset(command, &cli.common, &output),
         Command::Featurize => learn_commands::featurize(&cli.common, &output),
+        Command::Train(command) => train_commands::run(command, &cli.common, &output),
+        Command::Eval(command) => eval_commands::run(command, &cli.common, &output),
         Command::Edit(command) => edit_commands::run(command, &cli.common, &output),
         Command::Demo(args) => demo::run(&args, &cli.common, &output),
         Command::Models(command) => model_commands::run(command, &cli.common, &output),

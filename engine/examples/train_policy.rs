@@ -12,7 +12,8 @@ use candle_core::{DType, Device};
 use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::synth::{Synth, SynthOptions, events_of, generate};
 use simpatico_engine::text_vectors::{TextEncoder, featurize};
-use simpatico_engine::train_policy::runs::{Method, Preset, RunOptions, run};
+use simpatico_engine::train_policy::Progress;
+use simpatico_engine::train_policy::runs::{Method, RunOptions, Tweaks, run};
 use simpatico_engine::{Error, Result};
 use simpatico_schema::random::Philox;
 use simpatico_storage::{Options, Store};
@@ -45,23 +46,28 @@ fn main() -> Result<()> {
         _ => None,
     };
     let options = RunOptions {
-        method,
-        preset: Preset::Default,
-        steps: Some(steps.parse().map_err(|_| usage())?),
-        seed: 0,
-        folder: folder.into(),
+        tweaks: Tweaks {
+            steps: Some(steps.parse().map_err(|_| usage())?),
+            ..Tweaks::default()
+        },
         start: rest.first().map(Into::into),
         resume: true,
+        ..RunOptions::new(method, folder)
     };
-    let snapshot = store.as_ref().map(Store::snapshot);
-    run(
-        &model,
-        &synth,
-        snapshot.as_ref(),
-        &options,
-        &mut |m, left, warning| {
-            eprintln!(
-                "step {} loss {:.4} accuracy {:.3} margin {:.4} chosen {:.3} win {:.2} norm {:.2} {:.0} tokens/s mfu {:.2} left {:.0} s {}",
+    let snapshots: Vec<_> = store.iter().map(Store::snapshot).collect();
+    run(&model, &synth, &snapshots, &options, &mut |at| {
+        match at {
+            Progress::Reference(done, all) if done % 50 == 0 => {
+                eprintln!("reference {done}/{all}")
+            }
+            Progress::Reference(..) => {}
+            Progress::Step {
+                metrics: m,
+                seconds_left,
+                warning,
+                ..
+            } => eprintln!(
+                "step {} loss {:.4} accuracy {:.3} margin {:.4} chosen {:.3} win {:.2} norm {:.2} {:.0} tokens/s mfu {:.2} left {seconds_left:.0} s {}",
                 m.step,
                 m.loss,
                 m.mean_token_accuracy,
@@ -71,12 +77,11 @@ fn main() -> Result<()> {
                 m.grad_norm,
                 m.tokens_per_second,
                 m.mfu,
-                left,
                 warning.unwrap_or("")
-            );
-            ControlFlow::Continue(())
-        },
-    )?;
+            ),
+        }
+        ControlFlow::Continue(())
+    })?;
     Ok(())
 }
 

@@ -110,6 +110,11 @@ fn best_threshold(scores: &[f32], liked: &[bool]) -> f32 {
     best.1
 }
 
+/// [`auc`] of edges.
+pub fn auc_of(scores: &[f32], links: &[Link]) -> Option<f64> {
+    auc(scores, &liked(links))
+}
+
 fn liked(links: &[Link]) -> Vec<bool> {
     links.iter().map(|link| link.sign == Sign::Like).collect()
 }

@@ -321,7 +321,8 @@ pub fn pair_accuracy(
     groups: &[PairGroup],
     mut progress: impl FnMut(usize, usize),
 ) -> Result<(Vec<f64>, f64)> {
-    let base = reference_logps(model, reference, groups, None, |_, _| {})?;
+    let go_on = |_, _| std::ops::ControlFlow::Continue(());
+    let base = reference_logps(model, reference, groups, None, go_on)?;
     let mut accuracy = Vec::new();
     let mut margins = Vec::new();
     for (n, (group, base)) in groups.iter().zip(&base).enumerate() {
@@ -394,43 +395,47 @@ pub fn table(report: &Report) -> String {
     text
 }
 
-/// Writes `prompts.json` and `prompts.html` into a folder.
-pub fn write(report: &Report, folder: &Path) -> Result<()> {
-    let json =
-        serde_json::to_vec_pretty(report).map_err(|e| Error::BadRequest(format!("report: {e}")))?;
-    write_whole(&folder.join("prompts.json"), &json)?;
+/// The report as an HTML page.
+pub fn page(report: &Report) -> String {
     let bars = plot::Bars {
         title: "Own minus mismatched users".into(),
-        y_label: "cosine".into(),
+        y_label: "cosine, 95%".into(),
         groups: report.systems.iter().map(|s| s.system.clone()).collect(),
         series: vec![(
             "own - mismatched".into(),
             report
                 .systems
                 .iter()
-                .map(|s| Some(s.own_minus_mismatched.into()))
+                .map(|s| {
+                    Some(plot::Value {
+                        value: s.own_minus_mismatched,
+                        interval: Some(s.own_minus_mismatched_ci),
+                    })
+                })
                 .collect(),
         )],
     };
-    let escape = |s: &str| s.replace('&', "&amp;").replace('<', "&lt;");
-    let mut html = format!(
-        "<!doctype html><meta charset=utf-8><title>Instructions</title><h1>Instructions, judged</h1><pre>{}</pre>{}",
-        escape(&table(report)),
-        bars.to_svg()
-    );
+    let mut parts = vec![plot::verbatim(&table(report)), bars.to_svg()];
     for s in &report.systems {
-        html += &format!("<h2>{}</h2><table>", escape(&s.system));
-        for (user, caption, words) in s.written.iter().take(40) {
-            html += &format!(
-                "<tr><td>{}<td>{}<td>{}",
-                escape(user),
-                escape(caption),
-                escape(words)
-            );
-        }
-        html += "</table>";
+        let row = |(user, caption, words): &(String, String, String)| {
+            let cells = [user, caption, words].map(|t| format!("<td>{}", plot::escape(t)));
+            format!("<tr>{}", cells.concat())
+        };
+        let rows: String = s.written.iter().take(40).map(row).collect();
+        parts.push(format!(
+            "<h2>{}</h2><table>{rows}</table>",
+            plot::escape(&s.system)
+        ));
     }
-    write_whole(&folder.join("prompts.html"), html.as_bytes())
+    plot::page("Instructions, judged", &parts)
+}
+
+/// Writes `prompts.json` and `prompts.html` into a folder.
+pub fn write(report: &Report, folder: &Path) -> Result<()> {
+    let json =
+        serde_json::to_vec_pretty(report).map_err(|e| Error::BadRequest(format!("report: {e}")))?;
+    write_whole(&folder.join("prompts.json"), &json)?;
+    write_whole(&folder.join("prompts.html"), page(report).as_bytes())
 }
 
 #[cfg(test)]

@@ -10,6 +10,7 @@ pub mod engine;
 pub mod error;
 pub mod eval_images;
 pub mod eval_links;
+pub mod eval_neighbors;
 pub mod eval_prompts;
 pub mod flux;
 pub mod fused;
@@ -38,6 +39,6 @@ pub mod train_policy;
 pub mod vocabulary;
 pub mod weights;
 
-pub use candle_core::Device;
+pub use candle_core::{DType, Device};
 pub use engine::{Engine, device};
 pub use error::{Error, Result};

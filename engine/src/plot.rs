@@ -390,8 +390,31 @@ fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, words: &str) {
     );
 }
 
-/// The text with markup made harmless.
-fn escape(text: &str) -> String {
+/// A whole HTML page around parts that are HTML already: it needs no other file.
+pub fn page(title: &str, parts: &[String]) -> String {
+    const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}\
+        pre,table{font-size:13px}pre{overflow-x:auto;background:#f6f6f6;padding:.8rem}\
+        td,th{padding:.15rem .8rem .15rem 0;text-align:left;vertical-align:top}svg{max-width:100%;height:auto}";
+    let title = escape(title);
+    format!(
+        "<!doctype html>\n<html lang=en><meta charset=utf-8>\
+         <meta name=viewport content=\"width=device-width\">\n<title>{title}</title>\n\
+         <style>{STYLE}</style>\n<h1>{title}</h1>\n{}\n</html>\n",
+        parts.join("\n")
+    )
+}
+
+/// Words that stand in a page as they are, line for line.
+pub fn verbatim(words: &str) -> String {
+    format!("<pre>{}</pre>", escape_lines(words))
+}
+
+fn escape_lines(words: &str) -> String {
+    words.lines().map(escape).collect::<Vec<_>>().join("\n")
+}
+
+/// The text with markup made harmless, control characters as spaces.
+pub fn escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {

@@ -37,6 +37,7 @@ use sha2::{Digest, Sha256};
 use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
 use std::io::Write;
+use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
@@ -639,10 +640,28 @@ pub struct Journal<'a> {
     pub folder: PathBuf,
     /// Whether to go on from the folder's checkpoint, if it has one.
     pub resume: bool,
-    /// Looked at after each step; when it is set, the run ends with [`Error::Cancelled`].
-    pub cancelled: Option<&'a std::cell::Cell<bool>>,
-    /// Told after each step: its metrics, seconds left, and a warning if there is one.
-    pub progress: Box<dyn FnMut(&Metrics, f64, Option<&str>) + 'a>,
+    /// Told of what happens. When it breaks after a step, the run writes a checkpoint and ends
+    /// with [`Error::Cancelled`].
+    pub progress: Box<dyn FnMut(&Progress) -> ControlFlow<()> + 'a>,
+}
+
+/// What a run tells of itself.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Progress {
+    /// The reference's log-probabilities are computed: prompts done, and all. They are kept on
+    /// disk when all are there, so a run cut off here starts with them anew.
+    Reference(usize, usize),
+    /// A step was made.
+    Step {
+        /// What it was like.
+        metrics: Metrics,
+        /// Steps in all.
+        steps: usize,
+        /// Seconds left at the pace so far.
+        seconds_left: f64,
+        /// What looks wrong, and what to do.
+        warning: Option<&'static str>,
+    },
 }
 
 #[derive(Serialize, Deserialize)]
@@ -771,7 +790,12 @@ impl<'a> Recorder<'a> {
         write_whole(&self.journal.folder.join("metrics.jsonl"), &text)
     }
 
-    fn record(&mut self, mut metrics: Metrics, tokens: u64, seconds: f64) -> Result<()> {
+    fn record(
+        &mut self,
+        mut metrics: Metrics,
+        tokens: u64,
+        seconds: f64,
+    ) -> Result<ControlFlow<()>> {
         metrics.tokens_per_second = tokens as f64 / seconds.max(1e-9);
         metrics.mfu = metrics.tokens_per_second * self.flops_per_token / self.peak_flops;
         let path = self.journal.folder.join("metrics.jsonl");
@@ -785,19 +809,14 @@ impl<'a> Recorder<'a> {
         file.write_all(&line).map_err(Error::io(&path))?;
         let done = (metrics.step - self.first_step).max(1) as f64;
         let left = self.start.elapsed().as_secs_f64() / done * (self.total - metrics.step) as f64;
-        self.lines.push(metrics);
+        self.lines.push(metrics.clone());
         let warning = self.warning();
-        if let Some(last) = self.lines.last() {
-            (self.journal.progress)(last, left, warning);
-        }
-        Ok(())
-    }
-
-    fn stop_if_cancelled(&self) -> Result<()> {
-        match self.journal.cancelled {
-            Some(flag) if flag.get() => Err(Error::Cancelled),
-            _ => Ok(()),
-        }
+        Ok((self.journal.progress)(&Progress::Step {
+            metrics,
+            steps: self.total,
+            seconds_left: left,
+            warning,
+        }))
     }
 
     /// Chosen answers that keep becoming unlikelier are the usual way DPO goes wrong.
@@ -895,6 +914,109 @@ fn ids_bytes(ids: &[u32]) -> Vec<u8> {
     ids.iter().flat_map(|i| i.to_le_bytes()).collect()
 }
 
+// ------------------------------------------------------------------------- a run's course
+
+/// A run under way: what trains, what is written down, and how far it is.
+struct Course<'a> {
+    trained: Trained,
+    recorder: Recorder<'a>,
+    tokens: u64,
+    first: usize,
+    steps: usize,
+    checkpoint_steps: usize,
+}
+
+/// What a course is begun with.
+struct Plan<'p> {
+    /// Which training; part of what a checkpoint must agree with.
+    kind: &'static str,
+    /// All settings as text, for the same reason.
+    settings: String,
+    prompts: &'p mut dyn Iterator<Item = &'p [u32]>,
+    sets: Vec<Group>,
+    adam: &'p AdamWOptions,
+    warmup: usize,
+    steps: usize,
+    checkpoint_steps: usize,
+}
+
+impl<'a> Course<'a> {
+    /// From the start, or from the folder's checkpoint where the journal says so.
+    fn begin(model: &Decoder, plan: Plan, mut journal: Journal<'a>) -> Result<Self> {
+        let vars: Vec<(String, Var)> = plan.sets.iter().flat_map(|s| s.vars.clone()).collect();
+        let mut hash = Vec::new();
+        let mut groups = 0;
+        for prompt in plan.prompts {
+            hash.extend(ids_bytes(prompt));
+            groups += 1;
+        }
+        check_ready(groups, &vars)?;
+        let mut trained = Trained {
+            optimizer: AdamW::new(plan.sets, plan.adam.clone())?,
+            vars,
+            schedule: Schedule::Cosine {
+                warmup: plan.warmup,
+                total: plan.steps,
+                floor: 0.05,
+            },
+            settings: digest_of(&[plan.kind.as_bytes(), plan.settings.as_bytes(), &hash]),
+        };
+        let state = match journal.resume {
+            true => trained.restore(&journal.folder)?,
+            false => None,
+        };
+        let (first, tokens) = state.map_or((0, 0), |s| (s.step, s.tokens));
+        journal.resume = first > 0;
+        Ok(Self {
+            trained,
+            recorder: Recorder::new(journal, model, first, plan.steps)?,
+            tokens,
+            first,
+            steps: plan.steps,
+            checkpoint_steps: plan.checkpoint_steps,
+        })
+    }
+
+    /// Moves the weights by the gradients that were added up, writes the step down, and a
+    /// checkpoint (with the result's files, by `write`) when it is time or the run is cancelled.
+    fn end_step(
+        &mut self,
+        step: usize,
+        (metrics, used): (Metrics, u64),
+        (lr, started): (f64, Instant),
+        write: impl Fn(&Path) -> Result<()>,
+    ) -> Result<()> {
+        let factor = self.trained.schedule.factor(step);
+        self.tokens += used;
+        let metrics = Metrics {
+            step: step + 1,
+            grad_norm: self.trained.optimizer.step(factor)?,
+            learning_rate: lr * factor,
+            num_tokens: self.tokens,
+            ..metrics
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let cancelled = self.recorder.record(metrics, used, seconds)?.is_break();
+        let due = self.checkpoint_steps > 0 && (step + 1) % self.checkpoint_steps == 0;
+        let done = step + 1 == self.steps;
+        if due || cancelled || done {
+            let folder = &self.recorder.journal.folder;
+            self.trained.save(folder, step + 1, self.tokens)?;
+            write(folder)?;
+        }
+        match cancelled && !done {
+            true => Err(Error::Cancelled),
+            false => Ok(()),
+        }
+    }
+
+    /// Draws the plot and gives the last step's metrics.
+    fn end(&self, curves: &[(&str, fn(&Metrics) -> f64)], title: &str) -> Result<Metrics> {
+        self.recorder.plot(curves, title)?;
+        Ok(self.recorder.lines.last().cloned().unwrap_or_default())
+    }
+}
+
 // ------------------------------------------------------------------------------------ SFT
 
 /// Trains the adapter on prompts with good completions; returns the last metrics. The loss is
@@ -904,45 +1026,29 @@ pub fn train_sft(
     adapter: &Adapter,
     groups: &[SftGroup],
     options: &SftOptions,
-    mut journal: Journal,
+    journal: Journal,
 ) -> Result<Metrics> {
-    let vars: Vec<(String, Var)> = adapter
+    let vars = adapter
         .vars()
         .iter()
         .map(|(n, v)| (n.clone(), v.clone()))
         .collect();
-    check_ready(groups.len(), &vars)?;
-    let mut hash = Vec::new();
-    groups
-        .iter()
-        .for_each(|g| hash.extend(ids_bytes(&g.prompt)));
-    let settings = format!("{options:?}");
-    let mut trained = Trained {
-        optimizer: AdamW::new(
-            vec![Group {
-                vars: vars.clone(),
-                lr: options.lr,
-                weight_decay: options.weight_decay,
-            }],
-            options.adam.clone(),
-        )?,
-        vars,
-        schedule: Schedule::Cosine {
-            warmup: options.warmup,
-            total: options.steps,
-            floor: 0.05,
-        },
-        settings: digest_of(&[b"sft", settings.as_bytes(), &hash]),
+    let plan = Plan {
+        kind: "sft",
+        settings: format!("{options:?}"),
+        prompts: &mut groups.iter().map(|g| g.prompt.as_slice()),
+        sets: vec![Group {
+            vars,
+            lr: options.lr,
+            weight_decay: options.weight_decay,
+        }],
+        adam: &options.adam,
+        warmup: options.warmup,
+        steps: options.steps,
+        checkpoint_steps: options.checkpoint_steps,
     };
-    let state = if journal.resume {
-        trained.restore(&journal.folder)?
-    } else {
-        None
-    };
-    let (first, mut tokens) = state.map_or((0, 0), |s| (s.step, s.tokens));
-    journal.resume = first > 0;
-    let mut recorder = Recorder::new(journal, model, first, options.steps)?;
-    for step in first..options.steps {
+    let mut course = Course::begin(model, plan, journal)?;
+    for step in course.first..options.steps {
         let start = Instant::now();
         let picked = batch(options.seed, groups.len(), options.groups, step);
         let count: usize = picked
@@ -961,35 +1067,29 @@ pub fn train_sft(
             let scores = score(model, Some(adapter), dropout, None, &[row], true)?;
             let loss = (scores.logps.sum_all()? * (-1.0 / count as f64))?;
             loss_sum += f64::from(loss.to_scalar::<f32>()?);
-            trained.optimizer.accumulate(&loss.backward()?, 1.0)?;
+            course
+                .trained
+                .optimizer
+                .accumulate(&loss.backward()?, 1.0)?;
             correct += scores.correct.iter().sum::<usize>();
             used += scores.tokens as u64;
         }
-        let factor = trained.schedule.factor(step);
-        tokens += used;
         let metrics = Metrics {
-            step: step + 1,
             loss: loss_sum,
-            grad_norm: trained.optimizer.step(factor)?,
-            learning_rate: options.lr * factor,
-            num_tokens: tokens,
             mean_token_accuracy: correct as f64 / count as f64,
             ..Metrics::default()
         };
-        recorder.record(metrics, used, start.elapsed().as_secs_f64())?;
-        let due = options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
-        if due || step + 1 == options.steps {
-            trained.save(&recorder.journal.folder, step + 1, tokens)?;
-        }
+        course.end_step(step, (metrics, used), (options.lr, start), |folder| {
+            adapter.save(&folder.join("adapter"), Some(DType::F16))
+        })?;
     }
-    recorder.plot(
+    course.end(
         &[
             ("loss", |m| m.loss),
             ("token accuracy", |m| m.mean_token_accuracy),
         ],
         "Supervised fine-tuning",
-    )?;
-    Ok(recorder.lines.last().cloned().unwrap_or_default())
+    )
 }
 
 fn check_ready(groups: usize, vars: &[(String, Var)]) -> Result<()> {
@@ -1027,13 +1127,14 @@ pub struct Policy<'a> {
 }
 
 /// Reference log-probabilities of all completions of the groups, chosen and rejected in turn.
-/// Kept in `cache` under the digest of the tokens and of the reference adapter.
+/// Kept in `cache` under the digest of the tokens and of the reference adapter. `progress` is
+/// told of groups done and all; [`Error::Cancelled`] when it breaks.
 pub fn reference_logps(
     model: &Decoder,
     reference: Option<&Adapter>,
     groups: &[PairGroup],
     cache: Option<&Path>,
-    mut progress: impl FnMut(usize, usize),
+    mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<Vec<Vec<f32>>> {
     let mut hash = Sha256::new();
     if let Some(adapter) = reference {
@@ -1075,7 +1176,9 @@ pub fn reference_logps(
     for (n, group) in groups.iter().enumerate() {
         let scores = score(model, reference, None, None, &[group.row()], false)?;
         logps.push(scores.logps.detach().to_vec1::<f32>()?);
-        progress(n + 1, groups.len());
+        if progress(n + 1, groups.len()).is_break() {
+            return Err(Error::Cancelled);
+        }
     }
     if let Some(path) = path {
         let flat = Tensor::new(logps.concat(), &Device::Cpu)?;
@@ -1390,8 +1493,7 @@ pub fn train_dpo(
     options: &DpoOptions,
     mut journal: Journal,
 ) -> Result<Metrics> {
-    let (sets, vars) = dpo_groups(policy, options);
-    check_ready(groups.len(), &vars)?;
+    check_ready(groups.len(), &dpo_groups(policy, options).1)?;
     // Only what the run will meet is worth a reference pass.
     let met: std::collections::BTreeSet<usize> = (0..options.steps)
         .flat_map(|s| batch(options.seed, groups.len(), options.groups, s))
@@ -1409,65 +1511,42 @@ pub fn train_dpo(
         reference,
         &used_groups,
         Some(&journal.folder),
-        |_, _| {},
+        |done, all| (journal.progress)(&Progress::Reference(done, all)),
     )?;
     let mut logps = vec![Vec::new(); groups.len()];
     used.iter().zip(cached).for_each(|(i, l)| logps[*i] = l);
-    let mut hash = Vec::new();
-    groups
-        .iter()
-        .for_each(|g| hash.extend(ids_bytes(&g.prompt)));
-    let mut trained = Trained {
-        optimizer: AdamW::new(sets, options.adam.clone())?,
-        vars,
-        schedule: Schedule::Cosine {
-            warmup: options.warmup,
-            total: options.steps,
-            floor: 0.05,
-        },
-        settings: digest_of(&[b"dpo", format!("{options:?}").as_bytes(), &hash]),
+    let plan = Plan {
+        kind: "dpo",
+        settings: format!("{options:?}"),
+        prompts: &mut groups.iter().map(|g| g.prompt.as_slice()),
+        sets: dpo_groups(policy, options).0,
+        adam: &options.adam,
+        warmup: options.warmup,
+        steps: options.steps,
+        checkpoint_steps: options.checkpoint_steps,
     };
-    let state = if journal.resume {
-        trained.restore(&journal.folder)?
-    } else {
-        None
-    };
-    let (first, mut tokens) = state.map_or((0, 0), |s| (s.step, s.tokens));
-    journal.resume = first > 0;
-    let mut recorder = Recorder::new(journal, model, first, options.steps)?;
-    for step in first..options.steps {
+    let mut course = Course::begin(model, plan, journal)?;
+    for step in course.first..options.steps {
         let start = Instant::now();
         let picked = batch(options.seed, groups.len(), options.groups, step);
-        let optimizer = &mut trained.optimizer;
+        let optimizer = &mut course.trained.optimizer;
         let result = dpo_batch(
             model, policy, groups, &logps, &picked, options, step, optimizer,
         )?;
-        if step == first {
-            let missing = trained.optimizer.without_gradient();
+        if step == course.first {
+            let missing = course.trained.optimizer.without_gradient();
             if !missing.is_empty() {
                 return Err(Error::BadRequest(format!(
                     "no gradient reaches {missing:?}"
                 )));
             }
         }
-        let factor = trained.schedule.factor(step);
-        tokens += result.tally.tokens;
-        let metrics = Metrics {
-            step: step + 1,
-            grad_norm: trained.optimizer.step(factor)?,
-            learning_rate: options.lr_adapter * factor,
-            num_tokens: tokens,
-            ..result.tally.metrics()
-        };
-        recorder.record(metrics, result.tally.tokens, start.elapsed().as_secs_f64())?;
-        let due = options.checkpoint_steps > 0 && (step + 1) % options.checkpoint_steps == 0;
-        if due || step + 1 == options.steps {
-            trained.save(&recorder.journal.folder, step + 1, tokens)?;
-            save_policy(policy, &recorder.journal.folder)?;
-        }
-        recorder.stop_if_cancelled()?;
+        let tally = (result.tally.metrics(), result.tally.tokens);
+        course.end_step(step, tally, (options.lr_adapter, start), |folder| {
+            save_policy(policy, folder)
+        })?;
     }
-    recorder.plot(
+    course.end(
         &[
             ("rewards/chosen", |m| m.rewards_chosen),
             ("rewards/rejected", |m| m.rewards_rejected),
@@ -1475,8 +1554,7 @@ pub fn train_dpo(
             ("loss", |m| m.loss),
         ],
         "Direct preference optimisation",
-    )?;
-    Ok(recorder.lines.last().cloned().unwrap_or_default())
+    )
 }
 
 /// The files of a trained policy: what a bundle holds of it.

@@ -3,12 +3,13 @@
 use super::*;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
-use crate::policy::{neighbor_rows, pair_groups, sft_groups};
+use crate::policy::{PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
-use simpatico_schema::OverlapMode;
+use simpatico_schema::edit::PreferencePair;
+use simpatico_schema::{OverlapMode, Polarity};
 use simpatico_storage::Snapshot;
-use std::ops::ControlFlow;
+use std::collections::BTreeSet;
 
 /// Which training.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -35,6 +36,34 @@ pub enum Preset {
     Paper,
 }
 
+/// What differs from a preset; `None` keeps the preset's.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Tweaks {
+    /// Optimiser steps.
+    pub steps: Option<usize>,
+    /// Prompts (with all their pairs) in a step.
+    pub groups: Option<usize>,
+    /// Peak learning rate of the adapter.
+    pub lr: Option<f64>,
+    /// Steps between checkpoints.
+    pub checkpoint_steps: Option<usize>,
+    /// DPO: the loss.
+    pub loss: Option<Loss>,
+    /// DPO: the temperature.
+    pub beta: Option<f64>,
+    /// DPO: the share of wrong pairs that the robust loss reckons with.
+    pub label_smoothing: Option<f64>,
+    /// DPO: weight of the preferred answers' own likelihood.
+    pub sft_weight: Option<f64>,
+    /// Collaborative: how many neighbours.
+    pub k: Option<usize>,
+    /// Collaborative: the weight of their term.
+    pub lambda: Option<f64>,
+    /// Collaborative: what their term scores.
+    pub neighbor_mode: Option<NeighborMode>,
+}
+
 /// What to train and where to put it.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct RunOptions {
@@ -42,8 +71,8 @@ pub struct RunOptions {
     pub method: Method,
     /// Where the settings come from.
     pub preset: Preset,
-    /// In place of the preset's number of steps.
-    pub steps: Option<usize>,
+    /// What differs from it.
+    pub tweaks: Tweaks,
     /// Decides order, dropout and first values.
     pub seed: u64,
     /// Metrics, plot, checkpoint and the result's files go here.
@@ -51,28 +80,49 @@ pub struct RunOptions {
     /// The adapter to start from: for DPO also the reference. `None`: a fresh one, and the
     /// base model as the reference.
     pub start: Option<PathBuf>,
+    /// The soft prompt to start from. `None`: a fresh one, where the method has one.
+    pub start_soft: Option<PathBuf>,
+    /// DPO: pairs that people's answers gave. Where there are any, the run learns from these,
+    /// each prompt beside `replay` prompts of the data set.
+    pub recorded: Vec<PreferencePair>,
+    /// Prompts of the data set for each recorded one, against forgetting.
+    pub replay: usize,
     /// Goes on from the folder's checkpoint, if there is one.
     pub resume: bool,
 }
 
-/// Trains. `progress` gets each step's metrics, the seconds left and a warning if there is
-/// one; when it breaks, the run ends with [`Error::Cancelled`], to be resumed from its last
-/// checkpoint. The snapshot gives embeddings and neighbours to the collaborative form.
+impl RunOptions {
+    /// The default preset of a training, with its results in a folder.
+    pub fn new(method: Method, folder: impl Into<PathBuf>) -> Self {
+        Self {
+            method,
+            preset: Preset::Default,
+            tweaks: Tweaks::default(),
+            seed: 0,
+            folder: folder.into(),
+            start: None,
+            start_soft: None,
+            recorded: Vec::new(),
+            replay: 3,
+            resume: false,
+        }
+    }
+}
+
+/// Trains. When `progress` breaks after a step, the run writes a checkpoint and ends with
+/// [`Error::Cancelled`]. The snapshots give embeddings and neighbours to the collaborative
+/// form: for each user the first of them that knows the user.
 pub fn run(
     model: &LanguageModel,
     synth: &Synth,
-    snapshot: Option<&Snapshot>,
+    snapshots: &[Snapshot],
     options: &RunOptions,
-    progress: &mut dyn FnMut(&Metrics, f64, Option<&str>) -> ControlFlow<()>,
+    progress: &mut dyn FnMut(&Progress) -> ControlFlow<()>,
 ) -> Result<Metrics> {
-    let cancelled = std::cell::Cell::new(false);
     let journal = Journal {
         folder: options.folder.clone(),
         resume: options.resume,
-        cancelled: Some(&cancelled),
-        progress: Box::new(|m, left, warning| {
-            cancelled.set(progress(m, left, warning).is_break());
-        }),
+        progress: Box::new(progress),
     };
     let start = match &options.start {
         Some(folder) => Some(model.load_adapter(folder)?),
@@ -80,7 +130,7 @@ pub fn run(
     };
     match options.method {
         Method::Sft => sft(model, synth, options, start, journal),
-        method => dpo(model, synth, snapshot, options, (method, start), journal),
+        method => dpo(model, synth, snapshots, options, (method, start), journal),
     }
 }
 
@@ -95,7 +145,11 @@ fn sft(
         Preset::Default => SftOptions::default(),
         Preset::Paper => SftOptions::paper(),
     };
-    settings.steps = options.steps.unwrap_or(settings.steps);
+    let tweaks = &options.tweaks;
+    settings.steps = tweaks.steps.unwrap_or(settings.steps);
+    settings.groups = tweaks.groups.unwrap_or(settings.groups).max(1);
+    settings.lr = tweaks.lr.unwrap_or(settings.lr);
+    settings.checkpoint_steps = tweaks.checkpoint_steps.unwrap_or(settings.checkpoint_steps);
     settings.seed = options.seed;
     let n = (settings.steps * settings.groups).min(150_000 / 6);
     let groups = sft_groups(synth, &model.tokenizer, template(model)?, n, options.seed)?;
@@ -119,66 +173,104 @@ fn template(model: &LanguageModel) -> Result<&crate::chat::ChatTemplate> {
     model.template.as_ref().ok_or_else(missing)
 }
 
+/// The settings of a DPO run.
+fn dpo_settings(method: Method, options: &RunOptions) -> DpoOptions {
+    let tweaks = &options.tweaks;
+    let form = match (method, DpoOptions::collaborative()) {
+        (Method::Vanilla | Method::Sft, _) => Form::Vanilla,
+        (Method::Collaborative, Form::Collaborative { k, lambda, mode }) => Form::Collaborative {
+            k: tweaks.k.unwrap_or(k),
+            lambda: tweaks.lambda.unwrap_or(lambda),
+            mode: tweaks.neighbor_mode.unwrap_or(mode),
+        },
+        (Method::User | Method::Collaborative, _) => Form::User,
+    };
+    let preset = match options.preset {
+        Preset::Default => DpoOptions::default_for(form),
+        Preset::Paper => DpoOptions::paper(form),
+    };
+    let loss = LossOptions {
+        loss: tweaks.loss.unwrap_or(preset.loss.loss),
+        beta: tweaks.beta.unwrap_or(preset.loss.beta),
+        label_smoothing: tweaks
+            .label_smoothing
+            .unwrap_or(preset.loss.label_smoothing),
+    };
+    DpoOptions {
+        loss,
+        steps: tweaks.steps.unwrap_or(preset.steps),
+        groups: tweaks.groups.unwrap_or(preset.groups).max(1),
+        lr_adapter: tweaks.lr.unwrap_or(preset.lr_adapter),
+        sft_weight: tweaks.sft_weight.unwrap_or(preset.sft_weight),
+        checkpoint_steps: tweaks.checkpoint_steps.unwrap_or(preset.checkpoint_steps),
+        seed: options.seed,
+        ..preset
+    }
+}
+
 fn dpo(
     model: &LanguageModel,
     synth: &Synth,
-    snapshot: Option<&Snapshot>,
+    snapshots: &[Snapshot],
     options: &RunOptions,
     (method, start): (Method, Option<Adapter>),
     journal: Journal,
 ) -> Result<Metrics> {
-    let form = match method {
-        Method::Vanilla | Method::Sft => Form::Vanilla,
-        Method::User => Form::User,
-        Method::Collaborative => DpoOptions::collaborative(),
-    };
-    let mut settings = match options.preset {
-        Preset::Default => DpoOptions::default_for(form),
-        Preset::Paper => DpoOptions::paper(form),
-    };
-    settings.steps = options.steps.unwrap_or(settings.steps);
-    settings.seed = options.seed;
-    let split = Split::Train;
-    let groups = pair_groups(
+    let mut settings = dpo_settings(method, options);
+    let form = settings.form;
+    let mut groups = pair_groups(
         synth,
         &model.tokenizer,
         template(model)?,
-        split,
+        Split::Train,
         usize::MAX,
         options.seed,
     )?;
-    let index: BTreeMap<String, usize> = synth
-        .splits
-        .train_users
-        .iter()
-        .enumerate()
-        .map(|(i, u)| (u.clone(), i))
-        .collect();
-    let (vectors, neighbors) = match (form, snapshot) {
-        (Form::Collaborative { k, .. }, Some(snapshot)) => (
-            graph_vectors(snapshot, &index)?,
-            neighbor_rows(snapshot, &index, k, OverlapMode::Shared)?,
-        ),
-        (Form::Collaborative { .. }, None) => {
-            let text =
-                "collaborative training reads embeddings and neighbours from a store: give --store";
-            return Err(Error::BadRequest(text.into()));
+    if !options.recorded.is_empty() {
+        let recorded = recorded_groups(model, snapshots, &options.recorded)?;
+        // Three passes over what people said, unless told otherwise.
+        let passes = 3 * recorded.len() * (1 + options.replay) / settings.groups;
+        settings.steps = options.tweaks.steps.unwrap_or(passes.max(1));
+        settings.warmup = settings.warmup.min(settings.steps / 10);
+        Philox::new(options.seed, 0x7265_706c_6179).shuffle(&mut groups);
+        groups.truncate(recorded.len() * options.replay);
+        groups.extend(recorded);
+    }
+    let device = model.decoder.device();
+    let (index, vectors, neighbors) = match form {
+        Form::Collaborative { k, .. } => surroundings(snapshots, synth, &groups, k)?,
+        _ => {
+            let users = synth.splits.train_users.iter().enumerate();
+            let index = users.map(|(i, u)| (u.clone(), i)).collect();
+            let none = Tensor::zeros((1, 64), DType::F32, device)?;
+            (index, none, Vec::new())
         }
-        _ => (
-            Tensor::zeros((1, 64), DType::F32, &Device::Cpu)?,
-            Vec::new(),
-        ),
     };
-    let width = vectors.dim(1)?;
-    let table = Params::new(options.seed.wrapping_add(7), Device::Cpu);
-    let init = candle_nn::Init::Randn {
-        mean: 0.0,
-        stdev: 1.0,
+    let vectors = vectors.to_device(device)?;
+    let (soft, params) = match &options.start_soft {
+        Some(file) if form != Form::User => SoftPrompt::load(file, device)?,
+        _ => {
+            let config = SoftPromptConfig {
+                embedding: vectors.dim(1)?,
+                inner: 128,
+                tokens: 8,
+                hidden: model.decoder.config.hidden,
+                scale: embedding_size(model)?,
+                normalize: true,
+            };
+            SoftPrompt::fresh(config, options.seed, device)?
+        }
     };
+    let table = Params::new(options.seed.wrapping_add(7), device.clone());
     if form == Form::User {
+        let init = candle_nn::Init::Randn {
+            mean: 0.0,
+            stdev: 1.0,
+        };
+        let shape = (index.len(), vectors.dim(1)?);
         table
             .builder(DType::F32)
-            .get_with_hints((index.len(), width), "users", init)?;
+            .get_with_hints(shape, "users", init)?;
     }
     let users = Conditioning {
         index,
@@ -189,15 +281,6 @@ fn dpo(
         vars: table.vars(),
         neighbors,
     };
-    let config = SoftPromptConfig {
-        embedding: width,
-        inner: 128,
-        tokens: 8,
-        hidden: model.decoder.config.hidden,
-        scale: embedding_size(model)?,
-        normalize: true,
-    };
-    let (soft, params) = SoftPrompt::fresh(config.clone(), options.seed, model.decoder.device())?;
     let trained = match &start {
         Some(adapter) => adapter.trainable()?,
         None => model.trainable(lora(options.preset), options.seed)?,
@@ -218,16 +301,113 @@ fn dpo(
     )
 }
 
-/// The embeddings of the users, in the order of their row numbers.
-fn graph_vectors(snapshot: &Snapshot, index: &BTreeMap<String, usize>) -> Result<Tensor> {
-    let mut rows = vec![Vec::new(); index.len()];
-    for (user, row) in index {
-        rows[*row] = snapshot
-            .embedding(user)
-            .map_err(|e| Error::BadRequest(format!("embedding of {user}: {e}")))?
-            .vector;
+/// Row numbers, embeddings (rows, d) and neighbours with their overlaps.
+type Surroundings = (BTreeMap<String, usize>, Tensor, Vec<Vec<(usize, f64)>>);
+
+/// Everyone who has pairs, and their neighbours. Held-out users are nobody's neighbours.
+fn surroundings(
+    snapshots: &[Snapshot],
+    synth: &Synth,
+    groups: &[PairGroup],
+    k: usize,
+) -> Result<Surroundings> {
+    let failed = |e: simpatico_storage::StoreError| Error::BadRequest(e.to_string());
+    let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
+    let home = |user: &str| snapshots.iter().find(|s| s.has_user(user));
+    let asked: BTreeSet<&str> = groups.iter().map(|g| g.user.as_str()).collect();
+    let mut near: BTreeMap<&str, Vec<(&str, u32)>> = BTreeMap::new();
+    for user in asked {
+        let Some(snapshot) = home(user) else {
+            return Err(Error::BadRequest(format!(
+                "{user:?} has pairs but is in no store: the collaborative form needs the                  likes and dislikes of everyone it learns from; ingest them first"
+            )));
+        };
+        let mut overlaps = snapshot
+            .overlaps(user, k, OverlapMode::Shared)
+            .map_err(failed)?;
+        // A neighbour's embedding is read where the neighbour is first found.
+        overlaps.retain(|(v, _)| {
+            !held.contains(&v.to_string()) && home(v).is_some_and(|s| std::ptr::eq(s, snapshot))
+        });
+        near.insert(user, overlaps);
     }
-    Ok(Tensor::new(rows, &Device::Cpu)?)
+    let mut names: BTreeSet<&str> = near.keys().copied().collect();
+    names.extend(near.values().flatten().map(|(v, _)| *v));
+    let index: BTreeMap<String, usize> = names
+        .iter()
+        .enumerate()
+        .map(|(i, name)| (name.to_string(), i))
+        .collect();
+    let mut rows = Vec::with_capacity(names.len());
+    for name in &names {
+        let Some(snapshot) = home(name) else { continue };
+        let embedding = snapshot.embedding(name).map_err(|e| {
+            Error::BadRequest(format!(
+                "the embedding of {name}: {e}; run `simpatico featurize`"
+            ))
+        })?;
+        rows.push(embedding.vector);
+    }
+    let mut neighbors = vec![Vec::new(); index.len()];
+    for (user, overlaps) in near {
+        neighbors[index[user]] = overlaps
+            .into_iter()
+            .map(|(v, overlap)| (index[v], f64::from(overlap)))
+            .collect();
+    }
+    Ok((index, Tensor::new(rows, &Device::Cpu)?, neighbors))
+}
+
+/// Pairs that answers gave, in tokens: each once with the profile in words as it is now, once
+/// with the caption alone.
+fn recorded_groups(
+    model: &LanguageModel,
+    snapshots: &[Snapshot],
+    pairs: &[PreferencePair],
+) -> Result<Vec<PairGroup>> {
+    let template = template(model)?;
+    let mut sets: BTreeMap<(&str, &str), Vec<TokenPair>> = BTreeMap::new();
+    for pair in pairs {
+        let tokens = TokenPair {
+            chosen: answer_ids(&model.tokenizer, &pair.chosen)?,
+            rejected: answer_ids(&model.tokenizer, &pair.rejected)?,
+        };
+        sets.entry((&pair.user, &pair.caption))
+            .or_default()
+            .push(tokens);
+    }
+    let mut groups = Vec::new();
+    for ((user, caption), pairs) in sets {
+        let mut events = match snapshots.iter().find(|s| s.has_user(user)) {
+            Some(snapshot) => snapshot
+                .registers(user)
+                .map_err(|e| Error::BadRequest(e.to_string()))?,
+            None => Vec::new(),
+        };
+        events.sort_by(|a, b| (b.at, &b.id, &b.attribute).cmp(&(a.at, &a.id, &a.attribute)));
+        let of = |polarity: Polarity, most: usize| -> Vec<&str> {
+            let those = events.iter().filter(|e| e.polarity == polarity);
+            those.map(|e| e.attribute.as_str()).take(most).collect()
+        };
+        let profile = PromptText {
+            likes: of(Polarity::Like, 8),
+            dislikes: of(Polarity::Dislike, 4),
+            caption,
+            cue: None,
+        };
+        let alone = PromptText {
+            caption,
+            ..PromptText::default()
+        };
+        for text in [profile, alone] {
+            groups.push(PairGroup {
+                user: user.to_string(),
+                prompt: prompt_ids(&model.tokenizer, template, &text)?,
+                pairs: pairs.clone(),
+            });
+        }
+    }
+    Ok(groups)
 }
 
 /// The root mean square of the model's token embeddings: the size of a soft token.

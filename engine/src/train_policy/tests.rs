@@ -74,6 +74,10 @@ fn options(form: Form, loss: Loss) -> DpoOptions {
     }
 }
 
+fn go_on(_: usize, _: usize) -> ControlFlow<()> {
+    ControlFlow::Continue(())
+}
+
 fn close(name: &str, got: f64, want: f64, tolerance: f64) {
     let gap = (got - want).abs() / want.abs().max(1.0);
     assert!(gap <= tolerance, "{name}: got {got}, expected {want}");
@@ -91,7 +95,7 @@ fn three_steps_of_each_loss_log_what_trl_logs() {
         let start = adapter(&model, "sft_adapter");
         let trained = start.trainable().unwrap();
         let options = options(Form::Vanilla, loss);
-        let reference = reference_logps(&model, Some(&start), &groups, None, |_, _| {}).unwrap();
+        let reference = reference_logps(&model, Some(&start), &groups, None, go_on).unwrap();
         let policy = Policy {
             adapter: &trained,
             soft: None,
@@ -164,7 +168,7 @@ fn eq_7_and_all_its_gradients_are_those_written_out_in_torch() {
         .collect();
     // The reference itself, from the frozen adapter.
     let frozen = adapter(&model, "sft_adapter");
-    let computed = reference_logps(&model, Some(&frozen), &groups, None, |_, _| {}).unwrap();
+    let computed = reference_logps(&model, Some(&frozen), &groups, None, go_on).unwrap();
     for (c, r) in computed.iter().zip(&reference) {
         close(
             "reference gap",
@@ -357,12 +361,12 @@ fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec
     let journal = Journal {
         folder: folder.to_path_buf(),
         resume,
-        cancelled: None,
-        progress: Box::new(|_, _, _| {
-            count.set(count.get() + 1);
+        progress: Box::new(|at| {
+            count.set(count.get() + usize::from(matches!(at, Progress::Step { .. })));
             if count.get() == steps_now {
                 panic!("killed"); // stands for a kill: nothing after it runs
             }
+            ControlFlow::Continue(())
         }),
     };
     let run = std::panic::AssertUnwindSafe(|| {
@@ -404,7 +408,10 @@ fn reference_log_probabilities_are_computed_once() {
     let groups = trl_groups();
     let runs = std::cell::Cell::new(0);
     let compute = |adapter: &Adapter| {
-        let told = |_, _| runs.set(runs.get() + 1);
+        let told = |_, _| {
+            runs.set(runs.get() + 1);
+            ControlFlow::Continue(())
+        };
         reference_logps(&model, Some(adapter), &groups, Some(&folder), told).unwrap()
     };
     let first = compute(&start);
@@ -442,8 +449,7 @@ fn fine_tuning_lowers_the_loss() {
     let journal = Journal {
         folder: folder.clone(),
         resume: false,
-        cancelled: None,
-        progress: Box::new(|_, _, _| {}),
+        progress: Box::new(|_| ControlFlow::Continue(())),
     };
     let last = train_sft(&model, &trained, &groups, &options, journal).unwrap();
     assert!(last.loss < 4.05, "{}", last.loss); // ln 64 = 4.16 at first

@@ -1,0 +1,386 @@
+//! The commands that train and measure, as people use them, at tiny sizes. What needs a
+//! language model or MiniLM looks for it in the models folder and says so when it is absent.
+
+use serde_json::Value;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+struct Answer {
+    status: i32,
+    lines: Vec<Value>,
+    stderr: String,
+}
+
+fn program(dir: &Path, args: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_simpatico"));
+    command
+        .args(args)
+        .arg("--json")
+        .current_dir(dir)
+        .env("SIMPATICO_STORE", dir.join("store"))
+        .stdin(Stdio::null());
+    command
+}
+
+fn run(dir: &Path, args: &[&str]) -> Answer {
+    let output = program(dir, args).output().unwrap();
+    let stdout = String::from_utf8(output.stdout).unwrap();
+    Answer {
+        status: output.status.code().unwrap(),
+        lines: stdout
+            .lines()
+            .map(|l| serde_json::from_str(l).expect(l))
+            .collect(),
+        stderr: String::from_utf8_lossy(&output.stderr).into_owned(),
+    }
+}
+
+fn ask(dir: &Path, args: &[&str]) -> Value {
+    let answer = run(dir, args);
+    assert_eq!(answer.status, 0, "{args:?}: {}", answer.stderr);
+    assert_eq!(answer.lines.len(), 1, "{args:?}");
+    answer.lines[0].clone()
+}
+
+/// Whether a model of the default bundle is here.
+fn has_model(dir: &Path, name: &str) -> bool {
+    let here = run(dir, &["models", "list"])
+        .lines
+        .iter()
+        .any(|row| row["model"] == name && row["state"] == "here");
+    if !here {
+        eprintln!("skipped: {name} is not in the models folder");
+    }
+    here
+}
+
+fn text(path: impl AsRef<Path>) -> String {
+    std::fs::read_to_string(&path).unwrap_or_else(|e| panic!("{}: {e}", path.as_ref().display()))
+}
+
+fn metrics(folder: &Path) -> Vec<Value> {
+    text(folder.join("metrics.jsonl"))
+        .lines()
+        .map(|l| serde_json::from_str(l).unwrap())
+        .collect()
+}
+
+#[test]
+fn the_graph_encoder_trains_resumes_to_the_same_bits_and_is_not_written_over() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    ask(
+        dir,
+        &["dataset", "synth", "--users", "120", "--out", "data"],
+    );
+    let args = |out: &'static str, steps: &'static str| {
+        vec![
+            "train",
+            "sage",
+            "--data",
+            "data",
+            "--no-text",
+            "--hidden",
+            "16",
+            "--size",
+            "16",
+            "--out",
+            out,
+            "--steps",
+            steps,
+        ]
+    };
+    let whole = ask(dir, &args("whole", "20"));
+    assert_eq!(whole["epochs"], 20);
+    assert!(whole["validation_auc"].as_f64().unwrap() > 0.4);
+    assert_eq!(metrics(&dir.join("whole")).len(), 20);
+    assert!(text(dir.join("whole/metrics.svg")).starts_with("<svg"));
+
+    let again = run(dir, &args("whole", "20"));
+    assert_eq!(again.status, 1);
+    assert!(again.stderr.contains("--resume"), "{}", again.stderr);
+
+    // Interrupted as Ctrl-C does, in the middle; then resumed.
+    let steps = "2000";
+    let mut child = program(dir, &args("cut", steps))
+        .stdout(Stdio::null())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let checkpoint = dir.join("cut/checkpoint");
+    while !checkpoint.is_dir() {
+        assert!(
+            child.try_wait().unwrap().is_none(),
+            "ended before its first checkpoint"
+        );
+        std::thread::sleep(std::time::Duration::from_millis(20));
+    }
+    interrupt(&child);
+    let output = child.wait_with_output().unwrap();
+    let words = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(1), "{words}");
+    assert!(words.contains("--resume"), "{words}");
+    let reached = metrics(&dir.join("cut")).len();
+    assert!(reached > 0 && reached < 2000, "{reached}");
+    let mut resumed = args("cut", steps);
+    resumed.push("--resume");
+    let resumed = ask(dir, &resumed);
+    let straight = ask(dir, &args("straight", steps));
+    assert_eq!(resumed["validation_auc"], straight["validation_auc"]);
+    let bytes = |name: &str| std::fs::read(dir.join(name)).unwrap();
+    assert!(bytes("cut/sage.safetensors") == bytes("straight/sage.safetensors"));
+}
+
+fn interrupt(child: &std::process::Child) {
+    let status = Command::new("kill")
+        .args(["-INT", &child.id().to_string()])
+        .status()
+        .unwrap();
+    assert!(status.success());
+}
+
+#[test]
+fn links_and_neighbours_are_measured_without_any_model() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let links = ask(
+        dir,
+        &[
+            "eval",
+            "links",
+            "--users",
+            "200",
+            "--no-text",
+            "--epochs",
+            "20",
+            "--out",
+            "seen",
+        ],
+    );
+    let methods = links["report"][0]["methods"].as_array().unwrap();
+    assert_eq!(methods.len(), 3);
+    for method in methods {
+        let auc = method["held_out_edges"]["auc"].as_f64().unwrap();
+        assert!((0.3..=1.0).contains(&auc), "{method}");
+        assert_eq!(method["held_out_users"].as_array().unwrap().len(), 6);
+    }
+    let near = ask(
+        dir,
+        &[
+            "eval",
+            "neighbors",
+            "--users",
+            "300",
+            "--quick",
+            "--no-embedding",
+            "--out",
+            "seen",
+        ],
+    );
+    let known = near["report"]["known"].as_array().unwrap();
+    let recall = |finder: &str| {
+        let of = known.iter().find(|f| f["finder"] == finder).unwrap();
+        of["recall"][1].as_f64().unwrap()
+    };
+    assert!(recall("agreeing") > recall("popularity"), "{near}");
+    assert!(recall("popularity") > recall("chance"), "{near}");
+    for page in ["links", "neighbors"] {
+        assert!(text(dir.join(format!("seen/{page}.html"))).contains("<svg"));
+        let json: Value =
+            serde_json::from_str(&text(dir.join(format!("seen/{page}.json")))).unwrap();
+        assert!(!json.is_null());
+    }
+}
+
+#[test]
+fn a_folder_of_edits_is_judged() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    // Any PNG will do: the same picture before and after has all its edges left.
+    let png = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let Some(picture) = find_png(&png) else {
+        eprintln!("skipped: no PNG in docs");
+        return;
+    };
+    for place in ["edits/source/a.png", "edits/same/a.png"] {
+        let place = dir.join(place);
+        std::fs::create_dir_all(place.parent().unwrap()).unwrap();
+        std::fs::copy(&picture, place).unwrap();
+    }
+    let seen = ask(
+        dir,
+        &["eval", "images", "--edits", "edits", "--out", "seen"],
+    );
+    let row = &seen["report"]["table"]["rows"][0];
+    assert_eq!(row["method"], "same");
+    assert_eq!(row["edges"].as_f64(), Some(1.0));
+    assert!(text(dir.join("seen/images.html")).contains("same"));
+
+    std::fs::remove_file(dir.join("edits/source/a.png")).unwrap();
+    let orphan = run(dir, &["eval", "images", "--edits", "edits"]);
+    assert_eq!(orphan.status, 1);
+    assert!(orphan.stderr.contains("source"), "{}", orphan.stderr);
+}
+
+fn find_png(folder: &Path) -> Option<PathBuf> {
+    let mut entries: Vec<PathBuf> = std::fs::read_dir(folder)
+        .ok()?
+        .filter_map(|e| Some(e.ok()?.path()))
+        .collect();
+    entries.sort();
+    entries.iter().find_map(|path| match path.is_dir() {
+        true => find_png(path),
+        false => path
+            .extension()
+            .is_some_and(|e| e == "png")
+            .then(|| path.clone()),
+    })
+}
+
+#[test]
+fn wrong_use_is_met_with_help() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    std::fs::create_dir(dir.join("empty")).unwrap();
+    for (args, status, word) in [
+        (vec!["train", "sft"], 2, "--out"),
+        (
+            vec!["train", "sage", "--data", "empty", "--out", "o"],
+            1,
+            "dataset synth",
+        ),
+        (
+            vec!["train", "dpo", "--continue", "--out", "o"],
+            1,
+            "ingest",
+        ),
+        (
+            vec!["train", "dpo", "--method", "magic", "--out", "o"],
+            2,
+            "collaborative",
+        ),
+        (
+            vec!["train", "dpo", "--out", "o", "--label-smoothing", "0.7"],
+            2,
+            "label-smoothing",
+        ),
+        (
+            vec!["train", "sage", "--out", "o", "--steps", "0"],
+            2,
+            "--steps",
+        ),
+        (vec!["eval", "images", "--edits", "empty"], 1, "source"),
+        (
+            vec!["eval", "links", "--held-out", "2", "--no-text"],
+            2,
+            "--held-out",
+        ),
+    ] {
+        let answer = run(dir, &args);
+        assert_eq!(answer.status, status, "{args:?}: {}", answer.stderr);
+        assert!(answer.stderr.contains(word), "{args:?}: {}", answer.stderr);
+        assert!(answer.lines.is_empty());
+    }
+    // A store without answers has nothing to go on from.
+    std::fs::write(
+        dir.join("events.jsonl"),
+        r#"{"user":"ada","attribute":"rustic wood","polarity":"like"}"#,
+    )
+    .unwrap();
+    ask(dir, &["ingest", "events.jsonl"]);
+    let nothing = run(dir, &["train", "dpo", "--continue", "--out", "o"]);
+    assert_eq!(nothing.status, 1);
+    assert!(nothing.stderr.contains("feedback"), "{}", nothing.stderr);
+}
+
+#[test]
+fn the_policy_trains_in_all_forms_and_its_bundle_opens() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    if !has_model(dir, "smollm2-135m-instruct") || !has_model(dir, "all-minilm-l6-v2") {
+        return;
+    }
+    ask(dir, &["dataset", "synth", "--users", "20", "--out", "data"]);
+    let mut bundles = Vec::new();
+    for (out, method) in [
+        ("sft", ""),
+        ("vanilla", "vanilla"),
+        ("cdpo", "collaborative"),
+    ] {
+        let mut args = vec!["train"];
+        match method {
+            "" => args.push("sft"),
+            method => args.extend(["dpo", "--method", method]),
+        }
+        args.extend([
+            "--data", "data", "--out", out, "--steps", "1", "--batch", "1",
+        ]);
+        let answer = ask(dir, &args);
+        assert_eq!(metrics(&dir.join(out)).len(), 1, "{method}");
+        assert!(dir.join(out).join("metrics.svg").is_file());
+        bundles.push(answer["bundle"].as_str().unwrap().to_string());
+    }
+    // Answers in the store; then on from the bundle that has a soft prompt.
+    ask(dir, &["ingest", "data/events.jsonl.gz"]);
+    let pairs = text_gz(&dir.join("data/pairs.jsonl.gz"));
+    let pair: Value = serde_json::from_str(pairs.lines().next().unwrap()).unwrap();
+    record(dir, &pair);
+    let answer = ask(
+        dir,
+        &[
+            "train",
+            "dpo",
+            "--continue",
+            "--data",
+            "data",
+            "--out",
+            "more",
+            "--steps",
+            "2",
+            "--bundle",
+            &bundles[2],
+        ],
+    );
+    assert_eq!(answer["recorded_pairs"], 1);
+    assert_eq!(answer["method"], "collaborative");
+    let user = pair["user"].as_str().unwrap();
+    let bundle = answer["bundle"].as_str().unwrap();
+    let words = ask(
+        dir,
+        &[
+            "instruct",
+            "--user",
+            user,
+            "--caption",
+            "a cat on a sofa",
+            "--bundle",
+            bundle,
+        ],
+    );
+    assert!(words["instruction"].as_str().unwrap().len() > 5, "{words}");
+    assert!(words["fallback"].is_null(), "{words}");
+}
+
+/// Puts a pair into the store as an answer would.
+fn record(dir: &Path, pair: &Value) {
+    let word = |key: &str| pair[key].as_str().unwrap().to_string();
+    let store =
+        simpatico_storage::Store::open(dir.join("store"), simpatico_storage::Options::default())
+            .unwrap();
+    let pair = simpatico_schema::edit::PreferencePair {
+        user: word("user"),
+        caption: word("caption"),
+        chosen: word("chosen"),
+        rejected: word("rejected"),
+        source: "feedback".into(),
+    };
+    store.put_pairs(&[pair]).unwrap();
+    store.close().unwrap();
+}
+
+fn text_gz(path: &Path) -> String {
+    let mut text = String::new();
+    let file = std::fs::File::open(path).unwrap();
+    std::io::Read::read_to_string(&mut flate2::read::GzDecoder::new(file), &mut text).unwrap();
+    text
+}

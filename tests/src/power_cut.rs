@@ -50,6 +50,12 @@ pub enum Change {
         /// Which file.
         inode: u64,
     },
+    /// A sync failed: the kernel holds the file's dirty pages as clean from here on, and
+    /// no later sync brings them to disk unless they are written again.
+    SyncFailed {
+        /// Which file.
+        inode: u64,
+    },
     /// A folder's names were synced.
     SyncFolder {
         /// Which folder.
@@ -120,6 +126,7 @@ pub fn read_trace(path: &Path) -> io::Result<Vec<Change>> {
             7 => Change::Remove { path: path() },
             8 => Change::MakeFolder { path: path() },
             9 => Change::RemoveFolder { path: path() },
+            10 => Change::SyncFailed { inode: a },
             other => return Err(io::Error::other(format!("trace: unknown record {other}"))),
         });
         rest = after;
@@ -151,6 +158,23 @@ struct Content {
     now: Vec<u8>,
     durable: Vec<u8>,
     dirty: BTreeSet<usize>,
+    /// Pages that a failed sync left behind.
+    lost: BTreeSet<usize>,
+}
+
+impl Content {
+    /// The disk's content once what can still get there is there.
+    fn sync(&mut self) {
+        let mut bytes = self.now.clone();
+        for page in &self.lost {
+            let (start, end) = (page * PAGE, ((page + 1) * PAGE).min(bytes.len()));
+            for at in start..end {
+                bytes[at] = self.durable.get(at).copied().unwrap_or(0);
+            }
+        }
+        self.durable = bytes;
+        self.dirty.clear();
+    }
 }
 
 /// An entry of a folder.
@@ -199,6 +223,9 @@ impl Disk {
                 }
                 content.now[start..end].copy_from_slice(data);
                 content.dirty.extend(start / PAGE..end.div_ceil(PAGE));
+                content
+                    .lost
+                    .retain(|page| !(start / PAGE..end.div_ceil(PAGE)).contains(page));
             }
             Change::Truncate { inode, length } => {
                 let content = self.contents.entry(*inode).or_default();
@@ -208,10 +235,11 @@ impl Disk {
                     .dirty
                     .extend(old.min(new) / PAGE..old.max(new).div_ceil(PAGE));
             }
-            Change::SyncFile { inode } => {
+            Change::SyncFile { inode } => self.contents.entry(*inode).or_default().sync(),
+            Change::SyncFailed { inode } => {
                 let content = self.contents.entry(*inode).or_default();
-                content.durable.clone_from(&content.now);
-                content.dirty.clear();
+                let dirty = std::mem::take(&mut content.dirty);
+                content.lost.extend(dirty);
             }
             Change::SyncFolder { path } => {
                 let here = |p: &Path| p.parent() == Some(path);
@@ -404,6 +432,20 @@ mod tests {
         assert!(left(&changes, Survival::None).contains_key("a"));
         changes.push(folder());
         assert_eq!(left(&changes, Survival::None)["b"], b"safe");
+    }
+
+    #[test]
+    fn what_a_failed_sync_left_is_not_brought_to_disk_by_the_next_one() {
+        let mut changes = vec![
+            create(1, "/r/a"),
+            Change::SyncFolder { path: "/r".into() },
+            write(1, 0, b"lost"),
+            Change::SyncFailed { inode: 1 },
+            Change::SyncFile { inode: 1 },
+        ];
+        assert_eq!(left(&changes, Survival::None)["a"], [0; 4]);
+        changes.extend([write(1, 0, b"safe"), Change::SyncFile { inode: 1 }]);
+        assert_eq!(left(&changes, Survival::None)["a"], b"safe");
     }
 
     #[test]

@@ -24,6 +24,17 @@ pub fn event(seed: u64, thread: u64, n: u64) -> Event {
     event
 }
 
+/// Long events of a user that nobody looks at, to fill pages of the disk.
+pub fn filling(count: usize, thread: u64, n: u64) -> Vec<Event> {
+    let one = |k: usize| {
+        let user = format!("filling {thread}");
+        let mut event = Event::new(&user, &format!("filling {k}"), Polarity::Like).at(n as i64);
+        event.id = Some(format!("{n:0>200}"));
+        event
+    };
+    (0..count).map(one).collect()
+}
+
 /// The edges left by a set of events, by the rule of registers.
 pub fn edges<'a>(
     events: impl IntoIterator<Item = &'a Event>,

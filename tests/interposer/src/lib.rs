@@ -7,6 +7,8 @@
 //!   what a power cut at any moment would have left (see `simpatico_tests::power_cut`).
 //! * `FAULT_FAIL=OP:N:ERRNO[:sticky]`: the N-th call of OP (write, sync, rename, open, read)
 //!   fails with that error number, once or from then on.
+//! * `FAULT_HIT`: a file that is made when the first call is failed, so that the test can
+//!   tell a fault survived from a fault that never came.
 //!
 //! A record of the trace is `op u8, a u64, b u64, len u32, bytes`, little-endian; the op
 //! numbers stand in [`op`]. Not handled, because the store does not use them: mmap, hard
@@ -43,6 +45,8 @@ pub mod op {
     pub const MKDIR: u8 = 8;
     /// bytes = path.
     pub const RMDIR: u8 = 9;
+    /// a = inode. A sync was failed: what was dirty is clean to the kernel and not on disk.
+    pub const SYNC_FAILED: u8 = 10;
 }
 
 struct State {
@@ -147,6 +151,12 @@ impl State {
                 return false;
             }
             fail.spent = true;
+            if let Some(path) = std::env::var_os("FAULT_HIT") {
+                let mut bytes = path.as_bytes().to_vec();
+                bytes.push(0);
+                // SAFETY: bytes ends in NUL and lives through the call.
+                unsafe { real_open(bytes.as_ptr().cast(), libc::O_CREAT | libc::O_WRONLY, 0o644) };
+            }
         }
         set_errno(fail.errno);
         true
@@ -527,6 +537,9 @@ fn watched_sync(fd: c_int, call: impl Fn() -> c_int) -> c_int {
             return call();
         };
         if state.fails("sync") {
+            if descriptor.folder.is_none() {
+                state.record(op::SYNC_FAILED, descriptor.inode, 0, &[]);
+            }
             return -1;
         }
         // The trace decides what survives, so the real sync would only cost time.

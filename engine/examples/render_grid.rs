@@ -1,8 +1,19 @@
-//! Paints a grid of the renderer's pictures into a PNG: `render_grid OUT.png [objects|attributes|pairs]`.
+//! Paints a grid of the renderer's pictures into a PNG:
+//! `render_grid OUT.png [objects|attributes|pairs|emoji ASSETS|cut ASSETS|photos FOLDER]`.
 
-use simpatico_engine::render::{Color, Object, Scene};
+use simpatico_engine::render::{Color, Object, Scene, Subject, artwork};
+use simpatico_engine::train_flux::pairs::pair;
 use simpatico_engine::vocabulary;
-use simpatico_schema::random::Philox;
+
+/// Forty pairs, before and after in turn, as training sees them.
+fn pairs<S: Clone + Into<Subject>>(subjects: &[S]) -> Vec<Scene> {
+    let made = (0..40).map(|i| pair(subjects, 2, 5, i));
+    made.flat_map(|p| {
+        println!("{} | {}", p.source.caption(), p.text);
+        [p.source, p.target]
+    })
+    .collect()
+}
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
@@ -23,19 +34,24 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 .with(&[a])
             })
             .collect(),
-        Some("pairs") => (0..40)
-            .flat_map(|i| {
-                let scene = Scene::random(Object::ALL[i % Object::ALL.len()], i as u64);
-                let mut random = Philox::new(i as u64, 1);
-                let edit = scene.random_edit(2, &mut random);
-                println!(
-                    "{} | {}",
-                    scene.caption(),
-                    scene.instruction(&edit, &mut random)
-                );
-                [scene.clone(), scene.with(&edit)]
-            })
-            .collect(),
+        Some("pairs") => pairs(Object::ALL),
+        Some("emoji") => {
+            let folder = arguments.next().ok_or("emoji ASSETS")?;
+            pairs(&artwork::emoji(folder.as_ref())?)
+        }
+        Some("photos") => {
+            let folder = arguments.next().ok_or("photos FOLDER")?;
+            pairs(&artwork::photographs(folder.as_ref())?)
+        }
+        // Every emoji, as it is and in one paint.
+        Some("cut") => {
+            let folder = arguments.next().ok_or("cut ASSETS")?;
+            let all = artwork::emoji(folder.as_ref())?;
+            let plain = |art, color| Scene::plain(Subject::Artwork(art), color, 3);
+            all.into_iter()
+                .flat_map(|a| [plain(a.clone(), None), plain(a, Some(Color::Teal))])
+                .collect()
+        }
         _ => Object::ALL
             .iter()
             .flat_map(|o| {

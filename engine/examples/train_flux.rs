@@ -7,12 +7,14 @@ use simpatico_engine::flux::text::prompt_of_states;
 use simpatico_engine::flux::{init, names, vae::Vae};
 use simpatico_engine::params::{load_tensors, save_tensors};
 use simpatico_engine::picture::Picture;
-use simpatico_engine::render::Object;
+use simpatico_engine::render::artwork::{self, Artwork};
+use simpatico_engine::render::{Object, Subject};
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
     Progress, Rhythm, autoencoder, flow, pairs, patches, save_grid,
 };
 use std::path::Path;
+use std::sync::Arc;
 
 /// The patch autoencoder of a run, scaled.
 fn patch_vae(folder: &Path) -> Result<Vae, Box<dyn std::error::Error>> {
@@ -22,6 +24,47 @@ fn patch_vae(folder: &Path) -> Result<Vae, Box<dyn std::error::Error>> {
         init::builder(&weights, DType::F32, &Device::Cpu),
     )?;
     Ok(autoencoder::scaled(vae)?)
+}
+
+/// Those that training may see.
+fn trained(all: Vec<Arc<Artwork>>) -> Vec<Subject> {
+    let seen = all.into_iter().filter(|art| !art.held_out);
+    seen.map(Subject::from).collect()
+}
+
+/// Pairs number `first` to `first + count` of these subjects, in a file named after the kind.
+fn prepare_pairs(
+    folder: &Path,
+    kind: &str,
+    subjects: &[Subject],
+    count: Option<usize>,
+    first: Option<usize>,
+) -> Result<(), Box<dyn std::error::Error>> {
+    let mut options = pairs::Options::shipped();
+    options.pairs = count.unwrap_or(options.pairs);
+    options.first = first.unwrap_or(0);
+    let vae = patch_vae(folder)?;
+    let config = vae.config();
+    println!(
+        "scaling {} shift {}",
+        config.scaling_factor, config.shift_factor
+    );
+    let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
+    let begun = std::time::Instant::now();
+    let file = folder.join(format!("{kind}-{:07}.safetensors", options.first));
+    pairs::prepare_of(
+        &options,
+        subjects,
+        &vae,
+        &encoder,
+        &file,
+        &mut |done, all| {
+            if done % 160 == 0 {
+                println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());
+            }
+        },
+    )?;
+    Ok(())
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
@@ -71,27 +114,29 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 16,
             )?;
         }
+        // FOLDER [COUNT] [FIRST]: pairs of the renderer's objects.
         "pairs" => {
-            let mut options = pairs::Options::shipped();
-            options.pairs = number(0).unwrap_or(options.pairs);
-            options.first = number(1).unwrap_or(0);
-            let vae = patch_vae(&rhythm.folder)?;
-            println!(
-                "scaling {} shift {}",
-                vae.config().scaling_factor,
-                vae.config().shift_factor
-            );
-            let encoder =
-                TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
-            let begun = std::time::Instant::now();
-            let file = rhythm
-                .folder
-                .join(format!("pairs-{:07}.safetensors", options.first));
-            pairs::prepare(&options, &vae, &encoder, &file, &mut |done, all| {
-                if done % 160 == 0 {
-                    println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());
-                }
-            })?;
+            let subjects: Vec<Subject> = Object::trained().into_iter().map(Subject::from).collect();
+            prepare_pairs(&rhythm.folder, "pairs", &subjects, number(0), number(1))?;
+        }
+        // FOLDER COUNT FIRST ASSETS: pairs of emoji, from the unpacked npm package
+        // @lobehub/fluent-emoji-3d 1.1.0 (MIT), its folder package/assets.
+        "artwork" => {
+            let assets = rest.get(2).ok_or("artwork FOLDER COUNT FIRST ASSETS")?;
+            let subjects = trained(artwork::emoji(assets.as_ref())?);
+            prepare_pairs(&rhythm.folder, "pairs-art", &subjects, number(0), number(1))?;
+        }
+        // FOLDER COUNT FIRST PHOTOS: pairs of photographs, changed as a whole.
+        "photos" => {
+            let photos = rest.get(2).ok_or("photos FOLDER COUNT FIRST PHOTOS")?;
+            let subjects = trained(artwork::photographs(photos.as_ref())?);
+            prepare_pairs(
+                &rhythm.folder,
+                "pairs-photo",
+                &subjects,
+                number(0),
+                number(1),
+            )?;
         }
         "flow" => {
             let mut options = flow::Options::shipped();

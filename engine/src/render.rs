@@ -22,6 +22,7 @@
 //! assert_eq!(after.caption(), "a mug made of polished gold");
 //! ```
 
+pub mod artwork;
 pub mod places;
 pub mod props;
 pub mod shapes;
@@ -29,7 +30,9 @@ pub mod surfaces;
 pub mod words;
 
 use crate::vocabulary::{self, Attribute, Category, Look};
+use artwork::Artwork;
 use simpatico_schema::random::Philox;
+use std::sync::Arc;
 
 /// Red, green and blue, each 0..=1, gamma-encoded (what a PNG holds, divided by 255).
 pub type Rgb = [f32; 3];
@@ -72,6 +75,42 @@ impl Object {
     pub fn trained() -> Vec<Self> {
         let seen = |object: &Self| !Self::HELD_OUT.contains(object);
         Self::ALL.iter().copied().filter(seen).collect()
+    }
+}
+
+/// What a scene is about: an object that we draw, or a picture of one.
+#[derive(Clone, Debug)]
+pub enum Subject {
+    /// Drawn by [`shapes`].
+    Drawn(Object),
+    /// A picture, cut out or filling the scene.
+    Artwork(Arc<Artwork>),
+}
+
+impl Subject {
+    /// The word or words that captions use.
+    pub fn word(&self) -> &str {
+        match self {
+            Self::Drawn(object) => object.word(),
+            Self::Artwork(art) => &art.noun,
+        }
+    }
+
+    /// Whether it is a photograph, of which only the whole can be changed.
+    pub fn whole(&self) -> bool {
+        matches!(self, Self::Artwork(art) if art.whole)
+    }
+}
+
+impl From<Object> for Subject {
+    fn from(object: Object) -> Self {
+        Self::Drawn(object)
+    }
+}
+
+impl From<Arc<Artwork>> for Subject {
+    fn from(art: Arc<Artwork>) -> Self {
+        Self::Artwork(art)
     }
 }
 
@@ -124,11 +163,12 @@ pub struct Pose {
 #[derive(Clone, Debug)]
 pub struct Scene {
     /// What it shows.
-    pub object: Object,
+    pub subject: Subject,
     /// Where the object stands.
     pub pose: Pose,
-    /// Its colour, until an attribute gives it another.
-    pub color: Color,
+    /// Its colour, until an attribute gives it another; artwork without one keeps its own
+    /// colours.
+    pub color: Option<Color>,
     /// The colour of the backdrop, until an attribute gives it another background.
     pub backdrop: Rgb,
     /// What else it has, at most one of each category, the latest last.
@@ -139,12 +179,17 @@ pub struct Scene {
 
 impl Scene {
     /// An object of one colour before a pale backdrop; the seed chooses its pose.
-    pub fn plain(object: Object, color: Color, seed: u64) -> Self {
+    pub fn plain(subject: impl Into<Subject>, color: impl Into<Option<Color>>, seed: u64) -> Self {
         let mut random = Philox::new(seed, 0x5ce4e);
+        let subject = subject.into();
+        let pose = match subject.whole() {
+            true => Pose::filling(&mut random),
+            false => Pose::random(&mut random),
+        };
         Self {
-            object,
-            pose: Pose::random(&mut random),
-            color,
+            subject,
+            pose,
+            color: color.into(),
             backdrop: pale(&mut random),
             attributes: Vec::new(),
             seed,
@@ -152,9 +197,20 @@ impl Scene {
     }
 
     /// A scene with everything chosen at random: mostly plain, at times not.
-    pub fn random(object: Object, seed: u64) -> Self {
+    ///
+    /// Artwork mostly keeps its own colours; a photograph gets nothing that an outline
+    /// would be needed for.
+    pub fn random(subject: impl Into<Subject>, seed: u64) -> Self {
         let mut random = Philox::new(seed, 0x5ce4f);
-        let scene = Self::plain(object, pick(Color::ALL, &mut random), seed);
+        let subject = subject.into();
+        let whole = subject.whole();
+        let mut color = Some(pick(Color::ALL, &mut random));
+        let mut surfaced = 1.0;
+        if matches!(subject, Subject::Artwork(_)) && (whole || random.uniform() < 0.75) {
+            // As it is: a material or pattern is the exception too.
+            (color, surfaced) = (None, 0.4);
+        }
+        let scene = Self::plain(subject, color, seed);
         let mut chosen = Vec::new();
         for (category, chance) in [
             (Category::Background, 0.45),
@@ -164,6 +220,10 @@ impl Scene {
             (Category::Light, 0.06),
             (Category::Tone, 0.06),
         ] {
+            if whole && !over_all(category) {
+                continue;
+            }
+            let chance = chance * if surface(category) { surfaced } else { 1.0 };
             if random.uniform() < chance {
                 chosen.push(draw(category, &mut random));
             }
@@ -194,8 +254,13 @@ impl Scene {
         let count = 1 + random.below(most.max(1) as u32) as usize;
         let mut edit: Vec<&'static Attribute> = Vec::with_capacity(count);
         while edit.len() < count {
-            let category = *weighted(&EDITED, |(_, weight)| *weight, random);
-            let attribute = draw(category.0, random);
+            let whole = self.subject.whole();
+            let weight = |&(category, weight): &(Category, f32)| match whole {
+                true if !over_all(category) => 0.0,
+                _ => weight,
+            };
+            let category = weighted(&EDITED, weight, random).0;
+            let attribute = draw(category, random);
             let clash = |a: &&Attribute| {
                 a.category == attribute.category
                     || surface(a.category) && surface(attribute.category)
@@ -212,25 +277,38 @@ impl Scene {
     /// The picture, `size` by `size`, rows of RGB bytes. A few milliseconds at 128.
     pub fn render(&self, size: usize) -> Vec<u8> {
         let place = places::Place::new(self);
-        let surface = surfaces::Surface::new(self);
-        let parts = shapes::parts(self.object);
+        let paint = surfaces::Surface::new(self);
+        let parts = match self.subject {
+            Subject::Drawn(object) => shapes::parts(object),
+            Subject::Artwork(_) => Vec::new(),
+        };
+        let repainted = self.color.is_some() || self.attributes.iter().any(|a| surface(a.category));
         let frame = Frame::new(&self.pose, size);
         let mut picture = vec![[0.0f32; 3]; size * size];
         for (index, pixel) in picture.iter_mut().enumerate() {
             let (x, y) = frame.pixel(index, size);
             let mut color = place.at(x, y);
-            frame.shade(&mut color, x, y);
             let p = frame.to_object(x, y);
+            if !self.subject.whole() {
+                frame.shade(&mut color, x, y);
+            }
             for part in &parts {
-                paint_part(&mut color, part, p, &frame, &surface);
+                paint_part(&mut color, part, p, &frame, &paint);
+            }
+            if let Subject::Artwork(art) = &self.subject {
+                art.paint(&mut color, p, &frame, repainted.then_some(&paint));
             }
             *pixel = color;
+        }
+        let mut lit = self.pose;
+        if self.subject.whole() {
+            (lit.center, lit.scale) = ([0.0; 2], 0.37);
         }
         for look in self.looks() {
             match *look {
                 Look::Prop(kind, rgb) => props::add(&mut picture, size, kind, unpack(rgb), &frame),
                 Look::Light(kind, rgb) => {
-                    places::light(&mut picture, size, kind, unpack(rgb), &self.pose);
+                    places::light(&mut picture, size, kind, unpack(rgb), &lit);
                 }
                 Look::Overlay(kind, rgb) => {
                     places::overlay(&mut picture, size, kind, unpack(rgb), self.seed);
@@ -273,6 +351,14 @@ fn surface(category: Category) -> bool {
     matches!(
         category,
         Category::Color | Category::Material | Category::Pattern
+    )
+}
+
+/// Whether the category changes a picture without knowing where the object is.
+fn over_all(category: Category) -> bool {
+    matches!(
+        category,
+        Category::Overlay | Category::Tone | Category::Light | Category::Style
     )
 }
 
@@ -328,6 +414,24 @@ impl Pose {
             mirrored,
             stretch,
             light,
+        }
+    }
+}
+
+impl Pose {
+    /// A part of a photograph, at least half of it, that fills the picture.
+    fn filling(random: &mut Philox) -> Self {
+        let scale = 0.5 + 0.35 * random.uniform();
+        let mut spread = || (random.uniform() - 0.5) * 2.0 * (scale - 0.5);
+        let center = [spread(), spread()];
+        let mirrored = random.uniform() < 0.5;
+        Self {
+            center,
+            scale,
+            angle: 0.0,
+            mirrored,
+            stretch: 1.0,
+            light: normalize([-0.45, -0.65, 0.7]),
         }
     }
 }

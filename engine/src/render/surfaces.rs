@@ -1,7 +1,7 @@
 //! Materials and patterns: the colour of a point on the object, lit.
 
 use super::shapes::Tint;
-use super::{Rgb, Scene, unpack};
+use super::{Color, Rgb, Scene, unpack};
 use crate::vocabulary::{Look, MaterialKind, PatternKind};
 
 /// A hash of two lattice coordinates and a seed, uniform in 0..1.
@@ -76,7 +76,7 @@ impl Surface {
     /// decides the colours.
     pub fn new(scene: &Scene) -> Self {
         let mut surface = Self {
-            colors: vec![scene.color.rgb()],
+            colors: vec![scene.color.unwrap_or(Color::Gray).rgb()],
             material: None,
             pattern: None,
             seed: scene.seed,

@@ -26,11 +26,10 @@ impl Scene {
                 Category::Color | Category::Material | Category::Pattern
             )
         };
-        let object = self.object.word();
-        let mut text = if sorted.iter().any(painted) {
-            with_article(object)
-        } else {
-            with_article(&format!("{} {object}", self.color.word()))
+        let object = self.subject.word();
+        let mut text = match self.color.filter(|_| !sorted.iter().any(painted)) {
+            Some(color) => with_article(&format!("{} {object}", color.word())),
+            None => with_article(object),
         };
         for attribute in sorted {
             text += match attribute.category {
@@ -50,7 +49,7 @@ impl Scene {
 
     /// An instruction that asks for these attributes, in varied words.
     pub fn instruction(&self, edit: &[&'static Attribute], random: &mut Philox) -> String {
-        let object = self.object.word();
+        let object = self.subject.word();
         let clauses: Vec<String> = edit
             .iter()
             .map(|a| clause(a, wording(a, random), object, random))

@@ -9,7 +9,7 @@ use crate::flux::text::prompt_of_states;
 use crate::flux::vae::Vae;
 use crate::params::{load_tensors, save_tensors};
 use crate::picture::Picture;
-use crate::render::{Object, Scene};
+use crate::render::{Object, Scene, Subject};
 use crate::text_vectors::TextEncoder;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -59,10 +59,18 @@ pub struct Pair {
 }
 
 /// Pair number `i`: half with an instruction, half with the caption of the result.
-pub fn pair(objects: &[Object], most_changes: usize, seed: u64, i: u64) -> Pair {
+///
+/// # Panics
+/// If there are no subjects.
+pub fn pair<S: Clone + Into<Subject>>(
+    subjects: &[S],
+    most_changes: usize,
+    seed: u64,
+    i: u64,
+) -> Pair {
     let mut random = Philox::new(seed, i);
-    let object = objects[random.below(objects.len() as u32) as usize];
-    let source = Scene::random(object, random.next_u64());
+    let subject = subjects[random.below(subjects.len() as u32) as usize].clone();
+    let source = Scene::random(subject, random.next_u64());
     let edit = source.random_edit(most_changes, &mut random);
     let target = source.clone().with(&edit);
     let text = match random.uniform() < 0.6 {
@@ -96,7 +104,10 @@ fn edges(scene: &Scene, size: usize, random: &mut Philox) -> Result<Tensor> {
     Ok(tensor)
 }
 
-/// Makes the pairs and writes them; `tell(done, all)` between batches.
+/// Makes pairs of the renderer's trained objects and writes them; see [`prepare_of`].
+///
+/// # Errors
+/// If the file cannot be written.
 pub fn prepare(
     options: &Options,
     vae: &Vae,
@@ -104,7 +115,28 @@ pub fn prepare(
     file: &Path,
     tell: &mut dyn FnMut(usize, usize),
 ) -> Result<()> {
-    let objects = Object::trained();
+    let subjects: Vec<Subject> = Object::trained().into_iter().map(Subject::from).collect();
+    prepare_of(options, &subjects, vae, encoder, file, tell)
+}
+
+/// Makes pairs of these subjects and writes them; `tell(done, all)` between batches. The file
+/// has its name once it is whole. About 20 ms a pair and core.
+///
+/// # Errors
+/// If there are no subjects, or the file cannot be written.
+pub fn prepare_of(
+    options: &Options,
+    subjects: &[Subject],
+    vae: &Vae,
+    encoder: &TextEncoder,
+    file: &Path,
+    tell: &mut dyn FnMut(usize, usize),
+) -> Result<()> {
+    if subjects.is_empty() {
+        return Err(Error::BadRequest(
+            "there is nothing to make pairs of: expected at least one subject".into(),
+        ));
+    }
     let (mut source, mut target, mut control) = (Vec::new(), Vec::new(), Vec::new());
     let (mut text, mut pooled) = (Vec::new(), Vec::new());
     let half = |x: Tensor| x.to_dtype(DType::F16);
@@ -113,7 +145,7 @@ pub fn prepare(
         let count = BATCH.min(options.pairs - done);
         let start = options.first + done;
         let made: Vec<Pair> = (start..start + count)
-            .map(|i| pair(&objects, options.most_changes, options.seed, i as u64))
+            .map(|i| pair(subjects, options.most_changes, options.seed, i as u64))
             .collect();
         let mut random = Philox::new(options.seed, 1 << 40 | start as u64);
         let before: Vec<Scene> = made.iter().map(|p| p.source.clone()).collect();
@@ -242,5 +274,36 @@ impl Pairs {
     /// Whether there are none.
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::render::artwork;
+
+    fn shipped() -> Vec<Subject> {
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundles/default/artwork");
+        let art = artwork::cut_outs(folder.as_ref()).expect("the shipped artwork");
+        art.into_iter().map(Subject::from).collect()
+    }
+
+    #[test]
+    fn a_pair_is_a_function_of_seed_and_number() {
+        let subjects = shipped();
+        for i in 0..6 {
+            let (a, b) = (pair(&subjects, 2, 3, i), pair(&subjects, 2, 3, i));
+            assert_eq!(a.text, b.text);
+            assert_eq!(a.source.render(64), b.source.render(64));
+            assert_eq!(a.target.render(64), b.target.render(64));
+            assert_ne!(a.source.render(64), a.target.render(64), "{}", a.text);
+        }
+    }
+
+    #[test]
+    fn trained_objects_leave_out_the_held_out_ones() {
+        let trained = Object::trained();
+        assert!(Object::HELD_OUT.iter().all(|o| !trained.contains(o)));
+        assert_eq!(trained.len() + Object::HELD_OUT.len(), Object::ALL.len());
     }
 }

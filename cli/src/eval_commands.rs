@@ -16,17 +16,19 @@ use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::eval_images::{self, Judges, Sample, spread_between_users};
 use simpatico_engine::eval_links;
 use simpatico_engine::eval_neighbors::{self, NeighborOptions};
-use simpatico_engine::eval_prompts::{self, EvalOptions};
+use simpatico_engine::eval_prompts::{self, Condition, EvalOptions, System};
 use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::lpips::{Lpips, Net};
 use simpatico_engine::params::write_whole;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::plot;
-use simpatico_engine::policy::{Policy, PolicyOptions};
+use simpatico_engine::policy::{Policy, PolicyOptions, pair_groups};
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::sage_train::{LinkData, SageTrainOptions};
 use simpatico_engine::soft_prompt::SoftPrompt;
+use simpatico_engine::synth::{Split, Synth};
 use simpatico_engine::text_vectors::TextEncoder;
+use simpatico_engine::train_policy::PairGroup;
 use simpatico_engine::{Device, Error};
 use simpatico_schema::edit::{Backend, EditSettings};
 use simpatico_storage::{Options, Store};
@@ -117,6 +119,29 @@ pub struct NeighborsArgs {
     no_embedding: bool,
 }
 
+#[derive(Clone, Copy, ValueEnum)]
+enum ConditionName {
+    /// Likes and dislikes in words
+    Both,
+    /// Likes in words
+    Likes,
+    /// Dislikes in words
+    Dislikes,
+    /// No words: the embedding alone
+    Embedding,
+}
+
+impl ConditionName {
+    fn condition(self) -> Condition {
+        match self {
+            Self::Both => Condition::Both,
+            Self::Likes => Condition::Likes,
+            Self::Dislikes => Condition::Dislikes,
+            Self::Embedding => Condition::Embedding,
+        }
+    }
+}
+
 #[derive(Args)]
 pub struct PromptsArgs {
     #[command(flatten)]
@@ -126,9 +151,23 @@ pub struct PromptsArgs {
     /// Held-out users that are judged
     #[arg(long, value_name = "N")]
     judged: Option<usize>,
-    /// A further system: NAME=ADAPTER_FOLDER[:SOFT_PROMPT_FILE] (may be given several times)
+    /// A further system: NAME=ADAPTER_FOLDER[:SOFT_PROMPT_FILE] (may be given several times).
+    /// For ablations of K and λ: train each with `train dpo -k N --lambda X`, name them here
     #[arg(long, value_name = "NAME=DIR[:FILE]")]
     system: Vec<String>,
+    /// What is written of the profile (may be given several times) [default: both and
+    /// embedding; with --full all four]
+    #[arg(long, value_enum)]
+    condition: Vec<ConditionName>,
+    /// Held-out prompts whose pairs the policies are asked about
+    #[arg(long, value_name = "N")]
+    pairs: Option<usize>,
+    /// The adapter that pairs are measured against [default: the base model]
+    #[arg(long, value_name = "DIR")]
+    reference: Option<PathBuf>,
+    /// Also newcomers known by 0, 1, 2, 4, 8, 16 opinions (in --full anyway)
+    #[arg(long)]
+    cold_start: bool,
     /// The judge: a folder with a sentence encoder [default: gte-small]
     #[arg(long, value_name = "DIR")]
     judge: Option<PathBuf>,
@@ -345,6 +384,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     let mut systems: Vec<(String, Option<PathBuf>, Option<PathBuf>)> =
         vec![("base".into(), None, None)];
     if let Some(adapter) = place(&roles.adapters)? {
+        systems.push((NEIGHBORS_TEXT.into(), Some(adapter.clone()), None));
         systems.push(("bundle".into(), Some(adapter), place(&roles.soft_prompt)?));
     }
     for text in &args.system {
@@ -356,7 +396,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         let path = |t: &str| (!t.is_empty()).then(|| PathBuf::from(t));
         systems.push((name.into(), path(adapter), path(soft)));
     }
-    let mut policies = Vec::new();
+    let mut loaded = Vec::new();
     for (name, adapter, soft) in &systems {
         let model = LanguageModel::open(&path, Precision::Quantised, &device)?;
         let adapter = adapter
@@ -367,20 +407,27 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
             Some(file) => Some(SoftPrompt::load(file, &device)?.0),
             None => None,
         };
-        let policy = Policy::new(model, adapter, soft, PolicyOptions::default())?;
-        policies.push((name.as_str(), policy));
+        loaded.push(System {
+            name: name.clone(),
+            policy: Policy::new(model, adapter, soft, PolicyOptions::default())?,
+            neighbors_text: name == NEIGHBORS_TEXT,
+        });
     }
-    let systems: Vec<(&str, &Policy)> = policies.iter().map(|(n, p)| (*n, p)).collect();
     let data = community(&args.data, args.eval.size(300, 1000, 3000), common)?;
     let scratch = Scratch::new("prompts")?;
     let store = community_store(&scratch.0, &data, true, common, output)?;
     let options = EvalOptions {
-        users: args.judged.unwrap_or(args.eval.size(4, 20, 100)),
-        seed: common.seed,
+        users: args.judged.unwrap_or(args.eval.size(4, 12, 100)),
+        instructions: args.eval.size(1, 2, 2),
+        seeds: args.eval.seeds(common),
+        conditions: match args.condition.as_slice() {
+            [] if !args.eval.full => vec![Condition::Both, Condition::Embedding],
+            [] => Condition::ALL.to_vec(),
+            some => some.iter().map(|c| c.condition()).collect(),
+        },
         ..EvalOptions::default()
     };
     let bar = output.bar(1, "users");
-    let judge = (judge_name.as_str(), &judge);
     let tell = |name: &str, done: usize, all: usize| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
@@ -388,17 +435,63 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         if bar.is_hidden() && (done.is_multiple_of(10) || done == all) {
             output.note(format_args!("{name}: {done}/{all}"));
         }
+        go_on()
     };
-    let report = eval_prompts::evaluate(&systems, &store.snapshot(), &data, judge, &options, tell)?;
+    let snapshot = store.snapshot();
+    let named = (judge_name.as_str(), &judge);
+    let mut report = eval_prompts::evaluate(&mut loaded, &snapshot, &data, named, &options, tell)?;
+    let prompts = args.pairs.unwrap_or(args.eval.size(2, 8, 200));
+    if prompts > 0 {
+        let reference = match &args.reference {
+            Some(folder) => Some(loaded[0].policy.model.load_adapter(folder)?),
+            None => None,
+        };
+        let groups = held_out_pairs(&loaded[0].policy, &data, prompts, common)?;
+        for system in loaded.iter().filter(|s| s.policy.adapter.is_some()) {
+            let label = format!("{}, held-out pairs", system.name);
+            let tell = |done, all| tell(&label, done, all);
+            let reference = reference.as_ref();
+            let scores =
+                eval_prompts::pair_scores(system, reference, &snapshot, &groups, 0.1, tell)?;
+            report.pairs.push(scores);
+        }
+    }
+    drop(snapshot);
+    if args.cold_start || args.eval.full {
+        report.cold = eval_prompts::cold_start(&loaded, &store, &data, &judge, &options, tell)?;
+    }
     bar.finish_and_clear();
     let table = eval_prompts::table(&report);
     let html = eval_prompts::page(&report);
-    finish(
-        "prompts",
-        (&report, table, html),
-        (&args.eval.out, started),
-        output,
-    )
+    let place = (args.eval.out.as_path(), started);
+    finish("prompts", (&report, table, html), place, output)
+}
+
+/// The name of the system that writes what neighbours like into the prompt.
+const NEIGHBORS_TEXT: &str = "neighbours' text";
+
+/// Held-out users' pairs in tokens, as many prompts as asked, evenly from all users.
+fn held_out_pairs(
+    policy: &Policy,
+    data: &Synth,
+    prompts: usize,
+    common: &Common,
+) -> Result<Vec<PairGroup>> {
+    let model = &policy.model;
+    let Some(template) = &model.template else {
+        bail!("the language model has no chat template");
+    };
+    let split = Split::HeldOutUser;
+    let all = pair_groups(
+        data,
+        &model.tokenizer,
+        template,
+        split,
+        usize::MAX,
+        common.seed,
+    )?;
+    let every = (all.len() / prompts).max(1);
+    Ok(all.into_iter().step_by(every).take(prompts).collect())
 }
 
 /// The encoder that judges: one that no training uses, if there is one.
@@ -677,7 +770,7 @@ fn save(file: &Path, picture: &Picture) -> Result<()> {
 }
 
 /// Held-out users whose main tastes differ.
-fn different_tastes(data: &simpatico_engine::synth::Synth, most: usize) -> Vec<String> {
+fn different_tastes(data: &Synth, most: usize) -> Vec<String> {
     let mut seen: Vec<&str> = Vec::new();
     let mut names = Vec::new();
     for user in &data.users {

@@ -1,50 +1,71 @@
 //! Judges instructions: are they this user's, or anyone's?
 //!
-//! A judge that took no part in training (gte-small, or any sentence encoder) embeds each
-//! instruction and what the user is known to like. For every held-out user and system:
-//! * *own*: mean cosine with the user's likes that were held back from graph, prompt and pairs;
-//! * *own − mismatched*: less the same with another user's held-back likes: 0 for a system that
-//!   writes for anyone;
-//! * *like − dislike*: less the mean cosine with the user's dislikes;
-//! * *rank*: where the user comes among all judged users by *own*, as a mean reciprocal rank;
-//! * *copied*: the share of instructions that take up an attribute written in the prompt;
-//! * *distinct*: different instructions as a share of all.
+//! # The protocol
 //!
-//! [`pair_accuracy`] asks the policy itself: on held-out pairs, is the preferred answer the one
-//! whose probability rose? Differences between systems come with 95% intervals by a paired
-//! bootstrap over users.
+//! 1. The users are held-out ones: no training saw them. A fifth of their likes is in no graph,
+//!    no prompt and no pair; only against these is judged.
+//! 2. A judge that took no part in training (gte-small, or any sentence encoder) embeds
+//!    instructions and *reference sentences*: for each attribute three whole instructions that
+//!    ask for it, about three different things. From both sides the side's own mean vector is
+//!    subtracted first: what all instructions have in common tells nothing about taste, and
+//!    without it all cosines lie near 0.8.
+//! 3. Every system writes under four conditions, the paper's Like+Dislike, Likes, Dislikes,
+//!    and with no profile in words, so that only the embedding can tell (for a system without
+//!    a soft prompt that is the control: nobody's instruction).
+//! 4. For each: *own − other*, the mean cosine with the user's held-out likes less that with
+//!    the other judged users'; *like − dislike*; the *rank* of the user among those judged
+//!    (mean reciprocal, beside chance); *neighbours*, own − other on the held-out likes that
+//!    the user's neighbours would have suggested, instruction against instruction on the same
+//!    likes; the share of instructions that *copy* a stated like, that are *distinct*, and
+//!    that name the thing in the picture (*on topic*).
+//! 5. Three rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
+//!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
+//!    user's stated likes. *Of ceiling* is own − other as a share of the way from the floor.
+//! 6. Intervals are 95%, by bootstrap over users, paired where systems are compared; seeds are
+//!    averaged within a user first.
 //!
+//! Beside it the policy itself is asked ([`pair_scores`]): on held-out pairs, is the preferred
+//! answer the one whose probability rose over the reference, and is the implied probability
+//! calibrated? [`cold_start`] repeats Like+Dislike for newcomers known by 0 to 16 opinions.
+//!
+//! One thing no condition switches off: a policy writes anew where it names a stated dislike.
 //! Not here: pictures (`eval_images`), links (`eval_links`).
 
 use crate::error::{Error, Result};
-use crate::lm::Decoder;
+use crate::grammar;
 use crate::lora::Adapter;
-use crate::params::write_whole;
 use crate::plot;
 use crate::policy::Policy;
-use crate::soft_prompt::SoftPrompt;
-use crate::synth::{Synth, SynthUser};
+use crate::synth::{Caption, Synth, SynthUser};
 use crate::text_vectors::TextEncoder;
 use crate::train_policy::{PairGroup, Row, reference_logps, score};
+use crate::vocabulary;
 use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use simpatico_schema::edit::InstructRequest;
 use simpatico_schema::random::Philox;
-use simpatico_storage::Snapshot;
+use simpatico_schema::{Event, Polarity};
+use simpatico_storage::{Snapshot, Store};
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::fmt::Write;
+use std::ops::ControlFlow;
+
+/// How many opinions a newcomer is known by.
+pub const KNOWN: [usize; 6] = [0, 1, 2, 4, 8, 16];
 
 /// How much is judged.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct EvalOptions {
     /// How many held-out users.
     pub users: usize,
-    /// Instructions for each, each for another caption.
+    /// Instructions for each under each seed, each for another caption.
     pub instructions: usize,
     /// Sampling temperature.
     pub temperature: f32,
-    /// Seed of sampling and bootstrap.
-    pub seed: u64,
+    /// The seeds of sampling.
+    pub seeds: Vec<u64>,
+    /// What is written of the profile.
+    pub conditions: Vec<Condition>,
 }
 
 impl Default for EvalOptions {
@@ -53,34 +74,142 @@ impl Default for EvalOptions {
             users: 100,
             instructions: 2,
             temperature: 0.7,
-            seed: 0,
+            seeds: vec![0],
+            conditions: Condition::ALL.to_vec(),
         }
     }
 }
 
-/// One system's numbers; means over users.
+/// What is written of a user's profile.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Condition {
+    /// Likes and dislikes.
+    Both,
+    /// Likes.
+    Likes,
+    /// Dislikes.
+    Dislikes,
+    /// Nothing.
+    Embedding,
+}
+
+impl Condition {
+    /// All of them.
+    pub const ALL: [Self; 4] = [Self::Both, Self::Likes, Self::Dislikes, Self::Embedding];
+
+    fn words(self) -> &'static str {
+        match self {
+            Self::Both => "like+dislike",
+            Self::Likes => "likes",
+            Self::Dislikes => "dislikes",
+            Self::Embedding => "no words",
+        }
+    }
+}
+
+/// One way to write instructions.
+pub struct System {
+    /// Its name.
+    pub name: String,
+    /// The policy.
+    pub policy: Policy,
+    /// Whether what the user's neighbours would suggest is written into the prompt as a wish:
+    /// prompt engineering in place of training.
+    pub neighbors_text: bool,
+}
+
+/// A mean over users and its 95% interval.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Mean {
+    /// The mean.
+    pub mean: f64,
+    /// Its interval's lower end.
+    pub low: f64,
+    /// Its upper end.
+    pub high: f64,
+}
+
+impl Mean {
+    /// Of one value a user.
+    pub fn of(values: &[f64]) -> Self {
+        let (low, high) = bootstrap(values, 0);
+        Self {
+            mean: mean(values),
+            low,
+            high,
+        }
+    }
+}
+
+/// One system's numbers under one condition; means over users.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct SystemScores {
+pub struct Scores {
     /// The system's name.
     pub system: String,
-    /// Cosine with the user's held-back likes.
+    /// What was written of the profile; `None` for rows that no model wrote.
+    pub condition: Option<Condition>,
+    /// Cosine with the user's held-out likes.
     pub own: f64,
-    /// Less that with another user's.
-    pub own_minus_mismatched: f64,
-    /// Its 95% interval.
-    pub own_minus_mismatched_ci: (f64, f64),
-    /// Less that with the user's dislikes.
-    pub like_minus_dislike: f64,
+    /// Less that with the other users'.
+    pub own_minus_other: Mean,
+    /// Cosine with held-out likes less that with dislikes.
+    pub like_minus_dislike: Mean,
     /// Mean reciprocal rank of the user among those judged.
-    pub reciprocal_rank: f64,
-    /// Share of instructions that take up something written in the prompt's source, the stated likes.
+    pub reciprocal_rank: Mean,
+    /// Own less others' instructions on the held-out likes that neighbours would suggest.
+    pub neighbor_lift: Option<Mean>,
+    /// Own − other as a share of the way from floor to ceiling.
+    pub of_ceiling: f64,
+    /// Share of instructions that take up a stated like.
     pub copied: f64,
     /// Different instructions as a share of all.
     pub distinct: f64,
-    /// Each user's own − mismatched, for paired comparisons.
+    /// Share of instructions that name the thing in the picture.
+    pub on_topic: f64,
+    /// Own − other by seed.
+    pub by_seed: Vec<f64>,
+    /// Each user's own − other, for paired comparisons.
     pub by_user: Vec<f64>,
     /// What was written: user, caption, instruction.
     pub written: Vec<(String, String, String)>,
+}
+
+/// One system less the one before it, under one condition.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Difference {
+    /// The system, and the one it is compared with.
+    pub systems: (String, String),
+    /// The condition.
+    pub condition: Condition,
+    /// Own − other, paired by user.
+    pub difference: Mean,
+}
+
+/// How well a policy tells held-out pairs.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct PairScores {
+    /// The system's name.
+    pub system: String,
+    /// Pairs asked.
+    pub pairs: usize,
+    /// The share told right, a mean over users' prompts.
+    pub accuracy: Mean,
+    /// The mean gap of log-ratios, preferred less rejected.
+    pub margin: f64,
+    /// Expected calibration error of σ(β · gap) in ten bins.
+    pub calibration_error: f64,
+}
+
+/// A system's own − other for newcomers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ColdScore {
+    /// The system's name.
+    pub system: String,
+    /// Opinions known.
+    pub known: usize,
+    /// Own − other.
+    pub own_minus_other: Mean,
 }
 
 /// The whole report.
@@ -88,197 +217,453 @@ pub struct SystemScores {
 pub struct Report {
     /// Users judged.
     pub users: usize,
+    /// The mean reciprocal rank that chance gives among so many.
+    pub rank_by_chance: f64,
     /// The judge's name.
     pub judge: String,
-    /// Random other users' likes in place of an instruction: what nothing at all scores.
-    pub floor: f64,
-    /// The user's stated likes in place of an instruction: a retrieval that only copies.
-    pub profile_copy: f64,
-    /// The systems.
-    pub systems: Vec<SystemScores>,
-    /// Between systems in the order given, each against the one before: mean difference of own − mismatched and
-    /// its 95% interval.
-    pub differences: Vec<(String, f64, (f64, f64))>,
+    /// The rows.
+    pub systems: Vec<Scores>,
+    /// Each system less the one before, in the order given.
+    pub differences: Vec<Difference>,
+    /// Held-out pairs, where asked.
+    pub pairs: Vec<PairScores>,
+    /// Newcomers, where asked.
+    pub cold: Vec<ColdScore>,
 }
 
-/// Writes and judges instructions of several systems for the first held-out users. The snapshot
-/// must hold these users' stated opinions.
+/// The held-out users that are judged.
+fn judged_users<'a>(synth: &'a Synth, most: usize) -> Result<Vec<&'a SynthUser>> {
+    let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
+    let fit = |u: &&SynthUser| {
+        held.contains(&u.user) && !u.held_out_likes.is_empty() && !u.dislikes.is_empty()
+    };
+    let users: Vec<&SynthUser> = synth.users.iter().filter(fit).take(most).collect();
+    match users.len() {
+        0 | 1 => Err(Error::BadRequest(
+            "at least two held-out users are needed; make a larger data set".into(),
+        )),
+        _ => Ok(users),
+    }
+}
+
+/// Writes and judges. The snapshot must hold the users' stated opinions. `progress` is told of
+/// the row that is written, users done and all; [`Error::Cancelled`] when it breaks.
 pub fn evaluate(
-    systems: &[(&str, &Policy)],
+    systems: &mut [System],
     snapshot: &Snapshot,
     synth: &Synth,
     (judge_name, judge): (&str, &TextEncoder),
     options: &EvalOptions,
-    mut progress: impl FnMut(&str, usize, usize),
+    mut progress: impl FnMut(&str, usize, usize) -> ControlFlow<()>,
 ) -> Result<Report> {
-    let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
-    let users: Vec<&SynthUser> = synth
-        .users
-        .iter()
-        .filter(|u| {
-            held.contains(&u.user) && !u.held_out_likes.is_empty() && !u.dislikes.is_empty()
-        })
-        .take(options.users)
-        .collect();
-    if users.len() < 2 {
-        return Err(Error::BadRequest(
-            "at least two held-out users are needed; make a larger data set".into(),
-        ));
-    }
-    let truth = users
-        .iter()
-        .map(|u| Truth::of(u, judge))
-        .collect::<Result<Vec<_>>>()?;
-    let mut report = Report {
-        users: users.len(),
-        judge: judge_name.to_string(),
-        ..Report::default()
-    };
-    let copies: Vec<Vec<Vec<f32>>> = truth.iter().map(|t| t.stated.clone()).collect();
-    report.profile_copy = mean(&own_minus_mismatched(&copies, &truth));
-    let n = truth.len();
-    let shifted: Vec<Vec<Vec<f32>>> = (0..n).map(|i| copies[(i + n / 2) % n].clone()).collect();
-    report.floor = mean(&own_minus_mismatched(&shifted, &truth));
-    for (name, policy) in systems {
-        let mut written = Vec::new();
-        let mut vectors = Vec::new();
-        for (done, user) in users.iter().enumerate() {
-            let mut texts = Vec::new();
-            for i in 0..options.instructions {
-                let caption = user.captions[i % user.captions.len()].clone();
-                let request = InstructRequest {
-                    user: user.user.clone(),
-                    caption: caption.clone(),
-                    seed: options.seed + i as u64,
-                    temperature: options.temperature,
-                    ..InstructRequest::default()
-                };
-                let answer = policy.instruct(snapshot, &request)?;
-                written.push((user.user.clone(), caption, answer.instruction.clone()));
-                texts.push(answer.instruction);
-            }
-            vectors.push(judge.encode(&texts.iter().map(String::as_str).collect::<Vec<_>>())?);
-            progress(name, done + 1, users.len());
+    let users = judged_users(synth, options.users)?;
+    let mut rows = unwritten(&users, synth);
+    for system in systems.iter_mut() {
+        for condition in &options.conditions {
+            let label = format!("{}, {}", system.name, condition.words());
+            let mut tell = |done| progress(&label, done, users.len());
+            let texts = write(system, *condition, snapshot, &users, options, &mut tell)?;
+            rows.push(Texts {
+                system: system.name.clone(),
+                condition: Some(*condition),
+                texts,
+            });
         }
-        report.systems.push(judged(
-            name,
-            &users,
-            &truth,
-            &vectors,
-            written,
-            options.seed,
-        ));
     }
-    for pair in report.systems.windows(2) {
-        let gaps: Vec<f64> = pair[1]
-            .by_user
+    let names = synth.attributes.iter().map(|a| a.attribute.as_str());
+    let references = References::new(names, &synth.captions, judge)?;
+    let truth: Vec<Truth> = users
+        .iter()
+        .map(|u| Truth::of(u, Some(snapshot), &references))
+        .collect::<Result<_>>()?;
+    let vectors = embedded(&rows, judge)?;
+    let mut scores: Vec<Scores> = rows
+        .iter()
+        .zip(&vectors)
+        .map(|(row, v)| scored(row, v, &users, &truth, &synth.captions))
+        .collect();
+    let of = |name: &str| scores.iter().find(|s| s.system == name);
+    let ends = of(FLOOR)
+        .zip(of(CEILING))
+        .map(|(f, c)| (f.own_minus_other.mean, c.own_minus_other.mean));
+    for row in &mut scores {
+        row.of_ceiling = ends.map_or(f64::NAN, |(floor, ceiling)| {
+            (row.own_minus_other.mean - floor) / (ceiling - floor)
+        });
+    }
+    let n = users.len();
+    Ok(Report {
+        users: n,
+        rank_by_chance: (1..=n).map(|r| 1.0 / r as f64).sum::<f64>() / n as f64,
+        judge: judge_name.to_string(),
+        differences: differences(&scores),
+        systems: scores,
+        ..Report::default()
+    })
+}
+
+// ----------------------------------------------------------------------------------- writing
+
+/// What one row wrote: by user, by seed and caption.
+struct Texts {
+    system: String,
+    condition: Option<Condition>,
+    /// For each user the (seed number, caption, instruction)s.
+    texts: Vec<Vec<(usize, String, String)>>,
+}
+
+const CEILING: &str = "(ceiling)";
+const COPY: &str = "(profile copied)";
+const FLOOR: &str = "(floor)";
+
+fn write(
+    system: &mut System,
+    condition: Condition,
+    snapshot: &Snapshot,
+    users: &[&SynthUser],
+    options: &EvalOptions,
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<Vec<(usize, String, String)>>> {
+    let usual = system.policy.options.clone();
+    let shown = &mut system.policy.options;
+    if matches!(condition, Condition::Dislikes | Condition::Embedding) {
+        (shown.likes_shown, shown.fill_up_to) = (0, 0);
+    }
+    if matches!(condition, Condition::Likes | Condition::Embedding) {
+        shown.dislikes_shown = 0;
+    }
+    let mut all = Vec::new();
+    let mut outcome = Ok(());
+    for (done, user) in users.iter().enumerate() {
+        match write_for(system, &user.user, user, snapshot, options) {
+            Ok(texts) => all.push(texts),
+            Err(error) => outcome = Err(error),
+        }
+        if outcome.is_ok() && progress(done + 1).is_break() {
+            outcome = Err(Error::Cancelled);
+        }
+        if outcome.is_err() {
+            break;
+        }
+    }
+    system.policy.options = usual;
+    outcome.map(|()| all)
+}
+
+/// The instructions for one user, who goes by `name` in the store.
+fn write_for(
+    system: &System,
+    name: &str,
+    user: &SynthUser,
+    snapshot: &Snapshot,
+    options: &EvalOptions,
+) -> Result<Vec<(usize, String, String)>> {
+    let mut texts = Vec::new();
+    let cue = match system.neighbors_text && snapshot.has_user(name) {
+        true => neighbors_wish(snapshot, name)?,
+        false => None,
+    };
+    for (number, seed) in options.seeds.iter().enumerate() {
+        for i in 0..options.instructions {
+            let caption = user.captions[i % user.captions.len().max(1)].clone();
+            let request = InstructRequest {
+                user: name.to_string(),
+                caption: caption.clone(),
+                cue: cue.clone(),
+                seed: seed.wrapping_mul(1000).wrapping_add(i as u64),
+                temperature: options.temperature,
+                ..InstructRequest::default()
+            };
+            let answer = system.policy.instruct(snapshot, &request)?;
+            texts.push((number, caption, answer.instruction));
+        }
+    }
+    Ok(texts)
+}
+
+/// What neighbours like, as words for a prompt.
+fn neighbors_wish(snapshot: &Snapshot, user: &str) -> Result<Option<String>> {
+    let suggested = suggested(snapshot, user, 5)?;
+    Ok((!suggested.is_empty())
+        .then(|| format!("people of like taste love {}", suggested.join(", "))))
+}
+
+/// What a user's ten neighbours would add, weightiest first.
+fn suggested(snapshot: &Snapshot, user: &str, most: usize) -> Result<Vec<String>> {
+    let profile = snapshot
+        .profile(user, 10)
+        .map_err(|e| Error::BadRequest(e.to_string()))?;
+    let liked = profile.suggestions.into_iter().filter(|s| s.weight > 0.0);
+    Ok(liked.map(|s| s.attribute).take(most).collect())
+}
+
+/// The rows that no model wrote.
+fn unwritten(users: &[&SynthUser], synth: &Synth) -> Vec<Texts> {
+    let n = users.len();
+    let about = |user: &SynthUser, likes: &[String], stream: u64| {
+        let mut random = Philox::new(stream, 0x6365_696c);
+        let texts = user.captions.iter().take(4).map(|caption| {
+            let object = object(caption, &synth.captions);
+            let like = random.choose(likes).cloned().unwrap_or_default();
+            let words = sentence(&like, &format!("the {object}"), &mut random);
+            (0, caption.clone(), words)
+        });
+        texts.collect::<Vec<_>>()
+    };
+    let stated = |u: &SynthUser| -> Vec<String> {
+        let those = u.likes.iter().filter(|l| !u.held_out_likes.contains(l));
+        those.cloned().collect()
+    };
+    let row = |system: &str, likes: &dyn Fn(usize) -> Vec<String>| Texts {
+        system: system.into(),
+        condition: None,
+        texts: (0..n)
+            .map(|i| about(users[i], &likes(i), i as u64))
+            .collect(),
+    };
+    vec![
+        row(CEILING, &|i| users[i].held_out_likes.clone()),
+        row(COPY, &|i| stated(users[i])),
+        row(FLOOR, &|i| stated(users[(i + n / 2) % n])),
+    ]
+}
+
+fn object<'a>(caption: &str, captions: &'a [Caption]) -> &'a str {
+    let found = captions.iter().find(|c| c.caption == caption);
+    found.map_or("subject", |c| c.object.as_str())
+}
+
+/// A whole instruction that asks for an attribute.
+fn sentence(attribute: &str, object: &str, random: &mut Philox) -> String {
+    match vocabulary::find(attribute) {
+        Some(known) => grammar::instruction(random, object, &[known], None),
+        None => format!("Edit {object} with {attribute}."),
+    }
+}
+
+// ----------------------------------------------------------------------------------- judging
+
+/// The judge's vector of each attribute: the mean of its reference sentences' directions, less
+/// the mean of all.
+struct References {
+    by_name: BTreeMap<String, Vec<f32>>,
+}
+
+impl References {
+    fn new<'a>(
+        names: impl Iterator<Item = &'a str>,
+        captions: &[Caption],
+        judge: &TextEncoder,
+    ) -> Result<Self> {
+        let names: Vec<&str> = names.collect();
+        let mut sentences = Vec::new();
+        for (i, name) in names.iter().enumerate() {
+            let mut random = Philox::new(i as u64, 0x7265_6673);
+            for _ in 0..3 {
+                let thing = random.choose(captions).map_or("subject", |c| &c.object);
+                let thing = format!("the {thing}");
+                sentences.push(sentence(name, &thing, &mut random));
+            }
+        }
+        let mut vectors = encode_all(judge, &sentences)?;
+        let corpus = mean_vector(vectors.iter());
+        vectors.iter_mut().for_each(|v| centre(v, &corpus));
+        let by_name = names
             .iter()
-            .zip(&pair[0].by_user)
-            .map(|(a, b)| a - b)
-            .collect();
-        let name = format!("{} - {}", pair[1].system, pair[0].system);
-        report
-            .differences
-            .push((name, mean(&gaps), bootstrap(&gaps, options.seed)));
+            .zip(vectors.chunks_exact(3))
+            .map(|(name, three)| (name.to_string(), mean_vector(three.iter())));
+        Ok(Self {
+            by_name: by_name.collect(),
+        })
     }
-    Ok(report)
+
+    fn of<'a>(&'a self, names: &[String]) -> Vec<&'a [f32]> {
+        let known = names.iter().filter_map(|n| self.by_name.get(n));
+        known.map(Vec::as_slice).collect()
+    }
+}
+
+fn encode_all(judge: &TextEncoder, texts: &[String]) -> Result<Vec<Vec<f32>>> {
+    let refs: Vec<&str> = texts.iter().map(String::as_str).collect();
+    let mut vectors = Vec::with_capacity(refs.len());
+    for part in refs.chunks(64) {
+        vectors.extend(judge.encode(part)?);
+    }
+    Ok(vectors)
+}
+
+fn mean_vector<'a>(vectors: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
+    let (mut sum, mut n) = (Vec::new(), 0f32);
+    for v in vectors {
+        sum.resize(v.len(), 0.0);
+        sum.iter_mut().zip(v).for_each(|(s, x)| *s += x);
+        n += 1.0;
+    }
+    sum.iter_mut().for_each(|s| *s /= n.max(1.0));
+    sum
+}
+
+/// Takes the mean away and brings what is left to length 1.
+fn centre(v: &mut [f32], mean: &[f32]) {
+    v.iter_mut().zip(mean).for_each(|(x, m)| *x -= m);
+    let length = v.iter().map(|x| x * x).sum::<f32>().sqrt().max(1e-12);
+    v.iter_mut().for_each(|x| *x /= length);
+}
+
+/// The vectors of all rows' instructions, the mean of all taken away.
+fn embedded(rows: &[Texts], judge: &TextEncoder) -> Result<Vec<Vec<Vec<Vec<f32>>>>> {
+    let mut all = Vec::new();
+    for row in rows {
+        let mut of_row = Vec::new();
+        for texts in &row.texts {
+            let words: Vec<String> = texts.iter().map(|t| t.2.clone()).collect();
+            of_row.push(encode_all(judge, &words)?);
+        }
+        all.push(of_row);
+    }
+    let corpus = mean_vector(all.iter().flatten().flatten());
+    for v in all.iter_mut().flatten().flatten() {
+        centre(v, &corpus);
+    }
+    Ok(all)
 }
 
 /// What a user likes and dislikes, as the judge sees it.
-struct Truth {
-    held_back: Vec<Vec<f32>>,
-    stated: Vec<Vec<f32>>,
-    dislikes: Vec<Vec<f32>>,
+struct Truth<'a> {
+    held_out: Vec<&'a [f32]>,
+    dislikes: Vec<&'a [f32]>,
+    /// Held-out likes that neighbours would suggest.
+    from_neighbors: Vec<&'a [f32]>,
 }
 
-impl Truth {
-    fn of(user: &SynthUser, judge: &TextEncoder) -> Result<Self> {
-        let encode = |names: Vec<&String>| {
-            judge.encode(&names.iter().map(|n| n.as_str()).collect::<Vec<_>>())
+impl<'a> Truth<'a> {
+    fn of(
+        user: &SynthUser,
+        snapshot: Option<&Snapshot>,
+        references: &'a References,
+    ) -> Result<Self> {
+        let near = match snapshot.filter(|s| s.has_user(&user.user)) {
+            Some(snapshot) => suggested(snapshot, &user.user, 20)?,
+            None => Vec::new(),
         };
+        let both = user.held_out_likes.iter().filter(|l| near.contains(l));
         Ok(Self {
-            held_back: encode(user.held_out_likes.iter().collect())?,
-            stated: encode(
-                user.likes
-                    .iter()
-                    .filter(|l| !user.held_out_likes.contains(l))
-                    .collect(),
-            )?,
-            dislikes: encode(user.dislikes.iter().collect())?,
+            held_out: references.of(&user.held_out_likes),
+            dislikes: references.of(&user.dislikes),
+            from_neighbors: references.of(&both.cloned().collect::<Vec<_>>()),
         })
     }
 }
 
-fn judged(
-    name: &str,
+fn scored(
+    row: &Texts,
+    vectors: &[Vec<Vec<f32>>],
     users: &[&SynthUser],
     truth: &[Truth],
-    vectors: &[Vec<Vec<f32>>],
-    written: Vec<(String, String, String)>,
-    seed: u64,
-) -> SystemScores {
-    let own: Vec<f64> = vectors
-        .iter()
-        .zip(truth)
-        .map(|(v, t)| cosine(v, &t.held_back))
+    captions: &[Caption],
+) -> Scores {
+    let n = truth.len();
+    let own: Vec<f64> = (0..n)
+        .map(|i| cosine(&vectors[i], &truth[i].held_out))
         .collect();
-    let dislike: Vec<f64> = vectors
-        .iter()
-        .zip(truth)
-        .map(|(v, t)| cosine(v, &t.dislikes))
+    let by_user = own_minus_other(vectors, truth);
+    let like: Vec<f64> = (0..n)
+        .map(|i| own[i] - cosine(&vectors[i], &truth[i].dislikes))
         .collect();
-    let by_user = own_minus_mismatched(vectors, truth);
-    let ranks = vectors.iter().enumerate().map(|(i, v)| {
+    let rank = |i: usize| {
         let better = truth
             .iter()
-            .filter(|t| cosine(v, &t.held_back) > own[i])
+            .filter(|t| cosine(&vectors[i], &t.held_out) > own[i])
             .count();
         1.0 / (1 + better) as f64
-    });
-    let by_name: BTreeMap<&str, &SynthUser> = users.iter().map(|u| (u.user.as_str(), *u)).collect();
-    let copied = written
-        .iter()
-        .filter(|(user, _, words)| {
-            by_name.get(user.as_str()).is_some_and(|u| {
-                let stated = u
-                    .likes
-                    .iter()
-                    .filter(|l| !u.held_out_likes.contains(l))
-                    .cloned();
-                !crate::policy::named_in(words, &stated.collect::<Vec<_>>()).is_empty()
-            })
+    };
+    let lift: Vec<f64> = (0..n)
+        .filter(|i| !truth[*i].from_neighbors.is_empty())
+        .map(|i| {
+            let on = &truth[i].from_neighbors;
+            let others = (0..n).filter(|j| *j != i);
+            cosine(&vectors[i], on)
+                - mean(&others.map(|j| cosine(&vectors[j], on)).collect::<Vec<_>>())
         })
-        .count();
+        .collect();
+    let seeds = row
+        .texts
+        .iter()
+        .flatten()
+        .map(|t| t.0 + 1)
+        .max()
+        .unwrap_or(0);
+    let by_seed = (0..seeds).map(|seed| {
+        let of_seed: Vec<Vec<Vec<f32>>> = row
+            .texts
+            .iter()
+            .zip(vectors)
+            .map(|(texts, v)| {
+                let those = texts.iter().zip(v).filter(|(t, _)| t.0 == seed);
+                those.map(|(_, v)| v.clone()).collect()
+            })
+            .collect();
+        mean(&own_minus_other(&of_seed, truth))
+    });
+    let written: Vec<(String, String, String)> = users
+        .iter()
+        .zip(&row.texts)
+        .flat_map(|(u, texts)| {
+            let user = u.user.clone();
+            texts
+                .iter()
+                .map(move |t| (user.clone(), t.1.clone(), t.2.clone()))
+        })
+        .collect();
+    let all = written.len().max(1) as f64;
     let different: BTreeSet<&String> = written.iter().map(|w| &w.2).collect();
-    SystemScores {
-        system: name.to_string(),
+    let stated: BTreeMap<&str, Vec<String>> = users
+        .iter()
+        .map(|u| {
+            let those = u.likes.iter().filter(|l| !u.held_out_likes.contains(l));
+            (u.user.as_str(), those.cloned().collect())
+        })
+        .collect();
+    let copies = |w: &&(String, String, String)| {
+        !crate::policy::named_in(&w.2, &stated[w.0.as_str()]).is_empty()
+    };
+    let names_it = |w: &&(String, String, String)| {
+        w.2.to_lowercase()
+            .contains(&object(&w.1, captions).to_lowercase())
+    };
+    Scores {
+        system: row.system.clone(),
+        condition: row.condition,
         own: mean(&own),
-        own_minus_mismatched: mean(&by_user),
-        own_minus_mismatched_ci: bootstrap(&by_user, seed),
-        like_minus_dislike: mean(&own) - mean(&dislike),
-        reciprocal_rank: mean(&ranks.collect::<Vec<_>>()),
-        copied: copied as f64 / written.len().max(1) as f64,
-        distinct: different.len() as f64 / written.len().max(1) as f64,
+        own_minus_other: Mean::of(&by_user),
+        like_minus_dislike: Mean::of(&like),
+        reciprocal_rank: Mean::of(&(0..n).map(rank).collect::<Vec<_>>()),
+        neighbor_lift: (!lift.is_empty()).then(|| Mean::of(&lift)),
+        of_ceiling: 0.0,
+        copied: written.iter().filter(copies).count() as f64 / all,
+        distinct: different.len() as f64 / all,
+        on_topic: written.iter().filter(names_it).count() as f64 / all,
+        by_seed: by_seed.collect(),
         by_user,
         written,
     }
 }
 
 /// Own less the mean over all other users, for each user.
-fn own_minus_mismatched(vectors: &[Vec<Vec<f32>>], truth: &[Truth]) -> Vec<f64> {
+fn own_minus_other(vectors: &[Vec<Vec<f32>>], truth: &[Truth]) -> Vec<f64> {
     let others = (truth.len() - 1).max(1) as f64;
     let gap = |i: usize| {
         let sum: f64 = (0..truth.len())
             .filter(|j| *j != i)
-            .map(|j| cosine(&vectors[i], &truth[j].held_back))
+            .map(|j| cosine(&vectors[i], &truth[j].held_out))
             .sum();
-        cosine(&vectors[i], &truth[i].held_back) - sum / others
+        cosine(&vectors[i], &truth[i].held_out) - sum / others
     };
     (0..truth.len()).map(gap).collect()
 }
 
-/// Mean cosine of vectors of length 1.
-fn cosine(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
+/// The mean product of all vectors with all directions.
+fn cosine(a: &[Vec<f32>], b: &[&[f32]]) -> f64 {
     let dot =
         |x: &[f32], y: &[f32]| -> f64 { x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum() };
     let sum: f64 = a
@@ -286,6 +671,30 @@ fn cosine(a: &[Vec<f32>], b: &[Vec<f32>]) -> f64 {
         .flat_map(|x| b.iter().map(move |y| dot(x, y)))
         .sum();
     sum / (a.len() * b.len()).max(1) as f64
+}
+
+fn differences(scores: &[Scores]) -> Vec<Difference> {
+    let mut found = Vec::new();
+    for condition in Condition::ALL {
+        let of: Vec<&Scores> = scores
+            .iter()
+            .filter(|s| s.condition == Some(condition))
+            .collect();
+        for two in of.windows(2) {
+            let gaps: Vec<f64> = two[1]
+                .by_user
+                .iter()
+                .zip(&two[0].by_user)
+                .map(|(a, b)| a - b)
+                .collect();
+            found.push(Difference {
+                systems: (two[1].system.clone(), two[0].system.clone()),
+                condition,
+                difference: Mean::of(&gaps),
+            });
+        }
+    }
+    found
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -311,21 +720,32 @@ pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
     (means[50], means[1949])
 }
 
-/// On held-out pairs: how often the preferred answer gained more over the reference than the
-/// rejected one, for each group's user, and the mean margin. `embedding` gives a user's vector.
-pub fn pair_accuracy(
-    model: &Decoder,
-    (adapter, reference): (Option<&Adapter>, Option<&Adapter>),
-    soft: Option<&SoftPrompt>,
-    embedding: impl Fn(&str) -> Result<Vec<f32>>,
+// ------------------------------------------------------------------------------ held-out pairs
+
+/// Asks a policy about held-out pairs. `reference` is the adapter its training was measured
+/// against (`None`: the base model); `beta` the temperature that turns gaps into probabilities.
+pub fn pair_scores(
+    system: &System,
+    reference: Option<&Adapter>,
+    snapshot: &Snapshot,
     groups: &[PairGroup],
-    mut progress: impl FnMut(usize, usize),
-) -> Result<(Vec<f64>, f64)> {
-    let go_on = |_, _| std::ops::ControlFlow::Continue(());
-    let base = reference_logps(model, reference, groups, None, go_on)?;
-    let mut accuracy = Vec::new();
-    let mut margins = Vec::new();
-    for (n, (group, base)) in groups.iter().zip(&base).enumerate() {
+    beta: f64,
+    mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
+) -> Result<PairScores> {
+    let policy = &system.policy;
+    let model = &policy.model.decoder;
+    let mut right = Vec::new();
+    let mut gaps = Vec::new();
+    for (n, group) in groups.iter().enumerate() {
+        let one = std::slice::from_ref(group);
+        let base = reference_logps(
+            model,
+            reference,
+            one,
+            None,
+            |_, _| ControlFlow::Continue(()),
+        )?
+        .concat();
         let row = Row {
             prompt: &group.prompt,
             completions: group
@@ -334,133 +754,333 @@ pub fn pair_accuracy(
                 .flat_map(|p| [&p.chosen[..], &p.rejected[..]])
                 .collect(),
         };
-        let soft = match soft {
+        let soft = match &policy.soft {
             Some(soft) => {
-                let vector = embedding(&group.user)?;
+                let vector = snapshot
+                    .embedding(&group.user)
+                    .map_err(|e| Error::BadRequest(e.to_string()))?
+                    .vector;
                 let width = vector.len();
                 Some(soft.forward(&Tensor::from_vec(vector, (1, width), model.device())?)?)
             }
             None => None,
         };
+        let adapter = policy.adapter.as_ref();
         let logps = score(model, adapter, None, soft.as_ref(), &[row], false)?
             .logps
             .to_vec1::<f32>()?;
         let gains: Vec<f64> = logps
             .iter()
-            .zip(base)
+            .zip(&base)
             .map(|(l, b)| f64::from(l - b))
             .collect();
-        let gaps: Vec<f64> = gains.chunks_exact(2).map(|g| g[0] - g[1]).collect();
-        accuracy.push(gaps.iter().filter(|g| **g > 0.0).count() as f64 / gaps.len().max(1) as f64);
-        margins.push(mean(&gaps));
-        progress(n + 1, groups.len());
+        let own: Vec<f64> = gains.chunks_exact(2).map(|g| g[0] - g[1]).collect();
+        right.push(own.iter().filter(|g| **g > 0.0).count() as f64 / own.len().max(1) as f64);
+        gaps.extend(own);
+        if progress(n + 1, groups.len()).is_break() {
+            return Err(Error::Cancelled);
+        }
     }
-    Ok((accuracy, mean(&margins)))
+    Ok(PairScores {
+        system: system.name.clone(),
+        pairs: gaps.len(),
+        accuracy: Mean::of(&right),
+        margin: mean(&gaps),
+        calibration_error: calibration_error(&gaps, beta),
+    })
+}
+
+/// Ten bins of confidence in the answer given; the mean over answers of |confidence − share
+/// right| in their bin.
+fn calibration_error(gaps: &[f64], beta: f64) -> f64 {
+    let mut bins = [(0.0, 0.0, 0.0); 10]; // answers, confidence, right
+    for gap in gaps {
+        let confidence = 1.0 / (1.0 + (-beta * gap.abs()).exp());
+        let bin = &mut bins[(((confidence - 0.5) * 20.0) as usize).min(9)];
+        bin.0 += 1.0;
+        bin.1 += confidence;
+        bin.2 += f64::from(u8::from(*gap > 0.0));
+    }
+    let off: f64 = bins.iter().map(|(_, c, r)| (c - r).abs()).sum();
+    off / gaps.len().max(1) as f64
+}
+
+// ---------------------------------------------------------------------------------- newcomers
+
+/// Like+Dislike for newcomers known by 0 to 16 opinions. The store must be nobody else's:
+/// newcomers come and go in it.
+pub fn cold_start(
+    systems: &[System],
+    store: &Store,
+    synth: &Synth,
+    judge: &TextEncoder,
+    options: &EvalOptions,
+    mut progress: impl FnMut(&str, usize, usize) -> ControlFlow<()>,
+) -> Result<Vec<ColdScore>> {
+    let failed = |e: simpatico_storage::StoreError| Error::BadRequest(e.to_string());
+    let users = judged_users(synth, options.users)?;
+    let mut rows: Vec<(usize, Texts)> = Vec::new();
+    for system in systems {
+        for known in KNOWN {
+            let label = format!("{}, {known} known", system.name);
+            let mut texts = Vec::new();
+            for (done, user) in users.iter().enumerate() {
+                let name = format!("{} after {known}", user.user);
+                let events = opinions(user, &name, known);
+                store.append(&events).map_err(failed)?;
+                let snapshot = store.snapshot();
+                texts.push(write_for(system, &name, user, &snapshot, options)?);
+                drop(snapshot);
+                if !events.is_empty() {
+                    store.forget(&name).map_err(failed)?;
+                }
+                if progress(&label, done + 1, users.len()).is_break() {
+                    return Err(Error::Cancelled);
+                }
+            }
+            let row = Texts {
+                system: system.name.clone(),
+                condition: Some(Condition::Both),
+                texts,
+            };
+            rows.push((known, row));
+        }
+    }
+    let names = synth.attributes.iter().map(|a| a.attribute.as_str());
+    let references = References::new(names, &synth.captions, judge)?;
+    let truth: Vec<Truth> = users
+        .iter()
+        .map(|u| Truth::of(u, None, &references))
+        .collect::<Result<_>>()?;
+    let (known, rows): (Vec<usize>, Vec<Texts>) = rows.into_iter().unzip();
+    let vectors = embedded(&rows, judge)?;
+    let score = |((known, row), vectors): ((usize, &Texts), &Vec<Vec<Vec<f32>>>)| ColdScore {
+        system: row.system.clone(),
+        known,
+        own_minus_other: Mean::of(&own_minus_other(vectors, &truth)),
+    };
+    Ok(known
+        .into_iter()
+        .zip(&rows)
+        .zip(&vectors)
+        .map(score)
+        .collect())
+}
+
+/// A newcomer's first opinions: three likes to each dislike.
+fn opinions(user: &SynthUser, name: &str, count: usize) -> Vec<Event> {
+    let mut likes = user
+        .likes
+        .iter()
+        .filter(|l| !user.held_out_likes.contains(l));
+    let mut dislikes = user.dislikes.iter();
+    let mut events = Vec::new();
+    while events.len() < count {
+        let dislike = events.len() % 4 == 3;
+        let next = match dislike {
+            true => dislikes.next().map(|a| (a, Polarity::Dislike)),
+            false => likes.next().map(|a| (a, Polarity::Like)),
+        };
+        let next = next
+            .or_else(|| likes.next().map(|a| (a, Polarity::Like)))
+            .or_else(|| dislikes.next().map(|a| (a, Polarity::Dislike)));
+        let Some((attribute, polarity)) = next else {
+            break;
+        };
+        events.push(Event::new(name, attribute, polarity));
+    }
+    events
+}
+
+// ----------------------------------------------------------------------------------- the report
+
+fn interval(m: &Mean) -> String {
+    format!("{:+.3} [{:+.3}, {:+.3}]", m.mean, m.low, m.high)
 }
 
 /// The report as a table for people.
 pub fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} held-out users, judge {}; floor {:+.4}, profile copied {:+.4}\n{:<16} {:>7} {:>9} {:>20} {:>9} {:>6} {:>7} {:>9}\n",
+        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}\n",
         report.users,
         report.judge,
-        report.floor,
-        report.profile_copy,
+        report.rank_by_chance,
         "system",
-        "own",
+        "profile",
         "own-other",
-        "95%",
-        "like-dis",
+        "like-dislike",
         "rank",
+        "neighbours",
+        "ceiling",
         "copied",
-        "distinct"
+        "distinct",
+        "on topic",
     );
     for s in &report.systems {
-        let (low, high) = s.own_minus_mismatched_ci;
-        text += &format!(
-            "{:<16} {:>7.4} {:>+9.4} {:>20} {:>+9.4} {:>6.3} {:>7.2} {:>9.2}\n",
+        let lift = s.neighbor_lift.as_ref().map_or("-".into(), interval);
+        let _ = writeln!(
+            text,
+            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.2}{:>9.2}",
             s.system,
-            s.own,
-            s.own_minus_mismatched,
-            format!("[{low:+.4}, {high:+.4}]"),
-            s.like_minus_dislike,
-            s.reciprocal_rank,
+            s.condition.map_or("", Condition::words),
+            interval(&s.own_minus_other),
+            interval(&s.like_minus_dislike),
+            s.reciprocal_rank.mean,
+            lift,
+            100.0 * s.of_ceiling,
             s.copied,
-            s.distinct
+            s.distinct,
+            s.on_topic,
         );
     }
-    for (name, gap, (low, high)) in &report.differences {
-        text += &format!("{name}: {gap:+.4} [{low:+.4}, {high:+.4}]\n");
+    for d in &report.differences {
+        let (name, words) = (&d.systems, d.condition.words());
+        let gap = interval(&d.difference);
+        let _ = writeln!(text, "{} less {}, {words}: {gap}", name.0, name.1);
+    }
+    for p in &report.pairs {
+        let _ = writeln!(
+            text,
+            "{}: {} held-out pairs, {:.3} [{:.3}, {:.3}] told right, margin {:+.2}, calibration error {:.3}",
+            p.system,
+            p.pairs,
+            p.accuracy.mean,
+            p.accuracy.low,
+            p.accuracy.high,
+            p.margin,
+            p.calibration_error
+        );
+    }
+    for c in &report.cold {
+        let score = interval(&c.own_minus_other);
+        let _ = writeln!(text, "{}, {} opinions known: {score}", c.system, c.known);
     }
     text
 }
 
-/// The report as an HTML page.
+/// The report as an HTML page with plots.
 pub fn page(report: &Report) -> String {
-    let bars = plot::Bars {
-        title: "Own minus mismatched users".into(),
-        y_label: "cosine, 95%".into(),
-        groups: report.systems.iter().map(|s| s.system.clone()).collect(),
-        series: vec![(
-            "own - mismatched".into(),
-            report
-                .systems
-                .iter()
-                .map(|s| {
-                    Some(plot::Value {
-                        value: s.own_minus_mismatched,
-                        interval: Some(s.own_minus_mismatched_ci),
-                    })
-                })
-                .collect(),
-        )],
+    let value = |m: Mean| plot::Value {
+        value: m.mean,
+        interval: Some((m.low, m.high)),
     };
-    let mut parts = vec![plot::verbatim(&table(report)), bars.to_svg()];
+    let mut names: Vec<&str> = report.systems.iter().map(|s| s.system.as_str()).collect();
+    names.dedup();
+    let bars = |title: &str, of: &dyn Fn(&Scores) -> Mean| {
+        let series = Condition::ALL.iter().map(|condition| {
+            let values = names.iter().map(|name| {
+                let fits = |s: &&Scores| {
+                    s.system == *name
+                        && s.condition
+                            .map_or(*condition == Condition::Both, |c| c == *condition)
+                };
+                report.systems.iter().find(fits).map(|s| value(of(s)))
+            });
+            (condition.words().to_string(), values.collect())
+        });
+        plot::Bars {
+            title: title.into(),
+            y_label: "cosine, 95%".into(),
+            groups: names.iter().map(|n| n.to_string()).collect(),
+            series: series.collect(),
+        }
+        .to_svg()
+    };
+    let mut parts = vec![
+        plot::verbatim(&table(report)),
+        bars("Own less other users", &|s| s.own_minus_other),
+        bars("Like less dislike", &|s| s.like_minus_dislike),
+    ];
+    if !report.cold.is_empty() {
+        let mut systems: Vec<&str> = report.cold.iter().map(|c| c.system.as_str()).collect();
+        systems.dedup();
+        let series = systems.iter().map(|name| {
+            let of = report.cold.iter().filter(|c| c.system == *name);
+            plot::Series::new(name, of.map(|c| (c.known as f64, value(c.own_minus_other))))
+        });
+        let curve = plot::Lines {
+            title: "Newcomers".into(),
+            x: plot::Axis::linear("opinions known"),
+            y: plot::Axis::linear("own less other users, 95%"),
+            series: series.collect(),
+        };
+        parts.push(curve.to_svg());
+    }
     for s in &report.systems {
         let row = |(user, caption, words): &(String, String, String)| {
             let cells = [user, caption, words].map(|t| format!("<td>{}", plot::escape(t)));
             format!("<tr>{}", cells.concat())
         };
-        let rows: String = s.written.iter().take(40).map(row).collect();
+        let rows: String = s.written.iter().take(20).map(row).collect();
         parts.push(format!(
-            "<h2>{}</h2><table>{rows}</table>",
-            plot::escape(&s.system)
+            "<h2>{}, {}</h2><table>{rows}</table>",
+            plot::escape(&s.system),
+            s.condition.map_or("no model", Condition::words)
         ));
     }
     plot::page("Instructions, judged", &parts)
-}
-
-/// Writes `prompts.json` and `prompts.html` into a folder.
-pub fn write(report: &Report, folder: &Path) -> Result<()> {
-    let json =
-        serde_json::to_vec_pretty(report).map_err(|e| Error::BadRequest(format!("report: {e}")))?;
-    write_whole(&folder.join("prompts.json"), &json)?;
-    write_whole(&folder.join("prompts.html"), page(report).as_bytes())
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
+    fn axis(i: usize) -> Vec<f32> {
+        (0..4).map(|j| f32::from(u8::from(i == j))).collect()
+    }
+
     #[test]
     fn a_system_that_writes_for_its_user_beats_one_that_writes_for_anyone() {
         // Four users on four axes; "own" instructions lie on the axis, anyone's between all.
-        let axis = |i: usize| {
-            (0..4)
-                .map(|j| f32::from(u8::from(i == j)))
-                .collect::<Vec<f32>>()
-        };
+        let axes: Vec<Vec<f32>> = (0..4).map(axis).collect();
         let truth: Vec<Truth> = (0..4)
             .map(|i| Truth {
-                held_back: vec![axis(i)],
-                stated: vec![axis(i)],
-                dislikes: vec![axis((i + 1) % 4)],
+                held_out: vec![&axes[i]],
+                dislikes: vec![&axes[(i + 1) % 4]],
+                from_neighbors: Vec::new(),
             })
             .collect();
         let personal: Vec<Vec<Vec<f32>>> = (0..4).map(|i| vec![axis(i)]).collect();
         let anyone: Vec<Vec<Vec<f32>>> = (0..4).map(|_| vec![vec![0.5; 4]]).collect();
-        assert_eq!(own_minus_mismatched(&personal, &truth), [1.0; 4]);
-        assert_eq!(own_minus_mismatched(&anyone, &truth), [0.0; 4]);
+        assert_eq!(own_minus_other(&personal, &truth), [1.0; 4]);
+        assert_eq!(own_minus_other(&anyone, &truth), [0.0; 4]);
+    }
+
+    #[test]
+    fn what_all_vectors_share_is_taken_away() {
+        // A large common part hides two opposite directions until it is subtracted.
+        let mut vectors = vec![vec![10.0, 1.0], vec![10.0, -1.0]];
+        let mean = mean_vector(vectors.iter());
+        vectors.iter_mut().for_each(|v| centre(v, &mean));
+        assert_eq!(vectors, [[0.0, 1.0], [0.0, -1.0]]);
+    }
+
+    #[test]
+    fn confidence_that_comes_true_is_calibrated() {
+        // σ(2) = 0.88: with 88 of 100 right the error is small, with all wrong it is large.
+        let gaps = |right: usize| -> Vec<f64> {
+            (0..100)
+                .map(|i| if i < right { 20.0 } else { -20.0 })
+                .collect()
+        };
+        assert!(calibration_error(&gaps(88), 0.1) < 0.01);
+        assert!(calibration_error(&gaps(0), 0.1) > 0.8);
+    }
+
+    #[test]
+    fn newcomers_say_what_they_like_three_times_as_often() {
+        let synth = crate::synth::generate(&crate::synth::SynthOptions {
+            users: 5,
+            ..Default::default()
+        })
+        .unwrap();
+        let user = &synth.users[0];
+        assert!(opinions(user, "n", 0).is_empty());
+        let eight = opinions(user, "n", 8);
+        let dislikes = eight.iter().filter(|e| e.polarity == Polarity::Dislike);
+        assert_eq!((eight.len(), dislikes.count()), (8, 2));
+        let held = |e: &Event| user.held_out_likes.contains(&e.attribute);
+        assert!(!opinions(user, "n", 99).iter().any(held));
     }
 
     #[test]

@@ -6,12 +6,14 @@
 //! are broken, and padding has the end token's number). T5 sees its padding, as FLUX.1 was
 //! trained.
 //!
+//! T5 is also read from GGUF files, which have names of llama.cpp's.
+//!
 //! Tokenizers are not here: ids come in, padded by [`padded`].
 
 use crate::sampler::Prompt;
 use crate::{Error, Result, nn};
-use candle_core::{DType, Device, Tensor};
-use candle_nn::VarBuilder;
+use candle_core::{DType, Device, Shape, Tensor};
+use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
 use candle_transformers::models::{clip::text_model as clip, t5};
 use serde::{Deserialize, Serialize};
 
@@ -147,9 +149,73 @@ pub struct T5 {
     vocabulary: usize,
 }
 
+/// llama.cpp's name for one of transformers' T5 weights.
+fn llama_cpp_name(name: &str) -> Option<String> {
+    match name {
+        "shared.weight" => return Some("token_embd.weight".into()),
+        "encoder.final_layer_norm.weight" => return Some("enc.output_norm.weight".into()),
+        _ => {}
+    }
+    let (block, rest) = name.strip_prefix("encoder.block.")?.split_once('.')?;
+    let ours = match rest.strip_prefix("layer.")?.strip_suffix(".weight")? {
+        "0.SelfAttention.q" => "attn_q",
+        "0.SelfAttention.k" => "attn_k",
+        "0.SelfAttention.v" => "attn_v",
+        "0.SelfAttention.o" => "attn_o",
+        "0.SelfAttention.relative_attention_bias" => "attn_rel_b",
+        "0.layer_norm" => "attn_norm",
+        "1.DenseReluDense.wi_0" => "ffn_gate",
+        "1.DenseReluDense.wi_1" | "1.DenseReluDense.wi" => "ffn_up",
+        "1.DenseReluDense.wo" => "ffn_down",
+        "1.layer_norm" => "ffn_norm",
+        _ => return None,
+    };
+    Some(format!("enc.blk.{block}.{ours}.weight"))
+}
+
+/// A T5 with llama.cpp's names, read under transformers'.
+struct LlamaCpp(VarBuilder<'static>);
+
+impl SimpleBackend for LlamaCpp {
+    fn get(
+        &self,
+        shape: Shape,
+        name: &str,
+        _: Init,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let file = llama_cpp_name(name).unwrap_or_else(|| name.to_string());
+        self.0
+            .get_with_hints_dtype(shape, &file, Init::default(), dtype)?
+            .to_device(device)
+    }
+
+    fn get_unchecked(
+        &self,
+        name: &str,
+        dtype: DType,
+        device: &Device,
+    ) -> candle_core::Result<Tensor> {
+        let file = llama_cpp_name(name).unwrap_or_else(|| name.to_string());
+        self.0.get_unchecked_dtype(&file, dtype)?.to_device(device)
+    }
+
+    fn contains_tensor(&self, name: &str) -> bool {
+        llama_cpp_name(name).is_some_and(|n| self.0.contains_tensor(&n))
+    }
+}
+
 impl T5 {
-    /// From weights with transformers' names.
-    pub fn new(config: &T5Config, vb: VarBuilder) -> Result<Self> {
+    /// From weights with transformers' names, or llama.cpp's.
+    pub fn new(config: &T5Config, vb: VarBuilder<'static>) -> Result<Self> {
+        let vb = match vb.contains_tensor("token_embd.weight") {
+            true => {
+                let (dtype, device) = (vb.dtype(), vb.device().clone());
+                VarBuilder::from_backend(Box::new(LlamaCpp(vb)), dtype, device)
+            }
+            false => vb,
+        };
         Ok(Self {
             model: t5::T5EncoderModel::load(vb, &config.theirs()?)?,
             vocabulary: config.vocab_size,

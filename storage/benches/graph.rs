@@ -1,9 +1,9 @@
-//! The index alone: `cargo bench -p simpatico-storage --bench graph [-- w1 w2 w3 curves events export]`
+//! The index alone: `cargo bench -p simpatico-storage --bench graph [-- w1 w2 w3 curves export]`
 //!
 //! Medians of top-10 questions on W1, W2 and W3, one thread, beside byte counters over
 //! posting lists in the same run (whose answers must be equal); everyone's top-10; bulk
 //! speed; memory; the maximum; and how cost grows with users, degree and k. Figures go to
-//! `target/bench/graph.json`, curves to SVG beside it (`--out DIR` elsewhere).
+//! `target/bench/graph.json`, curves to costs.svg beside it (`--out DIR` elsewhere).
 
 mod measure;
 
@@ -35,15 +35,13 @@ fn main() -> Outcome {
         export("w2", &Workload::w2(SEED), &wanted)?;
     }
     if wanted.has("curves") {
-        std::fs::write(wanted.out.join("cost_users.svg"), users_curve(&mut report))?;
-        std::fs::write(
-            wanted.out.join("cost_degree.svg"),
+        let curves = [
+            users_curve(&mut report),
             degree_curve(&mut report),
-        )?;
-        std::fs::write(wanted.out.join("cost_k.svg"), k_curve(&mut report))?;
-    }
-    if wanted.has("events") {
-        std::fs::write(wanted.out.join("cost_event.svg"), event_curve(&mut report))?;
+            event_curve(&mut report),
+            k_curve(&mut report),
+        ];
+        std::fs::write(wanted.out.join("costs.svg"), side_by_side(&curves))?;
     }
     report.save(&wanted)
 }
@@ -376,6 +374,23 @@ fn event_curve(report: &mut Report) -> String {
         "1,000,000 users",
         &points,
     )
+}
+
+/// Four plots in one picture, two to a row.
+fn side_by_side(plots: &[String]) -> String {
+    const SIZE: (usize, usize) = (720, 420);
+    let rows = plots.len().div_ceil(2);
+    let mut all = format!(
+        r#"<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {} {}">"#,
+        SIZE.0 * 2,
+        SIZE.1 * rows
+    );
+    for (i, plot) in plots.iter().enumerate() {
+        let place = format!(r#"<svg x="{}" y="{}""#, i % 2 * SIZE.0, i / 2 * SIZE.1);
+        all += "\n";
+        all += &plot.replacen("<svg", &place, 1);
+    }
+    all + "</svg>\n"
 }
 
 fn curve(title: &str, x: &str, y: &str, line: &str, points: &[(f64, f64)]) -> String {

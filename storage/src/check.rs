@@ -68,11 +68,10 @@ impl Store {
         let start = Instant::now();
         let shared = &self.shared;
         let _one_at_a_time = lock(&shared.maintenance);
-        let (live, at) = {
-            let mut inner = lock(&shared.inner);
-            let log = shared.commit_all(&mut inner)?;
-            (inner.state.clone(), log.at)
-        };
+        let (live, at) = shared.at_length(|inner| {
+            let at = shared.commit_all(inner)?.at;
+            Ok((inner.state.clone(), at))
+        })?;
         let mut fresh = State::default();
         log::replay(
             &shared.path,
@@ -209,5 +208,77 @@ fn compare_embeddings(live: &State, fresh: &State, report: &mut CheckReport) {
         if bits(sage.embedding(*user, &mine)) != bits(again.embedding(*user, &theirs)) {
             report.problem(|| format!("user {}: another embedding than from the log", user.0));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::Register;
+    use simpatico_schema::{Event, Polarity};
+
+    fn store(dir: &Path) -> Store {
+        let store = Store::open(dir, Options::default()).unwrap();
+        let like = |user: &str, attribute: &str| Event::new(user, attribute, Polarity::Like).at(1);
+        let events = ["ada", "ben"].map(|user| like(user, "wood"));
+        store.append(&events).unwrap();
+        store.append(&[like("ada", "neon")]).unwrap();
+        store
+    }
+
+    #[test]
+    fn a_difference_in_registers_postings_or_the_maximum_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        assert!(store.check().unwrap().ok());
+        let before = lock(&store.shared.inner).state.graph.clone();
+        let register = Register {
+            polarity: Polarity::Dislike,
+            at: 2,
+            id: "",
+        };
+        // In memory alone: the log knows nothing of it.
+        let set = |user, attribute| {
+            let mut inner = lock(&store.shared.inner);
+            inner
+                .state
+                .graph
+                .set(UserId(user), AttributeId(attribute), register);
+        };
+        set(1, 1);
+        assert!(!store.check().unwrap().ok());
+        lock(&store.shared.inner).state.graph = before;
+        assert!(store.check().unwrap().ok());
+        set(0, 0);
+        let report = store.check().unwrap();
+        assert!(
+            report.problems.iter().any(|p| p.contains("register")),
+            "{report:?}"
+        );
+    }
+
+    #[test]
+    fn a_difference_in_an_embedding_is_noticed() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = store(dir.path());
+        let golden = "../tests/golden/sage/separated.safetensors";
+        let weights = Path::new(env!("CARGO_MANIFEST_DIR")).join(golden);
+        store.set_encoder(&weights).unwrap();
+        let dim = lock(&store.shared.inner).state.attribute_dim().unwrap();
+        let wood = ("wood".to_string(), vec![0.5; dim]);
+        store.set_features(&[wood]).unwrap();
+        let report = store.check().unwrap();
+        assert!(report.ok() && report.embeddings == 2, "{report:?}");
+        // A vector that only the embedder got.
+        if let Embedder::Ready(sage) = &mut lock(&store.shared.inner).state.sage {
+            let other = vec![-0.25; dim];
+            sage.set_attribute_feature(AttributeId(1), Some(&other))
+                .unwrap();
+        }
+        let report = store.check().unwrap();
+        assert!(
+            report.problems.iter().any(|p| p.contains("embedding")),
+            "{report:?}"
+        );
     }
 }

@@ -23,8 +23,9 @@ use crate::log::{
     self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness,
 };
 use crate::mark::{Mark, MarkFile};
+use crate::maximum_file::MaximumFile;
 use crate::state::State;
-use crate::store::{Options, Places, Store, directory_bytes, lock};
+use crate::store::{Inner, Options, Places, Store, directory_bytes, lock};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fs::File;
@@ -43,7 +44,7 @@ const CHUNK_MAX: usize = 8 << 20;
 const ENCODER_CHUNK: usize = 1 << 20;
 
 /// What a compaction did.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CompactReport {
     /// Bytes of the store's files before.
     pub bytes_before: u64,
@@ -53,6 +54,10 @@ pub struct CompactReport {
     pub attributes_dropped: u64,
     /// The log's new generation.
     pub generation: u64,
+    /// Old files that could not be deleted, and why: their bytes are still there. The next
+    /// open or compaction tries again.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub left_behind: Vec<String>,
 }
 
 /// What [`Store::export_snapshot`] wrote.
@@ -188,6 +193,7 @@ fn write_log(dir: &Path, state: &State, at: Mark, segment_bytes: u64) -> Result<
     Ok((new, dropped))
 }
 
+/// Removes segments, the first ones first, so that what remains after a failure is no log.
 fn remove_segments(dir: &Path, which: impl Fn(u64) -> bool) -> Result<()> {
     for (generation, _, path) in log::list_segments(dir)? {
         if which(generation) {
@@ -198,27 +204,62 @@ fn remove_segments(dir: &Path, which: impl Fn(u64) -> bool) -> Result<()> {
 }
 
 /// Removes the weights that the state does not name.
-fn remove_old_encoders(dir: &Path, keep: Option<&str>) {
+fn remove_old_encoders(dir: &Path, keep: Option<&str>, left_behind: &mut Vec<String>) {
     let keep = keep.map(|digest| dir.join(format!("{digest}.safetensors")));
     for entry in std::fs::read_dir(dir).into_iter().flatten().flatten() {
-        if Some(entry.path()) != keep {
-            let _ = std::fs::remove_file(entry.path());
+        let path = entry.path();
+        if Some(&path) != keep.as_ref()
+            && let Err(e) = std::fs::remove_file(&path)
+        {
+            left_behind.push(StoreError::io("remove", &path)(e).to_string());
         }
+    }
+}
+
+/// Takes what is known of the maximum over to the same state under new user numbers.
+fn carry_maximum(old: &State, new: &State, at: &Mark) {
+    let mut numbers = vec![None; old.graph.user_id_end() as usize];
+    for (number, user) in (0u32..).zip(old.users()) {
+        numbers[user.0 as usize] = Some(number);
+    }
+    let number = |user: u32| numbers.get(user as usize).copied().flatten();
+    if let Some(known) = MaximumFile::of(old, at) {
+        let users = new.graph.user_id_end();
+        known.renumbered(number, users).restore(new);
     }
 }
 
 impl Store {
     /// Rewrites the log to what is live, and the mirror with it: afterwards no byte of a
     /// forgotten user is left in any file of the store, nor any event that was overtaken.
-    /// Appends wait meanwhile (about a second for 3 million registers); snapshots taken
-    /// before go on. Needs room for the log and the state a second time.
+    /// Appends wait meanwhile, all the way through: the base numbers users anew, so that no
+    /// event can be logged in between (about a second for 3 million registers). Snapshots do
+    /// not wait; until the end they are of the moment before. Needs room for the log and, in
+    /// memory, for the state a second time.
     pub fn compact(&self) -> Result<CompactReport> {
         let shared = &self.shared;
         let _one_at_a_time = lock(&shared.maintenance);
-        let places = Places::of(&shared.path);
         let bytes_before = directory_bytes(&shared.path);
-        let mut inner = lock(&shared.inner);
-        let mut log = shared.commit_all(&mut inner)?;
+        let (generation, attributes_dropped, mut left_behind) =
+            shared.at_length(|inner| self.rewrite(inner))?;
+        if let Err(e) = shared.rebuild_mirror() {
+            left_behind.push(e.to_string());
+        }
+        Ok(CompactReport {
+            bytes_before,
+            bytes_after: directory_bytes(&shared.path),
+            attributes_dropped,
+            generation,
+            left_behind,
+        })
+    }
+
+    /// Writes the state as a new log and goes over to it. Returns the generation, how many
+    /// attributes were dropped, and what could not be deleted.
+    fn rewrite(&self, inner: &mut Inner) -> Result<(u64, u64, Vec<String>)> {
+        let shared = &self.shared;
+        let places = Places::of(&shared.path);
+        let mut log = shared.commit_all(inner)?;
         let generation = log.at.generation + 1;
         let at = Mark {
             generation,
@@ -242,21 +283,21 @@ impl Store {
         };
         let mark = MarkFile::replace(&places.mark, &new.at).inspect_err(|e| shared.poison(e))?;
         new.set_mark(mark);
+        carry_maximum(&inner.state, &state, &new.at);
         let old = log.at.generation;
         *log = new;
         inner.state = state;
         inner.payload = Payload::new(inner.state.seq + 1, Vec::new());
-        remove_segments(&places.log, |g| g == old)?;
-        remove_old_encoders(&places.encoders, inner.state.encoder.as_deref());
-        drop(log);
-        drop(inner);
-        shared.rebuild_mirror()?;
-        Ok(CompactReport {
-            bytes_before,
-            bytes_after: directory_bytes(&shared.path),
-            attributes_dropped,
-            generation,
-        })
+        let mut left_behind = Vec::new();
+        if let Err(e) = remove_segments(&places.log, |g| g == old) {
+            left_behind.push(e.to_string());
+        }
+        remove_old_encoders(
+            &places.encoders,
+            inner.state.encoder.as_deref(),
+            &mut left_behind,
+        );
+        Ok((generation, attributes_dropped, left_behind))
     }
 
     /// Reads a new log back and compares it with the state it was written from.

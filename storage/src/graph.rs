@@ -22,8 +22,9 @@
 //! assert_eq!(graph.similar(ada, 10, OverlapMode::Shared), [(bob, 1)]);
 //! ```
 
+mod join;
 mod kernel;
-mod maximum;
+pub(crate) mod maximum;
 mod names;
 mod pack;
 mod postings;

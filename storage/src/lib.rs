@@ -42,6 +42,7 @@ mod export;
 pub mod graph;
 mod log;
 mod mark;
+mod maximum_file;
 pub mod sage;
 mod sled_mirror;
 mod snapshot;

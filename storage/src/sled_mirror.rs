@@ -671,9 +671,10 @@ impl Shared {
             return;
         }
         let mut mirror = lock(&self.mirror);
-        let Ok((state, mut dirty, seal)) = self.take_dirty() else {
+        let Ok((state, at, mut dirty, seal)) = self.take_dirty() else {
             return;
         };
+        self.save_maximum(&state, &at);
         let written = self
             .open_mirror(&mut mirror, seal.as_ref())
             .and_then(|fresh| {
@@ -695,12 +696,13 @@ impl Shared {
     }
 
     /// The state, all of it on disk in the log, and what the mirror lacks of it.
-    fn take_dirty(&self) -> Result<(State, Dirty, Option<Seal>)> {
-        let mut inner = lock(&self.inner);
-        drop(self.commit_all(&mut inner)?);
-        let dirty = std::mem::take(&mut inner.dirty);
-        let seal = inner.seal.take();
-        Ok((inner.state.clone(), dirty, seal))
+    fn take_dirty(&self) -> Result<(State, Mark, Dirty, Option<Seal>)> {
+        self.at_length(|inner| {
+            let at = self.commit_all(inner)?.at;
+            let dirty = std::mem::take(&mut inner.dirty);
+            let seal = inner.seal.take();
+            Ok((inner.state.clone(), at, dirty, seal))
+        })
     }
 
     /// Starts the mirror anew after a compaction.

@@ -22,6 +22,7 @@ use crate::log::{
     self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness,
 };
 use crate::mark::{self, Mark, MarkFile};
+use crate::maximum_file::MaximumFile;
 use crate::sled_mirror::{self, Dirty, MirrorState, Seal};
 use crate::snapshot::{Counts, Polarities, Snapshot};
 use crate::state::{State, edge_change, invalid};
@@ -38,6 +39,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+/// Readers do not wait for an append of more events.
+const LONG_APPEND: usize = 16_384;
 /// How events of one append are taken to the graph: so many at a time.
 const BATCH: usize = 1024;
 /// An event without a time that meets a register of the same millisecond comes after it, but
@@ -181,6 +184,13 @@ pub(crate) struct Shared {
     pub mirror: Mutex<MirrorState>,
     mirror_closing: Mutex<bool>,
     mirror_wake: Condvar,
+    /// Up to which chain digest the maximum's file goes.
+    pub maximum_saved: Mutex<Option<u64>>,
+    /// The moment before the long operation that is being applied; see [`Store::snapshot`].
+    /// Taken before the state's lock.
+    published: Mutex<Option<State>>,
+    /// Held through a long operation. Taken before `published`.
+    long: Mutex<()>,
     /// Held for its lock.
     lock_file: File,
 }
@@ -352,10 +362,12 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     }
     let live: Vec<_> = segments.iter().filter(|s| s.0 == generation).collect();
     let mut seal = sled_mirror::read_seal(&places);
+    let mut maximum = MaximumFile::read(path);
     if strictness == Strictness::Exact
         && options.mirror
         && let Some(loaded) = load_rows(&places, options, mark.as_ref(), seal.as_ref(), &live)?
     {
+        restore_maximum(maximum, &loaded);
         return Ok(loaded);
     }
     let (mut state, mut dirty, mut frames) = (State::default(), Dirty::default(), 0);
@@ -379,6 +391,11 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
                 }
             }
             frames += 1;
+            if let Some(kept) =
+                maximum.take_if(|kept| kept.is_at(frame.first_seq - 1, frame.previous))
+            {
+                kept.restore(&state);
+            }
             state.apply_frame(frame)
         },
     )?;
@@ -400,14 +417,24 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     };
     log.set_mark(MarkFile::replace(&places.mark, &log.at)?);
     state.seq = log.at.seq;
-    Ok(Loaded {
+    let loaded = Loaded {
         state,
         log,
         damage,
         dirty,
         seal,
         mirror: MirrorState::Closed,
-    })
+    };
+    restore_maximum(maximum, &loaded);
+    Ok(loaded)
+}
+
+/// What was kept of the maximum, where it was kept at the log's very end.
+fn restore_maximum(maximum: Option<MaximumFile>, loaded: &Loaded) {
+    let at = &loaded.log.at;
+    if let Some(kept) = maximum.filter(|kept| kept.is_at(at.seq, at.digest)) {
+        kept.restore(&loaded.state);
+    }
 }
 
 /// The state by way of sled's rows, where that is shorter and nothing speaks against it.
@@ -560,6 +587,9 @@ impl Store {
             mirror: Mutex::new(loaded.mirror),
             mirror_closing: Mutex::new(false),
             mirror_wake: Condvar::new(),
+            maximum_saved: Mutex::default(),
+            published: Mutex::default(),
+            long: Mutex::default(),
             lock_file,
         });
         let mut store = Self {
@@ -609,15 +639,21 @@ impl Store {
         }
         self.shared.check_writable()?;
         self.shared.wait_for_room()?;
-        let receipt = {
-            let mut inner = lock(&self.shared.inner);
-            self.shared.check_writable()?;
-            if rejected.is_empty() {
-                inner.append(&self.shared, events)?
-            } else {
-                let good = without(events, &rejected);
-                inner.append(&self.shared, &good)?
+        let good;
+        let taken = match rejected.is_empty() {
+            true => events,
+            false => {
+                good = without(events, &rejected);
+                &good
             }
+        };
+        let append = |inner: &mut Inner| {
+            self.shared.check_writable()?;
+            inner.append(&self.shared, taken)
+        };
+        let receipt = match taken.len() > LONG_APPEND {
+            true => self.shared.at_length(append)?,
+            false => append(&mut lock(&self.shared.inner))?,
         };
         self.shared.ring(receipt.as_of, ack)?;
         Ok(Receipt {
@@ -627,11 +663,16 @@ impl Store {
     }
 
     /// A consistent moment to read from, which includes every append that has returned.
-    /// O(1); waits at most for the append that is being applied.
+    /// O(1). Waits at most while an append of 16,384 events is applied (some milliseconds):
+    /// during a longer one, and while anything else that takes long is applied, it is the moment
+    /// before.
     pub fn snapshot(&self) -> Snapshot {
-        Snapshot {
-            state: lock(&self.shared.inner).state.clone(),
-        }
+        let published = lock(&self.shared.published);
+        let state = match &*published {
+            Some(state) => state.clone(),
+            None => lock(&self.shared.inner).state.clone(),
+        };
+        Snapshot { state }
     }
 
     /// Gives attributes their text vectors. All finite, 1 to 65,536 numbers, and of the
@@ -653,7 +694,8 @@ impl Store {
                 inner.record(shared, &record)?;
             }
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     /// Gives users their learned vectors; like [`Self::set_features`].
@@ -674,7 +716,8 @@ impl Store {
                 inner.record(shared, &record)?;
             }
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     /// Sets the GraphSAGE weights that embeddings are made with: a safetensors file with its
@@ -727,7 +770,8 @@ impl Store {
                 inner.record(shared, &Record::Pair { user, pair })?;
             }
             Ok(())
-        })
+        })?;
+        Ok(())
     }
 
     /// All preference pairs of this moment, in order of arrival.
@@ -745,7 +789,8 @@ impl Store {
             let user = inner.define_user(shared, &edit.user)?;
             let edit = StoredEdit::from_schema(edit);
             inner.record(shared, &Record::Edit { user, edit })
-        })
+        })?;
+        Ok(())
     }
 
     /// The edit of this id.
@@ -767,7 +812,7 @@ impl Store {
         }
         let rejected = self.shared.forget_rejected(user)?;
         let mut gone = None;
-        self.shared.operate(|inner, shared| {
+        let as_of = self.shared.operate(|inner, shared| {
             let id = inner.state.graph.user_id(user).ok_or_else(unknown)?;
             inner.log_record(shared, &Record::Forget { user: id.0 })?;
             gone = Some(inner.state.forget(id.0));
@@ -775,7 +820,7 @@ impl Store {
         })?;
         let gone = gone.unwrap_or_default();
         Ok(ForgetReceipt {
-            as_of: self.snapshot().as_of(),
+            as_of,
             at: now_ms(),
             registers: gone.registers,
             edges: gone.edges,
@@ -857,6 +902,9 @@ impl Store {
             Some(failure) => Err(failure),
             None => {
                 self.shared.seal_mirror();
+                let at = lock(&self.shared.log).at;
+                let state = lock(&self.shared.inner).state.clone();
+                self.shared.save_maximum(&state, &at);
                 lock(&self.shared.log).sync_mark()
             }
         };
@@ -958,17 +1006,35 @@ impl Shared {
         }
     }
 
-    /// Runs an operation other than an append, and waits until it is on disk.
-    fn operate(&self, operation: impl FnOnce(&mut Inner, &Self) -> Result<()>) -> Result<()> {
+    /// Runs an operation other than an append, and waits until it is on disk. Returns its
+    /// sequence number.
+    fn operate(&self, operation: impl FnOnce(&mut Inner, &Self) -> Result<()>) -> Result<u64> {
         self.check_writable()?;
         self.wait_for_room()?;
-        let seq = {
-            let mut inner = lock(&self.inner);
+        let seq = self.at_length(|inner| {
             self.check_writable()?;
-            operation(&mut inner, self)?;
-            inner.state.seq
-        };
-        self.ring(seq, Ack::Durable)
+            operation(inner, self)?;
+            Ok(inner.state.seq)
+        })?;
+        self.ring(seq, Ack::Durable)?;
+        Ok(seq)
+    }
+
+    /// Changes the state in a way that may take long: snapshots do not wait for it, but are of
+    /// the moment before. Writers wait.
+    pub(crate) fn at_length<T>(&self, work: impl FnOnce(&mut Inner) -> Result<T>) -> Result<T> {
+        let _one_at_a_time = lock(&self.long);
+        let (mut inner, _published);
+        {
+            // Whoever waits for the state with this lock goes first. After that nobody waits
+            // with it: all find what is published.
+            let mut published = lock(&self.published);
+            inner = lock(&self.inner);
+            *published = Some(inner.state.clone());
+            // Ends before the state is let go, so that no snapshot misses what was done.
+            _published = Published(&self.published);
+        }
+        work(&mut inner)
     }
 
     /// The writer thread.
@@ -1127,6 +1193,15 @@ impl Shared {
             write_whole(&path, &kept)?;
         }
         Ok(dropped)
+    }
+}
+
+/// While it lives, readers get what is published.
+struct Published<'a>(&'a Mutex<Option<State>>);
+
+impl Drop for Published<'_> {
+    fn drop(&mut self) {
+        *lock(self.0) = None;
     }
 }
 

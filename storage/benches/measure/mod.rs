@@ -1,6 +1,7 @@
 //! What both benchmarks share: medians, the machine's name, memory, and the report.
 
 use serde_json::{Map, Value, json};
+use std::io::Write;
 use std::path::PathBuf;
 use std::time::Instant;
 
@@ -27,8 +28,8 @@ impl Wanted {
         while let Some(arg) = args.next() {
             match arg.as_str() {
                 "--out" => out = args.next().map_or(out, PathBuf::from),
-                // Cargo says it to every benchmark.
-                "--bench" => {}
+                // Cargo says it to every benchmark; `--only NAME` reads as `NAME` does.
+                "--bench" | "--only" => {}
                 _ => names.push(arg),
             }
         }
@@ -58,13 +59,29 @@ impl Report {
     }
 
     pub fn add(&mut self, figure: &str, value: Value) {
-        println!("{figure}: {value}");
+        match goal(figure) {
+            Some(goal) => println!("{figure}: {value} (goal: {goal})"),
+            None => println!("{figure}: {value}"),
+        }
         self.figures.insert(figure.into(), value);
     }
 
     /// Writes NAME.json. Figures of an earlier run that this one did not take are kept.
     pub fn save(self, wanted: &Wanted) -> Outcome {
         std::fs::create_dir_all(&wanted.out)?;
+        let mut lines = String::new();
+        for (figure, value) in &self.figures {
+            let line = json!({
+                "bench": self.name, "figure": figure, "value": value, "goal": goal(figure),
+                "seed": SEED, "machine": self.figures.get("machine"),
+            });
+            lines += &format!("{line}\n");
+        }
+        std::fs::OpenOptions::new()
+            .append(true)
+            .create(true)
+            .open(wanted.out.join("results.jsonl"))?
+            .write_all(lines.as_bytes())?;
         let path = wanted.out.join(format!("{}.json", self.name));
         let old = std::fs::read(&path).unwrap_or_default();
         let mut all: Map<String, Value> = serde_json::from_slice(&old).unwrap_or_default();
@@ -73,6 +90,36 @@ impl Report {
         println!("written: {}", path.display());
         Ok(())
     }
+}
+
+/// What a figure is to be compared with: twice the best sketch or rival measured beforehand,
+/// or what was promised. Medians come first in a pair.
+fn goal(figure: &str) -> Option<&'static str> {
+    let goals = [
+        ("w1 top-10 Shared", "10 us"),
+        ("w2 top-10 Shared", "100 us"),
+        ("w3 top-10 Shared", "600 us"),
+        ("w1 snapshot and top-10", "10 us"),
+        ("w2 snapshot and top-10", "100 us"),
+        ("w3 snapshot and top-10", "600 us"),
+        ("w2 bulk load, durable, M", "at least 2"),
+        ("w3 bulk load, durable, s", "40 s"),
+        ("w3 memory", "700 MiB"),
+        ("w3 open", "10 s"),
+        ("JSONL file", "at least 500,000"),
+        ("64 threads", "20 times SQLite"),
+    ];
+    let found = goals.iter().find(|(start, _)| figure.starts_with(start));
+    found.map(|(_, goal)| *goal)
+}
+
+/// Seconds of processor time this process has used, all threads together.
+pub fn cpu_seconds() -> f64 {
+    let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
+    let after = stat.rsplit(')').next().unwrap_or_default();
+    let ticks = after.split_whitespace().skip(11).take(2);
+    // Linux reports hundredths whatever its own clock.
+    ticks.filter_map(|t| t.parse::<f64>().ok()).sum::<f64>() / 100.0
 }
 
 /// The processor, how many of it, and the system's load when asked.

@@ -14,9 +14,13 @@
 //! 4. With `max` a true overlap, each u with `bounds[u]` and degree above `max` is looked at,
 //!    largest bound first, until none is left. Then (1) says no pair has more than `max`.
 //!
-//! After a removal step 4 starts from what the best pair still has. The first answer looks
-//! at about everyone whose degree is above the maximum; later ones at users with several
-//! events since, near the maximum.
+//! After a removal step 4 starts from what the best pair still has. Answers after some events
+//! look at those users that had several, near the maximum.
+//!
+//! Looking at very many users, at first at everyone, goes faster by a [join](super::join): it
+//! finds all pairs within [`SLACK`] of a maximum known to be possible, and so bounds all users
+//! at once. The slack is what a user's later events may use up before the user is looked at.
+//! A certificate is also kept on disk ([`Kept`]), so that an open goes on where a close was.
 
 use super::query::{Counters, Counts, Question, Top, chunks};
 use super::registers::Edges;
@@ -47,6 +51,36 @@ struct Certificate {
     max: u32,
     /// Two users with that overlap.
     pair: (u32, u32),
+    /// Whether `max` is the maximum; else only the bounds are right.
+    settled: bool,
+}
+
+/// What of a certificate is kept on disk. The bounds hold for the moment they are kept with,
+/// whether or not `max` is the maximum then.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) struct Kept {
+    /// The overlap of `pair`.
+    pub max: u32,
+    pub pair: (u32, u32),
+    /// By user.
+    pub bounds: Vec<u32>,
+}
+
+/// A join finds the pairs that have at most so much less than the maximum.
+const SLACK: u32 = 2;
+/// Users looked at before a join, twice so many.
+const SAMPLED: usize = 512;
+
+impl Certificate {
+    fn found(&mut self, a: u32, b: u32, overlap: u32) {
+        if overlap > self.max {
+            (self.max, self.pair) = (overlap, (a, b));
+        }
+    }
+}
+
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What looking at a user found.
@@ -76,18 +110,19 @@ pub(crate) fn next_version(maximum: &mut Arc<Maximum>, version: &mut u64) {
 impl Graph {
     /// The greatest overlap of any two users (Eq. 6's denominator); 0 if none overlap. Exact.
     ///
-    /// The first call counts for nearly everyone, on all cores, and takes as long as
+    /// The first call joins all users with all others, on all cores; it takes a fraction of
     /// [`Graph::similar_all`]. What it learns is shared by all clones of this graph, so that
     /// later calls, after more events, count for few users or none.
     pub fn max_overlap(&self, mode: OverlapMode) -> u32 {
         let shared = &self.maximum.certificates[mode as usize];
         let mut shared = shared.lock().unwrap_or_else(PoisonError::into_inner);
         match shared.as_ref() {
-            Some(known) if known.version == self.version => known.max,
+            Some(known) if known.version == self.version && known.settled => known.max,
             // An older snapshot must not take the certificate back in time.
             Some(newer) if newer.version > self.version => {
                 let mut own = newer.clone();
                 drop(shared);
+                own.settled = false;
                 self.renew(&mut own, mode);
                 own.max
             }
@@ -105,39 +140,155 @@ impl Graph {
         Certificate {
             version: self.version,
             changes: self.changes.clone(),
-            bounds: (0..self.users.end()).map(|u| self.user_degree(u)).collect(),
-            // No pair: nothing is known of the maximum yet.
-            max: u32::MAX,
+            // Right whatever the other user's bound is.
+            bounds: (0..self.users.end())
+                .map(|u| self.user_degree(u).saturating_mul(2))
+                .collect(),
+            max: 0,
             pair: (0, 0),
+            settled: false,
         }
     }
 
     /// Makes a certificate of another moment of this history one of now.
     fn renew(&self, certificate: &mut Certificate, mode: OverlapMode) {
+        let changed = self.follow(certificate);
+        let users = certificate.bounds.len();
+        let before = certificate.max;
+        let (a, b) = certificate.pair;
+        certificate.max = self.overlap(a, b, mode);
+        let mut suspects = match certificate.settled && certificate.max >= before {
+            true => changed,
+            false => (0..users as u32).collect(),
+        };
+        self.keep_suspects(certificate, &mut suspects);
+        let many = self.layout.join_users.max(users / 32);
+        if users >= self.layout.join_users && suspects.len() > many.min(users / 2) {
+            suspects = self.look_by_join(certificate, suspects, mode);
+        }
+        self.look_at_all(certificate, suspects, mode);
+        certificate.settled = true;
+    }
+
+    /// What is known of the maximum at this moment, if anything is and no one is at work on
+    /// it. O(users with events since).
+    pub(crate) fn kept_maximum(&self, mode: OverlapMode) -> Option<Kept> {
+        let shared = self.maximum.certificates[mode as usize].try_lock().ok()?;
+        let known = shared.as_ref().filter(|c| c.version <= self.version);
+        let mut certificate = known?.clone();
+        drop(shared);
+        self.follow(&mut certificate);
+        let (a, b) = certificate.pair;
+        Some(Kept {
+            max: self.overlap(a, b, mode),
+            pair: (a, b),
+            bounds: certificate.bounds,
+        })
+    }
+
+    /// Goes on from what was kept of this very moment; false if it cannot be of it.
+    pub(crate) fn restore_maximum(&self, mode: OverlapMode, kept: Kept) -> bool {
+        let (a, b) = kept.pair;
+        let end = self.users.end();
+        let fits = kept.bounds.len() <= end as usize && a < end.max(1) && b < end.max(1);
+        if !fits || self.overlap(a, b, mode) != kept.max {
+            return false;
+        }
+        let mut bounds = kept.bounds;
+        bounds.resize(end as usize, 0);
+        let shared = &self.maximum.certificates[mode as usize];
+        *shared.lock().unwrap_or_else(PoisonError::into_inner) = Some(Certificate {
+            version: self.version,
+            changes: self.changes.clone(),
+            bounds,
+            max: kept.max,
+            pair: kept.pair,
+            settled: false,
+        });
+        true
+    }
+
+    /// Step 2: bounds that hold now. Returns the users with events since.
+    fn follow(&self, certificate: &mut Certificate) -> Vec<u32> {
         let bounds = &mut certificate.bounds;
         let users = bounds.len().max(self.users.end() as usize);
         bounds.resize(users, 0);
-        let mut suspects = Vec::new();
+        let mut changed = Vec::new();
         self.changes
             .for_each_difference(&certificate.changes, &mut |user, now, then| {
                 let change = now.unwrap_or(&0).abs_diff(*then.unwrap_or(&0));
                 if change > 0 && user < users {
                     bounds[user] = bounds[user].saturating_add(change.saturating_mul(2));
-                    suspects.push(user as u32);
+                    changed.push(user as u32);
                 }
             });
         certificate.changes = self.changes.clone();
         certificate.version = self.version;
-        let before = certificate.max;
-        certificate.max = match before {
-            u32::MAX => 0,
-            _ => self.overlap(certificate.pair.0, certificate.pair.1, mode),
-        };
-        let is_first = before == u32::MAX;
-        if certificate.max < before {
-            suspects = (0..users as u32).collect();
+        changed
+    }
+
+    /// Leaves the users who may have more than the maximum.
+    fn keep_suspects(&self, certificate: &Certificate, suspects: &mut Vec<u32>) {
+        let (max, bounds) = (certificate.max, &certificate.bounds);
+        suspects.retain(|&user| bounds[user as usize] > max && self.user_degree(user) > max);
+    }
+
+    /// Looks at all suspects at once. Returns those who must still be looked at.
+    fn look_by_join(
+        &self,
+        certificate: &mut Certificate,
+        mut suspects: Vec<u32>,
+        mode: OverlapMode,
+    ) -> Vec<u32> {
+        // A maximum close to the true one first: fewer pairs come near it. Of those with the
+        // most edges, and of others evenly.
+        let threads = threads();
+        let step = suspects.len() / SAMPLED + 1;
+        let mut sample: Vec<_> = suspects.iter().step_by(step).copied().collect();
+        let mut by_degree = suspects.clone();
+        let degrees: Vec<u32> = (0..self.users.end()).map(|u| self.user_degree(u)).collect();
+        by_degree.sort_unstable_by_key(|user| std::cmp::Reverse(degrees[*user as usize]));
+        sample.extend(by_degree.iter().take(SAMPLED));
+        let sample: Vec<_> = sample.into_iter().map(UserId).collect();
+        let looks = self.in_blocks(&sample, threads, |users, counters| {
+            self.look_at_block(users, mode, None, counters)
+        });
+        for (user, look) in sample.iter().zip(looks) {
+            certificate.found(user.0, look.with, look.best);
         }
-        self.look_at_all(certificate, suspects, mode, is_first);
+        let least = certificate.max - SLACK.min(certificate.max / 5) + 1;
+        self.keep_suspects(certificate, &mut suspects);
+        let everyone = suspects.len() * 4 > self.users.end() as usize * 3;
+        let probing = (!everyone).then_some(suspects.as_slice());
+        let Ok(threshold) = u8::try_from(least) else {
+            return suspects; // Few users can have so many, and those are not counted there.
+        };
+        let joined = self.join(probing, threshold, mode, threads);
+        // A pair that was not found has less than `least`; so much everyone is granted, for a
+        // bound is only right together with the other user's.
+        let bounds = &mut certificate.bounds;
+        let lowered: Vec<u32> = match everyone {
+            true => (0..bounds.len() as u32).collect(),
+            false => suspects,
+        };
+        bounds
+            .iter_mut()
+            .for_each(|bound| *bound = (*bound).max(least - 1));
+        for &user in &lowered {
+            bounds[user as usize] = least - 1;
+        }
+        for (a, b, overlap) in joined.pairs {
+            for user in [a, b] {
+                let bound = &mut certificate.bounds[user as usize];
+                *bound = (*bound).max(overlap);
+            }
+            certificate.found(a, b, overlap);
+        }
+        for &user in &joined.left_out {
+            let bound = &mut certificate.bounds[user as usize];
+            *bound = (*bound).max(degrees[user as usize].saturating_mul(2));
+        }
+        joined.left_out
     }
 
     /// Step 4. No other user than the `suspects` may be above the maximum.
@@ -146,7 +297,6 @@ impl Graph {
         certificate: &mut Certificate,
         mut suspects: Vec<u32>,
         mode: OverlapMode,
-        is_first: bool,
     ) {
         let mut at_once = 64_usize;
         loop {
@@ -158,14 +308,8 @@ impl Graph {
             }
             suspects.sort_unstable_by_key(|&user| std::cmp::Reverse(bounds[user as usize]));
             let now: Vec<_> = suspects.iter().take(at_once).map(|u| UserId(*u)).collect();
-            // Bounds as they are at first, degrees, are never below an overlap.
-            let known = if is_first {
-                None
-            } else {
-                Some(bounds.as_slice())
-            };
-            let threads = std::thread::available_parallelism().map_or(1, usize::from);
-            let looks = self.in_blocks(&now, threads, |users, counters| {
+            let known = Some(bounds.as_slice());
+            let looks = self.in_blocks(&now, threads(), |users, counters| {
                 self.look_at_block(users, mode, known, counters)
             });
             for (user, look) in now.iter().zip(looks) {

@@ -19,6 +19,8 @@ pub(crate) struct Layout {
     pub chunk_bits: u32,
     /// A list longer than the chunk's users divided by this becomes a bitmap.
     pub dense_divisor: usize,
+    /// With fewer users the maximum is found by counting for each of them.
+    pub join_users: usize,
 }
 
 impl Default for Layout {
@@ -26,6 +28,7 @@ impl Default for Layout {
         Self {
             chunk_bits: 16,
             dense_divisor: 128,
+            join_users: 4_096,
         }
     }
 }

@@ -152,6 +152,7 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
         let layout = Layout {
             chunk_bits: 9,
             dense_divisor: [64, 100, 512][random.below(3) as usize],
+            join_users: random.below(12) as usize,
         };
         let mut graph = Graph::with(layout, kernels[random.below(kernels.len() as u32) as usize]);
         let mut model = Model::default();
@@ -193,6 +194,7 @@ fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
         let layout = Layout {
             chunk_bits: 9 + random.below(3),
             dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
+            join_users: [0, 5_000][random.below(2) as usize],
         };
         let mut graph = Graph::with(layout, Kernel::Portable);
         for attribute in 0..attributes {

@@ -7,7 +7,7 @@ const HUNT: [(&str, u64); 7] = [
     ("histories", 40),
     ("torn-tails", 400),
     ("bit-flips", 60),
-    ("power-cuts", 100),
+    ("power-cuts", 300),
     ("failed-syncs", 12),
     ("failing-calls", 30),
     ("kills", 6),

@@ -1,5 +1,6 @@
 //! The learned half of Simpatico: taste into words, words into pictures.
 
+pub mod attributes;
 pub mod bundle;
 pub mod canny;
 pub mod chat;

@@ -13,6 +13,7 @@
 
 pub mod autoencoder;
 pub mod flow;
+pub(crate) mod judge_run;
 pub mod pairs;
 pub mod patches;
 

@@ -7,6 +7,7 @@ use anyhow::Result;
 use clap::{Args, Subcommand};
 use simpatico_engine::Device;
 use simpatico_engine::bundle::Bundle;
+use simpatico_engine::params::write_whole;
 use simpatico_engine::synth::{self, SynthOptions};
 use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_schema::edit::PreferencePair;
@@ -33,6 +34,9 @@ pub struct SynthArgs {
     /// Where the files go
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// Also write statistics.html: the data set's shape, with plots
+    #[arg(long)]
+    page: bool,
 }
 
 pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Result<Outcome> {
@@ -46,7 +50,12 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
             };
             let made = synth::generate(&options)?;
             std::fs::create_dir_all(&args.out)?;
-            let files = synth::write(&made, &args.out)?;
+            let mut files = synth::write(&made, &args.out)?;
+            if args.page {
+                let page = synth::page(&made);
+                write_whole(&args.out.join("statistics.html"), page.as_bytes())?;
+                files.push("statistics.html".into());
+            }
             let statistics = synth::statistics(&made);
             let answer = serde_json::json!({
                 "dir": args.out, "files": files, "counts": statistics.counts,

@@ -13,12 +13,16 @@
 //! assert!(vocabulary::mentioned(&words).iter().any(|a| a.name == "falling snow"), "{words}");
 //! ```
 
-use crate::vocabulary::{Attribute, Category, Cluster};
+use crate::vocabulary::{Attribute, Category, Cluster, Look, OverlayKind};
 use simpatico_schema::random::Philox;
 
-/// Main clauses: {o} is the thing, {a} the attribute's wording.
-fn clauses(category: Category) -> &'static [&'static str] {
-    match category {
+/// Main clauses that fit an attribute in this wording: {o} is the thing, {a} the wording. The
+/// verb must suit what is asked for: snow can fill the air, film grain cannot; a frame goes
+/// around a picture; one can turn something into "a watercolor" but hardly into "line art".
+fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
+    let says = |words: &[&str]| words.iter().any(|w| wording.contains(w));
+    let counted = ["a ", "an ", "the "].iter().any(|w| wording.starts_with(w));
+    match attribute.category {
         Category::Color => &[
             "Recolor {o} in {a}",
             "Change the colors of {o} to {a}",
@@ -28,6 +32,12 @@ fn clauses(category: Category) -> &'static [&'static str] {
             "Make {o} stand out in {a}",
             "Dress {o} in {a}",
         ],
+        Category::Tone if says(&["contrast", "black", "monochrome", "processing"]) => &[
+            "Regrade the picture of {o} for {a}",
+            "Finish the picture of {o} with {a}",
+            "Develop the picture of {o} with {a}",
+            "Go for {a} in the picture of {o}",
+        ],
         Category::Tone => &[
             "Grade the whole picture with {a}",
             "Apply {a} to the scene around {o}",
@@ -36,13 +46,19 @@ fn clauses(category: Category) -> &'static [&'static str] {
             "Wash the image in {a}",
             "Set a mood with {a} across the image",
         ],
-        Category::Style => &[
+        Category::Style if counted => &[
             "Redraw {o} as {a}",
             "Turn the picture of {o} into {a}",
-            "Reimagine {o} in the manner of {a}",
-            "Restyle the image after {a}",
             "Present {o} as if it were {a}",
             "Transform the scene with {o} into {a}",
+            "Reimagine {o} in the manner of {a}",
+        ],
+        Category::Style => &[
+            "Redraw {o} in the look of {a}",
+            "Reimagine {o} in the manner of {a}",
+            "Restyle the image after {a}",
+            "Render {o} the way of {a}",
+            "Give the picture of {o} the character of {a}",
         ],
         Category::Object => &[
             "Add {a} next to {o}",
@@ -61,6 +77,12 @@ fn clauses(category: Category) -> &'static [&'static str] {
             "Show {a} behind {o}",
             "Swap the backdrop for {a}",
         ],
+        Category::Material if says(&["finish", "surface", "coat", "shell", "lattice"]) => &[
+            "Give {o} {a}",
+            "Remake {o} with {a}",
+            "Let {o} have {a}",
+            "Replace the outside of {o} with {a}",
+        ],
         Category::Material => &[
             "Make {o} out of {a}",
             "Give {o} a surface of {a}",
@@ -77,13 +99,41 @@ fn clauses(category: Category) -> &'static [&'static str] {
             "Let {a} run across {o}",
             "Give {o} a surface with {a}",
         ],
-        Category::Overlay => &[
-            "Overlay {a} on the picture",
-            "Fill the air around {o} with {a}",
-            "Add {a} over the whole scene",
-            "Let {a} drift across {o}",
-            "Blend {a} over the image of {o}",
-            "Top off the image with {a}",
+        Category::Overlay => match attribute.look {
+            Some(Look::Overlay(OverlayKind::Frame, ..)) => &[
+                "Put {a} around the picture of {o}",
+                "Frame {o} with {a}",
+                "Set the picture of {o} inside {a}",
+                "Finish the image with {a} around {o}",
+            ],
+            Some(Look::Overlay(
+                OverlayKind::Grain
+                | OverlayKind::Scratches
+                | OverlayKind::LightLeak
+                | OverlayKind::Scanlines
+                | OverlayKind::Vignette,
+                ..,
+            )) => &[
+                "Finish the picture of {o} with {a}",
+                "Overlay {a} on the picture",
+                "Give the image of {o} {a}",
+                "Let the picture of {o} show {a}",
+                "Print the picture of {o} with {a}",
+            ],
+            _ => &[
+                "Overlay {a} on the picture",
+                "Fill the air around {o} with {a}",
+                "Add {a} over the whole scene",
+                "Let {a} drift across {o}",
+                "Blend {a} over the image of {o}",
+                "Top off the image with {a}",
+            ],
+        },
+        Category::Light if says(&["shad", "dusk", "hour"]) => &[
+            "Relight {o} using {a}",
+            "Let {a} fall on {o}",
+            "Show {o} in {a}",
+            "Set the scene with {o} in {a}",
         ],
         Category::Light => &[
             "Light {o} with {a}",
@@ -97,16 +147,21 @@ fn clauses(category: Category) -> &'static [&'static str] {
 }
 
 /// Second clauses, after "and": {a} is the wording, "it" the thing.
-fn second_clauses(category: Category) -> &'static [&'static str] {
-    match category {
+fn second_clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
+    let says = |words: &[&str]| words.iter().any(|w| wording.contains(w));
+    match attribute.category {
         Category::Color => &["recolor it in {a}", "shift its colors to {a}"],
         Category::Tone => &["grade everything with {a}", "finish with {a}"],
-        Category::Style => &["render it all as {a}", "style it like {a}"],
+        Category::Style => &["style it all like {a}", "give it the look of {a}"],
         Category::Object => &["add {a} beside it", "place {a} nearby", "include {a}"],
         Category::Background => &["set it against {a}", "put {a} behind it"],
         Category::Material => &["make it look like {a}", "give it the feel of {a}"],
         Category::Pattern => &["decorate it with {a}", "print {a} on it"],
-        Category::Overlay => &["add {a} over the scene", "top it with {a}"],
+        Category::Overlay => match attribute.look {
+            Some(Look::Overlay(OverlayKind::Frame, ..)) => &["put {a} around it all"],
+            _ => &["add {a} over the scene", "finish with {a}"],
+        },
+        Category::Light if says(&["shad", "dusk", "hour"]) => &["show it in {a}"],
         Category::Light => &["light it with {a}", "bathe it in {a}"],
     }
 }
@@ -158,15 +213,14 @@ pub fn instruction(
     tone: Option<&str>,
 ) -> String {
     let main = attributes[0];
-    let mut text = fill(
-        pick(random, clauses(main.category)),
-        object,
-        &say(random, main),
-    );
+    let wording = say(random, main);
+    let clause = pick(random, clauses(main, &wording));
+    let mut text = fill(clause, object, &wording);
     if let Some(second) = attributes.get(1) {
-        let clause = pick(random, second_clauses(second.category));
+        let wording = say(random, second);
+        let clause = pick(random, second_clauses(second, &wording));
         text += " and ";
-        text += &fill(clause, object, &say(random, second));
+        text += &fill(clause, object, &wording);
     }
     if let Some(tone) = tone {
         let tail = pick(random, TAILS).replace("{t}", tone);
@@ -219,6 +273,29 @@ mod tests {
                 assert!(!text.contains('{') && text.ends_with('.'), "{text}");
             }
         }
+    }
+
+    #[test]
+    fn verbs_suit_what_is_asked_for() {
+        let said = |name: &str| -> String {
+            let attribute = vocabulary::find(name).unwrap();
+            let one = |i| instruction(&mut Philox::new(2, i), "the mug", &[attribute], None);
+            (0..60).map(one).collect::<Vec<_>>().join("\n")
+        };
+        for (name, misfits) in [
+            ("film grain", &["the air", "drift", "Paint", "Wash"][..]),
+            ("a polaroid frame", &["the air", "drift", "over the whole"]),
+            ("a dark vignette", &["drift", "the air"]),
+            ("line art", &["into line art", "as line art"]),
+            ("high contrast", &["Wash"]),
+            ("window-blind shadows", &["Light", "Illuminate", "Bathe"]),
+        ] {
+            let text = said(name);
+            for misfit in misfits {
+                assert!(!text.contains(misfit), "{name}: {misfit} in\n{text}");
+            }
+        }
+        assert!(said("falling snow").contains("the air"));
     }
 
     #[test]

@@ -20,6 +20,7 @@
 use crate::error::{Error, Result};
 use crate::grammar;
 use crate::params::write_whole;
+use crate::plot;
 use crate::vocabulary::{self, Attribute, Category, Cluster, EditType};
 use flate2::{Compression, write::GzEncoder};
 use serde::{Deserialize, Serialize};
@@ -789,6 +790,104 @@ pub struct Statistics {
     pub words: BTreeMap<usize, usize>,
     /// Stated opinions of a user: how many users have n.
     pub edges: BTreeMap<usize, usize>,
+    /// The share of likes among all stated opinions.
+    pub liked_share: f64,
+    /// Users by their main taste, most first.
+    pub main_tastes: Vec<(String, usize)>,
+}
+
+/// A page with the data set's shape: what it counts, and plots of it.
+pub fn page(synth: &Synth) -> String {
+    let found = statistics(synth);
+    let mut table = String::new();
+    let rows = [&found.counts, &found.pairs_by_type, &found.pairs_by_split];
+    for (name, count) in rows.into_iter().flatten() {
+        table += &format!("{name:<24}{count:>9}\n");
+    }
+    table += &format!(
+        "{:<24}{:>8.1}%\n{:<24}{:>8.1}%\n",
+        "likes among opinions",
+        100.0 * found.liked_share,
+        "different instructions",
+        100.0 * found.distinct_instructions
+    );
+    let histogram = |title: &str, x: &str, y: &str, counts: &BTreeMap<usize, usize>| {
+        let points = counts.iter().map(|(n, count)| (*n as f64, *count as f64));
+        plot::Lines {
+            title: title.into(),
+            x: plot::Axis::linear(x),
+            y: plot::Axis::linear(y),
+            series: vec![plot::Series::new(y, points)],
+        }
+        .to_svg()
+    };
+    let ranks = found.likes_by_attribute.iter().enumerate();
+    let tail = plot::Lines {
+        title: "The long tail".into(),
+        x: plot::Axis::logarithmic("rank of the attribute"),
+        y: plot::Axis::logarithmic("users who like it"),
+        series: vec![plot::Series::new(
+            "likes",
+            ranks.map(|(i, (_, n))| ((i + 1) as f64, *n as f64)),
+        )],
+    };
+    let tastes = |from: usize| plot::Bars {
+        title: "Users by main taste".into(),
+        y_label: "users".into(),
+        groups: found
+            .main_tastes
+            .iter()
+            .skip(from)
+            .take(8)
+            .map(|t| t.0.clone())
+            .collect(),
+        series: vec![(
+            "users".into(),
+            found
+                .main_tastes
+                .iter()
+                .skip(from)
+                .take(8)
+                .map(|t| Some((t.1 as f64).into()))
+                .collect(),
+        )],
+    };
+    let mut sample = String::new();
+    for pair in synth
+        .pairs
+        .iter()
+        .step_by((synth.pairs.len() / 12).max(1))
+        .take(12)
+    {
+        sample += &format!(
+            "{}\n  + {}\n  - {}\n",
+            pair.caption, pair.chosen, pair.rejected
+        );
+    }
+    plot::page(
+        "The synthetic community",
+        &[
+            plot::verbatim(&table),
+            histogram(
+                "Stated opinions of a user",
+                "opinions",
+                "users",
+                &found.edges,
+            ),
+            tail.to_svg(),
+            tastes(0).to_svg(),
+            tastes(8).to_svg(),
+            tastes(16).to_svg(),
+            histogram(
+                "Length of an instruction",
+                "words",
+                "instructions",
+                &found.words,
+            ),
+            "<h2>Some pairs</h2>".into(),
+            plot::verbatim(&sample),
+        ],
+    )
 }
 
 /// Counts what is in the data set.
@@ -821,6 +920,15 @@ pub fn statistics(synth: &Synth) -> Statistics {
     edges
         .values()
         .for_each(|n| *by_edges.entry(*n).or_default() += 1);
+    let likes_said = synth
+        .events
+        .iter()
+        .filter(|e| e.polarity == Polarity::Like)
+        .count();
+    let main = synth.users.iter().filter_map(|u| u.clusters.first());
+    let main: BTreeMap<String, usize> = tally(&mut main.map(|c| c.0.clone()));
+    let mut main_tastes: Vec<(String, usize)> = main.into_iter().collect();
+    main_tastes.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
     let counts = [
         ("users", synth.users.len()),
         ("held-out users", synth.splits.held_out_users.len()),
@@ -838,6 +946,8 @@ pub fn statistics(synth: &Synth) -> Statistics {
         distinct_instructions: distinct as f64 / (synth.pairs.len() * 2).max(1) as f64,
         words,
         edges: by_edges,
+        liked_share: likes_said as f64 / synth.events.len().max(1) as f64,
+        main_tastes,
     }
 }
 
@@ -851,6 +961,21 @@ mod tests {
             ..SynthOptions::default()
         })
         .unwrap()
+    }
+
+    #[test]
+    fn the_page_shows_the_shape() {
+        let synth = small();
+        let page = page(&synth);
+        assert!(page.matches("<svg").count() >= 5 && page.contains("long tail"));
+        let found = statistics(&synth);
+        assert!(
+            (0.5..0.95).contains(&found.liked_share),
+            "{}",
+            found.liked_share
+        );
+        let users: usize = found.main_tastes.iter().map(|t| t.1).sum();
+        assert_eq!(users, 300);
     }
 
     #[test]

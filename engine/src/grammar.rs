@@ -57,7 +57,7 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
             "Redraw {o} in the look of {a}",
             "Reimagine {o} in the manner of {a}",
             "Restyle the image after {a}",
-            "Render {o} the way of {a}",
+            "Redo the picture of {o} in the style of {a}",
             "Give the picture of {o} the character of {a}",
         ],
         Category::Object => &[
@@ -129,7 +129,7 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
                 "Top off the image with {a}",
             ],
         },
-        Category::Light if says(&["shad", "dusk", "hour"]) => &[
+        Category::Light if says(&["shad", "blinds", "dusk", "hour"]) => &[
             "Relight {o} using {a}",
             "Let {a} fall on {o}",
             "Show {o} in {a}",
@@ -159,9 +159,21 @@ fn second_clauses(attribute: &Attribute, wording: &str) -> &'static [&'static st
         Category::Pattern => &["decorate it with {a}", "print {a} on it"],
         Category::Overlay => match attribute.look {
             Some(Look::Overlay(OverlayKind::Frame, ..)) => &["put {a} around it all"],
-            _ => &["add {a} over the scene", "finish with {a}"],
+            Some(Look::Overlay(
+                OverlayKind::Grain
+                | OverlayKind::Scratches
+                | OverlayKind::LightLeak
+                | OverlayKind::Scanlines
+                | OverlayKind::Vignette,
+                ..,
+            )) => &["add {a} over the scene", "finish with {a}"],
+            _ => &[
+                "add {a} over the scene",
+                "finish with {a}",
+                "let {a} drift over it",
+            ],
         },
-        Category::Light if says(&["shad", "dusk", "hour"]) => &["show it in {a}"],
+        Category::Light if says(&["shad", "blinds", "dusk", "hour"]) => &["show it in {a}"],
         Category::Light => &["light it with {a}", "bathe it in {a}"],
     }
 }

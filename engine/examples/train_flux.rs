@@ -197,8 +197,8 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let mut rows = vec![before.clone(), wanted];
             for (control, mode, start, cfg) in [
                 (&before, Mode::Tile, 1.0, 1.0),
-                (&before, Mode::Tile, 0.8, 2.5),
-                (&drawn, Mode::Canny, 0.8, 2.5),
+                (&before, Mode::Tile, 1.0, 2.5),
+                (&drawn, Mode::Canny, 0.9, 1.5),
                 (&drawn, Mode::Canny, 1.0, 2.5),
             ] {
                 let settings = (start, 20, cfg);

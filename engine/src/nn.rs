@@ -356,17 +356,22 @@ pub fn matmul_t(x: &Tensor, w: &Tensor) -> Result<Tensor> {
     Ok(y.reshape(shape)?)
 }
 
+/// How a linear layer's weight begins where none is loaded. Without this a builder gives zeros:
+/// nothing flows, and behind norms the gradient of nothing overflows.
+const FRESH: candle_nn::Init = candle_nn::init::DEFAULT_KAIMING_UNIFORM;
+
 /// A linear layer with bias, `weight` and `bias` under the prefix of `vb`.
 pub fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
     Ok(Linear::new(
-        vb.get((outputs, inputs), "weight")?,
+        vb.get_with_hints((outputs, inputs), "weight", FRESH)?,
         Some(vb.get(outputs, "bias")?),
     ))
 }
 
 /// A linear layer without bias, `weight` under the prefix of `vb`.
 pub fn linear_no_bias(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
-    Ok(Linear::new(vb.get((outputs, inputs), "weight")?, None))
+    let weight = vb.get_with_hints((outputs, inputs), "weight", FRESH)?;
+    Ok(Linear::new(weight, None))
 }
 
 // ------------------------------------------------------------------------------- norms

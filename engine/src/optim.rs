@@ -123,7 +123,12 @@ pub struct AdamW {
     groups: Vec<(f64, f64)>,
     slots: Vec<Slot>,
     steps: usize,
+    /// Steps in a row whose gradient was not finite.
+    lost: usize,
 }
+
+/// After so many steps in a row without a finite gradient a run cannot come to anything.
+const LOST_MAX: usize = 8;
 
 impl AdamW {
     /// Starts with moments of zero.
@@ -163,6 +168,7 @@ impl AdamW {
             groups: rates,
             slots,
             steps: 0,
+            lost: 0,
         })
     }
 
@@ -218,13 +224,21 @@ impl AdamW {
     /// Moves the weights by the accumulated gradients, at `factor` × each group's rate, and
     /// clears them. Returns the global norm before clipping. A gradient that is not finite
     /// moves nothing: the step is counted, the weights stay, the norm returned is what it was.
+    ///
+    /// # Errors
+    /// After eight such steps in a row, naming the first parameter concerned.
     pub fn step(&mut self, factor: f64) -> Result<f64> {
         let norm = self.gradient_norm()?;
         self.steps += 1;
         if !norm.is_finite() {
+            self.lost += 1;
+            if self.lost >= LOST_MAX {
+                return Err(self.lost_gradient()?);
+            }
             self.slots.iter_mut().for_each(|s| s.gradient = None);
             return Ok(norm);
         }
+        self.lost = 0;
         let clip = match self.options.max_grad_norm {
             Some(most) if norm > most => most / (norm + 1e-6),
             _ => 1.0,
@@ -266,6 +280,23 @@ impl AdamW {
             }
         }
         Ok(norm)
+    }
+
+    fn lost_gradient(&self) -> Result<Error> {
+        for slot in &self.slots {
+            let Some(g) = &slot.gradient else { continue };
+            if !g.sqr()?.sum_all()?.to_scalar::<f32>()?.is_finite() {
+                return Ok(Error::BadRequest(format!(
+                    "{LOST_MAX} steps in a row had no finite gradient ({} is one of those \
+                     concerned): lower the learning rate, or look for inputs of zeros or of \
+                     great size",
+                    slot.name
+                )));
+            }
+        }
+        Ok(Error::BadRequest(format!(
+            "{LOST_MAX} steps in a row had gradients too great to add up: lower the learning rate"
+        )))
     }
 
     fn gradient_norm(&self) -> Result<f64> {
@@ -374,6 +405,28 @@ mod tests {
             weight_decay: 0.01,
         };
         (var, AdamW::new(vec![group], options).unwrap())
+    }
+
+    #[test]
+    fn a_run_without_finite_gradients_is_stopped_and_named() -> Result<()> {
+        let var = Var::new(&[1f32], &Device::Cpu)?;
+        let group = Group {
+            vars: vec![("w".into(), var.clone())],
+            lr: 0.1,
+            weight_decay: 0.0,
+        };
+        let mut adam = AdamW::new(vec![group], AdamWOptions::default())?;
+        let mut outcomes = Vec::new();
+        for _ in 0..LOST_MAX {
+            let gradients = (var.as_tensor() * f64::NAN)?.sum_all()?.backward()?;
+            adam.accumulate(&gradients, 1.0)?;
+            outcomes.push(adam.step(1.0));
+        }
+        let last = outcomes.pop().map(|o| o.map_err(|e| e.to_string()));
+        assert!(outcomes.iter().all(Result::is_ok));
+        assert!(matches!(last, Some(Err(text)) if text.contains("w is one")));
+        assert_eq!(var.to_vec1::<f32>()?, [1.0]);
+        Ok(())
     }
 
     #[test]

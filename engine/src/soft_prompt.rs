@@ -132,6 +132,25 @@ impl SoftPrompt {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use simpatico_schema::random::Philox;
+
+    #[test]
+    fn a_fresh_soft_prompt_says_something_and_is_of_the_size_asked_for() {
+        let config = SoftPromptConfig {
+            embedding: 32,
+            inner: 64,
+            tokens: 8,
+            hidden: 48,
+            scale: 0.1,
+            normalize: true,
+        };
+        let (soft, _) = SoftPrompt::fresh(config, 3, &Device::Cpu).unwrap();
+        let users = Tensor::from_vec(Philox::new(1, 1).normals(64), (2, 32), &Device::Cpu).unwrap();
+        let tokens = soft.forward(&users).unwrap();
+        let size = tokens.sqr().unwrap().mean_all().unwrap();
+        let size = size.to_scalar::<f32>().unwrap().sqrt();
+        assert!((0.005..0.2).contains(&size), "{size}");
+    }
 
     #[test]
     fn a_soft_prompt_saves_loads_and_refuses_what_does_not_fit() {

@@ -62,7 +62,7 @@ fn measure_workload(
     while let Some(event) = all.next() {
         piece.push(event);
         if piece.len() == PIECE || all.peek().is_none() {
-            let before = cpu_seconds();
+            let used = cpu_seconds();
             let (append, done) = seconds(|| -> Outcome {
                 for events in piece.chunks(APPEND) {
                     store.append_with(events, Ack::Accepted)?;
@@ -70,16 +70,16 @@ fn measure_workload(
                 Ok(())
             });
             done?;
-            (taken, cpu) = (taken + append, cpu + cpu_seconds() - before);
+            (taken, cpu) = (taken + append, cpu + cpu_seconds() - used);
             piece.clear();
         }
     }
     drop(piece);
     // The load is done when all of it is on disk.
-    let before = cpu_seconds();
+    let used = cpu_seconds();
     let (flush, flushed) = seconds(|| store.flush());
     flushed?;
-    (taken, cpu) = (taken + flush, cpu + cpu_seconds() - before);
+    (taken, cpu) = (taken + flush, cpu + cpu_seconds() - used);
     report.add(
         &format!("{name} bulk load, processor seconds"),
         json!(round(cpu)),

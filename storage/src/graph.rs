@@ -29,6 +29,7 @@ mod names;
 mod pack;
 mod postings;
 mod query;
+mod ranks;
 mod registers;
 pub(crate) mod tree;
 
@@ -91,6 +92,7 @@ pub struct Graph {
     /// Grows by one with each change of an edge, along one history.
     version: u64,
     maximum: Arc<Maximum>,
+    ranks: Arc<ranks::Ranks>,
     layout: Layout,
     kernel: Kernel,
     /// New bytes of a record, kept between events to spare an allocation each.
@@ -128,6 +130,7 @@ impl Graph {
             changes: ChangeCounts::default(),
             version: 0,
             maximum: Arc::default(),
+            ranks: Arc::default(),
             layout,
             kernel,
             scratch: Vec::new(),
@@ -136,7 +139,11 @@ impl Graph {
 
     /// The id of this user, which is new if the name is.
     pub fn add_user(&mut self, name: &str) -> UserId {
-        UserId(self.users.find_or_add(name).0)
+        let (number, is_new) = self.users.find_or_add(name);
+        if is_new {
+            ranks::next_end(&mut self.ranks, number, number + 1);
+        }
+        UserId(number)
     }
 
     /// The id of this attribute, which is new if the name is.
@@ -459,7 +466,8 @@ impl Graph {
     }
 
     fn finish(&self, top: Top) -> Vec<(UserId, u32)> {
-        let best = top.finish(|user| self.users.bytes(user));
+        let ranks = || ranks::get(&self.ranks, &self.users);
+        let best = top.finish(|user| self.users.bytes(user), ranks);
         let with_id = best
             .into_iter()
             .map(|(user, overlap)| (UserId(user), overlap));

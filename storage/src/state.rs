@@ -15,7 +15,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// How many events go to the graph at once.
-const BATCH: usize = 4096;
+const BATCH: usize = 16_384;
 
 /// Everything a store knows.
 #[derive(Clone, Default)]

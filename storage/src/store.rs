@@ -42,7 +42,7 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 /// Readers do not wait for an append of more events.
 const LONG_APPEND: usize = 16_384;
 /// How events of one append are taken to the graph: so many at a time.
-const BATCH: usize = 1024;
+const BATCH: usize = 8_192;
 /// An event without a time that meets a register of the same millisecond comes after it, but
 /// never by more than this, in milliseconds.
 const ARRIVAL_BUMP_MAX_MS: i64 = 1000;

@@ -181,7 +181,7 @@ fn history(seed: u64, steps: u32, path: &Path) {
 
 #[test]
 fn random_histories_equal_a_plain_model() {
-    let histories = std::env::var("SIMPATICO_HISTORIES").map_or(300, |n| n.parse().unwrap());
+    let histories = std::env::var("SIMPATICO_HISTORIES").map_or(2_000, |n| n.parse().unwrap());
     // Thousands of syncs: in memory where that is possible, since no power is cut here.
     let dir = tempfile::tempdir_in("/dev/shm")
         .or_else(|_| tempfile::tempdir())

@@ -114,6 +114,7 @@ fn goal(figure: &str) -> Option<&'static str> {
 }
 
 /// Seconds of processor time this process has used, all threads together.
+#[allow(dead_code)] // Not every benchmark that includes this file asks.
 pub fn cpu_seconds() -> f64 {
     let stat = std::fs::read_to_string("/proc/self/stat").unwrap_or_default();
     let after = stat.rsplit(')').next().unwrap_or_default();

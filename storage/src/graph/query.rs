@@ -9,6 +9,10 @@
 
 use super::kernel::{Bitmaps, Kernel, MAX_COUNTED, count_list, prefetch_lists};
 use super::postings::{BLOCK_USERS, Chunk, Layout, Posting};
+use std::sync::Arc;
+
+/// With more ties, ranks decide instead of names where they are at hand.
+const MANY_TIES: usize = 2_048;
 
 /// An attribute's posting, or its likes and its dislikes.
 pub(crate) type Source<'a> = (&'a Posting, Option<&'a Posting>);
@@ -212,12 +216,22 @@ impl Top {
     }
 
     /// The best k, by count falling, then name rising.
-    pub fn finish<'n>(mut self, name: impl Fn(u32) -> &'n [u8]) -> Vec<(u32, u32)> {
+    /// `ranks` gives the first users' places in the order of names, or nothing.
+    pub fn finish<'n>(
+        mut self,
+        name: impl Fn(u32) -> &'n [u8],
+        ranks: impl FnOnce() -> Option<Arc<Vec<u32>>>,
+    ) -> Vec<(u32, u32)> {
         let least = self.least;
         self.candidates.retain(|c| c.1 >= least);
         let (mut best, mut ties): (Vec<_>, Vec<_>) =
             self.candidates.into_iter().partition(|c| c.1 > least);
         let places = self.k - best.len().min(self.k);
+        if ties.len() > MANY_TIES.max(places)
+            && let Some(ranks) = ranks()
+        {
+            ties = first_by_rank(ties, places, &ranks);
+        }
         if ties.len() > places {
             ties = first_by_name(ties, places, &name);
         }
@@ -227,6 +241,19 @@ impl Top {
         crate::log::planted::scramble(&mut best);
         best
     }
+}
+
+/// The candidates without those who have a rank but not one of the `places` least.
+fn first_by_rank(ties: Vec<(u32, u32)>, places: usize, ranks: &[u32]) -> Vec<(u32, u32)> {
+    let (mut ranked, mut rest): (Vec<_>, Vec<_>) = ties
+        .into_iter()
+        .partition(|(user, _)| (*user as usize) < ranks.len());
+    if ranked.len() > places {
+        ranked.select_nth_unstable_by_key(places, |(user, _)| ranks[*user as usize]);
+        ranked.truncate(places);
+    }
+    ranked.append(&mut rest);
+    ranked
 }
 
 /// The `places` candidates with the least names.

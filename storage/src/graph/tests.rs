@@ -358,11 +358,29 @@ fn a_user_who_ties_with_everyone_gets_the_first_by_name() {
     }
     let mut sorted: Vec<_> = names[1..].to_vec();
     sorted.sort();
-    let found = graph.similar(UserId(0), 10, OverlapMode::Agreeing);
-    let found: Vec<_> = found
-        .iter()
-        .map(|&(u, n)| (graph.user_name(u), n))
-        .collect();
-    let expected: Vec<_> = sorted[..10].iter().map(|name| (name.as_str(), 1)).collect();
-    assert_eq!(found, expected);
+    let assert_first = |graph: &Graph, sorted: &[String]| {
+        let found = graph.similar(UserId(0), 10, OverlapMode::Agreeing);
+        let found: Vec<_> = found
+            .iter()
+            .map(|&(u, n)| (graph.user_name(u), n))
+            .collect();
+        let expected: Vec<_> = sorted[..10].iter().map(|name| (name.as_str(), 1)).collect();
+        assert_eq!(found, expected);
+    };
+    assert_first(&graph, &sorted);
+    // Once they are made, ranks decide, but not over users who came after them, nor over those
+    // of another history.
+    while ranks::get(&graph.ranks, &graph.users).is_none() {
+        std::thread::yield_now();
+    }
+    assert_first(&graph, &sorted);
+    let mut other = graph.clone();
+    for (graph, name) in [(&mut graph, "0 new"), (&mut other, "00 other")] {
+        let user = graph.add_user(name);
+        graph.set(user, attribute, like);
+        let mut sorted = sorted.clone();
+        sorted.push(name.into());
+        sorted.sort();
+        assert_first(graph, &sorted);
+    }
 }

@@ -1,0 +1,63 @@
+//! Users' places in the order of their names, for questions on which very many users tie.
+//!
+//! A name costs several cache misses, a rank one integer of an array that is read in order. Ranks
+//! are made on a thread of their own when they are first missed, again after the users have
+//! grown by a third, and never waited for: without them, and for users who came since, names
+//! are compared.
+
+use super::names::Names;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// What all snapshots of one history share.
+#[derive(Debug, Default)]
+pub(crate) struct Ranks {
+    /// The history's newest number of users. Another clone that adds users starts its own.
+    newest: AtomicU32,
+    made: Mutex<Made>,
+}
+
+#[derive(Debug, Default)]
+struct Made {
+    /// By user number. A number's name never changes, so that they hold in every snapshot.
+    ranks: Option<Arc<Vec<u32>>>,
+    at_work: bool,
+}
+
+/// Moves a history on after a user was added; a graph that is not at its end gets its own.
+pub(crate) fn next_end(ranks: &mut Arc<Ranks>, old: u32, new: u32) {
+    let order = Ordering::Relaxed;
+    let moved = ranks.newest.compare_exchange(old, new, order, order);
+    if moved.is_err() {
+        *ranks = Arc::default();
+        ranks.newest.store(new, order);
+    }
+}
+
+/// The ranks of the first users, as far as they are made; has more made if those are few.
+pub(crate) fn get(ranks: &Arc<Ranks>, names: &Names) -> Option<Arc<Vec<u32>>> {
+    let mut made = ranks.made.lock().unwrap_or_else(PoisonError::into_inner);
+    let known = made.ranks.as_ref().map_or(0, |ranks| ranks.len());
+    if !made.at_work && known < names.end() as usize / 4 * 3 {
+        let (names, ranks) = (names.clone(), ranks.clone());
+        let thread = std::thread::Builder::new().name("simpatico-ranks".into());
+        let started = thread.spawn(move || {
+            let fresh = Arc::new(make(&names));
+            let mut made = ranks.made.lock().unwrap_or_else(PoisonError::into_inner);
+            (made.ranks, made.at_work) = (Some(fresh), false);
+        });
+        made.at_work = started.is_ok();
+    }
+    made.ranks.clone()
+}
+
+/// O(n log n).
+pub(crate) fn make(names: &Names) -> Vec<u32> {
+    let mut order: Vec<(&[u8], u32)> = (0..names.end()).map(|u| (names.bytes(u), u)).collect();
+    order.sort_unstable();
+    let mut ranks = vec![0; order.len()];
+    for (rank, (_, user)) in (0u32..).zip(order) {
+        ranks[user as usize] = rank;
+    }
+    ranks
+}

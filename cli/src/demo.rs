@@ -15,12 +15,13 @@ use crate::{CANCELLED, Common, Outcome, cancelled};
 use anyhow::{Context, Result, bail};
 use clap::Args;
 use page::{Cell, Dot, Grid, Page, Round, UserCard};
-use simpatico_engine::bundle::Bundle;
 use simpatico_engine::bundle::packages::{Model, Source as ModelSource};
+use simpatico_engine::bundle::{Bundle, Location};
 use simpatico_engine::canny::canny;
 use simpatico_engine::edit::{Answer, Edit, EditRequest, Hooks, Source, feedback, record_of};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::picture::{Picture, write_whole};
+use simpatico_engine::render::artwork::cut_outs;
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::synth::{self, Synth, SynthOptions};
 use simpatico_schema::edit::EditSettings;
@@ -61,7 +62,11 @@ pub fn run(args: &DemoArgs, common: &Common, output: &Output) -> Result<Outcome>
         );
     }
     let mut page = Page::default();
-    let subjects = subjects(args.photos.as_deref(), common.seed)?;
+    let subjects = subjects(
+        args.photos.as_deref(),
+        &Bundle::find(&common.bundle)?,
+        common.seed,
+    )?;
     fetch_models(common, output)?;
 
     let store = Store::open(&folder, Options::default())?;
@@ -360,8 +365,8 @@ fn cold_start(community: &Synth, page: &mut Page) -> Result<()> {
     std::fs::remove_dir_all(&folder).with_context(|| folder.display().to_string())
 }
 
-/// The pictures: the caller's own, or drawings of objects that no training has seen.
-fn subjects(photos: Option<&Path>, seed: u64) -> Result<Vec<Subject>> {
+/// The pictures: the caller's own, or artwork and drawings that no training has seen.
+fn subjects(photos: Option<&Path>, bundle: &Bundle, seed: u64) -> Result<Vec<Subject>> {
     if let Some(folder) = photos {
         let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
             .with_context(|| folder.display().to_string())?
@@ -391,16 +396,29 @@ fn subjects(photos: Option<&Path>, seed: u64) -> Result<Vec<Subject>> {
         }
         return Ok(subjects);
     }
+    // What the bundle brings along, and drawings of the objects that are never trained on.
+    let artwork = match bundle.path(&Location("artwork".into())) {
+        Ok(folder) if folder.is_dir() => cut_outs(&folder)?,
+        _ => Vec::new(),
+    };
     let colors = [Color::Red, Color::Blue, Color::Green, Color::Yellow];
-    Ok((0..PICTURES)
-        .map(|i| {
-            let object = Object::HELD_OUT[i % Object::HELD_OUT.len()];
-            let color = colors[i / Object::HELD_OUT.len() % colors.len()];
-            let scene = Scene::plain(object, color, seed + i as u64);
-            Subject {
-                caption: scene.caption(),
-                picture: Picture::from_rgb(128, 128, scene.render(128)),
-            }
+    let drawn = (0..PICTURES).map(|i| {
+        let object = Object::HELD_OUT[i % Object::HELD_OUT.len()];
+        let color = colors[i / Object::HELD_OUT.len() % colors.len()];
+        Scene::plain(object, color, seed + i as u64)
+    });
+    let known = artwork.into_iter().enumerate();
+    let scenes: Vec<Scene> = known
+        .map(|(i, art)| Scene::plain(art, None, seed + i as u64))
+        .take(PICTURES - Object::HELD_OUT.len())
+        .chain(drawn)
+        .take(PICTURES)
+        .collect();
+    Ok(scenes
+        .into_iter()
+        .map(|scene| Subject {
+            caption: scene.caption(),
+            picture: Picture::from_rgb(128, 128, scene.render(128)),
         })
         .collect())
 }

@@ -150,8 +150,7 @@ fn grids(out: &mut String, page: &Page) {
     out.push_str(
         "<h2>The same pictures, edited for each of them</h2>\
          <p>None of these pictures was in the training data. Rest the pointer on an edit to see \
-         why it was made. The small picture model that ships is early in its training: objects stay, \
-         new looks mostly do not come through yet (its model card says how far it is).</p><div class=scroll><table class=grid><tr><th>before<th>edges",
+         why it was made.</p><div class=scroll><table class=grid><tr><th>before<th>edges",
     );
     for user in &page.users {
         let _ = write!(out, "<th>{}", escape(&user.name));

@@ -6,7 +6,6 @@ use simpatico_schema::{Event, Polarity};
 use simpatico_storage::{Ack, Options, Store};
 
 const BATCH: u64 = 10_000;
-const USERS: u32 = 20_000;
 const ATTRIBUTES: u32 = 500;
 
 /// Resident memory in KiB, and how many descriptors and threads this process has.
@@ -24,11 +23,12 @@ fn own() -> (u64, usize, u64) {
     )
 }
 
-/// The row. After a tenth, everything that can be there is there: what grows from then on
-/// leaks.
+/// The row. There are ten events for each register there can be, so that after half of them
+/// next to all are there: what grows from then on leaks.
 pub fn row(plan: Plan) -> String {
     let folder = tempfile::tempdir().expect("a temporary folder");
     let store = Store::open(folder.path().join("store"), Options::default()).expect("a store");
+    let users = (plan.count / 10 / u64::from(ATTRIBUTES)).clamp(20, 1 << 20) as u32;
     let batches = plan.count.div_ceil(BATCH).max(10);
     let mut warm = (0, 0, 0);
     let mut most = (0, 0, 0);
@@ -37,7 +37,7 @@ pub fn row(plan: Plan) -> String {
         let mut random = Philox::new(plan.seed, number);
         let events: Vec<Event> = (0..BATCH)
             .map(|n| {
-                let user = format!("user {}", random.below(USERS));
+                let user = format!("user {}", random.below(users));
                 let attribute = format!("attribute {}", random.below(ATTRIBUTES));
                 let polarity = Polarity::ALL[random.below(4) as usize];
                 Event::new(&user, &attribute, polarity).at((number * BATCH + n) as i64)

@@ -1,0 +1,168 @@
+//! Mutational fuzzing of everything that reads foreign bytes, on stable Rust.
+//!
+//! Not here: coverage. libFuzzer and its sanitizers need a nightly compiler. What this has in
+//! its place is knowledge of the formats: checksums, chain digests and seals are made right
+//! again after a mutation, so that the bytes behind them are reached.
+//!
+//! A case is fixed by target, seed and number. A panic that leaves our code, more than two
+//! seconds of processor time, or more than 1 GiB held at once is a finding.
+
+mod measure;
+mod mutate;
+mod repair;
+mod targets;
+
+pub use measure::peak_bytes;
+pub use targets::{TARGETS, Target, target};
+
+use simpatico_schema::random::Philox;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
+
+/// The longest a case may take, in processor time of its thread.
+pub const SLOW: Duration = Duration::from_secs(2);
+/// The most memory a case may hold.
+pub const LARGE: usize = 1 << 30;
+
+/// When a run ends.
+#[derive(Clone, Copy, Debug)]
+pub enum Budget {
+    /// After so many cases.
+    Cases(u64),
+    /// After so long.
+    Time(Duration),
+}
+
+/// What a run found.
+#[derive(Debug, Default)]
+pub struct Report {
+    /// Cases run.
+    pub cases: u64,
+    /// How many inputs were taken as valid.
+    pub accepted: u64,
+    /// The slowest case.
+    pub slowest: Duration,
+    /// The most memory one case held, in bytes.
+    pub peak: usize,
+    /// What is wrong, with the case's number; at most 20.
+    pub findings: Vec<String>,
+}
+
+/// The files that a target's mutations begin with, in order.
+pub fn corpus(target: &Target) -> Vec<Vec<u8>> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files: Vec<PathBuf> = Vec::new();
+    for folder in std::iter::once(format!("corpus/{}", target.name))
+        .chain(target.also.iter().map(|f| format!("../golden/{f}")))
+    {
+        let path = here.join(folder);
+        if path.is_file() {
+            files.push(path);
+            continue;
+        }
+        let entries = std::fs::read_dir(&path).into_iter().flatten().flatten();
+        let mut own: Vec<PathBuf> = entries.map(|e| e.path()).filter(|p| p.is_file()).collect();
+        own.sort();
+        files.extend(own);
+    }
+    let read = |path: &PathBuf| std::fs::read(path).expect("a file of the corpus");
+    files.iter().map(read).collect()
+}
+
+/// Writes the files of the corpus that stores make: a log segment, a snapshot file, and a
+/// picture with its provenance. They are committed; this is how they came to be.
+pub fn write_corpus() {
+    use simpatico_schema::edit::Provenance;
+    let corpus = Path::new(env!("CARGO_MANIFEST_DIR")).join("corpus");
+    let folder = tempfile::tempdir().expect("a temporary folder");
+    let path = folder.path().join("store");
+    targets::write_store(&path, 2);
+    let log = path.join("log/000001-00000001.log");
+    std::fs::copy(log, corpus.join("log-segment/store.log")).expect("copied");
+    let store = simpatico_storage::Store::open(&path, Default::default()).expect("opens");
+    let snapshot = corpus.join("snapshot-file/store.snapshot");
+    store.export_snapshot(&snapshot).expect("a snapshot");
+    let mut record = Provenance {
+        version: 1,
+        software: "simpatico".into(),
+        instruction: "add a lamp".into(),
+        digital_source_type: "trainedAlgorithmicMedia".into(),
+        ..Provenance::default()
+    };
+    record.settings.steps = Some(4);
+    let picture = simpatico_engine::picture::Picture::filled(3, 2, [9, 80, 200]);
+    let png = corpus.join("provenance/picture.png");
+    simpatico_engine::provenance::write(&png, &picture, &record).expect("written");
+}
+
+/// The bytes of one case.
+pub fn input(target: &Target, corpus: &[Vec<u8>], seed: u64, number: u64) -> Vec<u8> {
+    if let Some(whole) = corpus.get(number as usize) {
+        return whole.clone();
+    }
+    let mut random = Philox::new(seed, number);
+    let mut bytes = random.choose(corpus).cloned().unwrap_or_default();
+    let other = random.choose(corpus).cloned().unwrap_or_default();
+    mutate::mutate(&mut bytes, &other, target.words, &mut random);
+    // Some cases go as they are: what stands before the checksums is to be reached too.
+    if random.below(8) != 0 {
+        (target.mend)(&mut bytes);
+    }
+    bytes
+}
+
+/// How long this thread was on a processor: unlike the clock, hardly moved by other programs.
+fn processor_time() -> Duration {
+    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
+    let first = text.split_whitespace().next();
+    Duration::from_nanos(first.and_then(|n| n.parse().ok()).unwrap_or(0))
+}
+
+/// Runs a target. `keep` receives each case's bytes before it is tried, so that an abort
+/// leaves its cause behind.
+pub fn run(target: &Target, seed: u64, budget: Budget, keep: Option<&Path>) -> Report {
+    let corpus = corpus(target);
+    assert!(!corpus.is_empty(), "{} has no corpus", target.name);
+    let mut report = Report::default();
+    let begun = Instant::now();
+    loop {
+        match budget {
+            Budget::Cases(most) if report.cases >= most => return report,
+            Budget::Time(most) if begun.elapsed() >= most => return report,
+            _ => {}
+        }
+        let number = report.cases;
+        let bytes = input(target, &corpus, seed, number);
+        if let Some(path) = keep {
+            let _ = std::fs::write(path, &bytes);
+        }
+        let started = processor_time();
+        let (outcome, peak) =
+            peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))));
+        let took = processor_time().saturating_sub(started);
+        report.cases += 1;
+        report.slowest = report.slowest.max(took);
+        report.peak = report.peak.max(peak);
+        let mut finding = |what: String| {
+            if report.findings.len() < 20 {
+                report
+                    .findings
+                    .push(format!("{} case {number}: {what}", target.name));
+            }
+        };
+        match outcome {
+            Ok(accepted) => report.accepted += u64::from(accepted),
+            Err(_) => finding("it panicked".into()),
+        }
+        if took > SLOW {
+            finding(format!("it took {took:?}"));
+        }
+        if peak > LARGE {
+            finding(format!("it held {peak} bytes"));
+        }
+        if number < corpus.len() as u64 && report.accepted == 0 && target.must_accept {
+            finding("the corpus itself is not accepted".into());
+        }
+    }
+}

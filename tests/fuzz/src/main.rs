@@ -1,0 +1,63 @@
+//! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--case N] [--table]`: runs targets
+//! and says what was found, with `--table` in FAULTS.md too. `--case` runs one case again. The bytes of the case in work lie in
+//! fuzz-TARGET in the folder for temporary files, so that an abort leaves its cause behind.
+
+use simpatico_fuzz::{Budget, TARGETS, corpus, input, run, target};
+use std::process::ExitCode;
+use std::time::Duration;
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let value = |flag: &str| {
+        let at = args.iter().position(|a| a == flag)?;
+        args.get(at + 1)?.parse::<u64>().ok()
+    };
+    if args.iter().any(|a| a == "--write-corpus") {
+        simpatico_fuzz::write_corpus();
+        return ExitCode::SUCCESS;
+    }
+    let only = args.first().filter(|a| !a.starts_with("--"));
+    if only.is_some_and(|n| target(n).is_none()) {
+        let names: Vec<&str> = TARGETS.iter().map(|t| t.name).collect();
+        eprintln!("expected a target, one of {}", names.join(", "));
+        return ExitCode::from(2);
+    }
+    let seed = value("--seed").unwrap_or(1);
+    let mut failed = false;
+    for target in TARGETS.iter().filter(|t| only.is_none_or(|n| n == t.name)) {
+        if let Some(number) = value("--case") {
+            let bytes = input(target, &corpus(target), seed, number);
+            println!("{}", String::from_utf8_lossy(&bytes));
+            println!("accepted: {}", (target.run)(&bytes));
+            continue;
+        }
+        let budget = match (value("--seconds"), value("--count")) {
+            (Some(seconds), _) => Budget::Time(Duration::from_secs(seconds)),
+            (None, Some(count)) => Budget::Cases(count),
+            (None, None) => Budget::Cases(target.small),
+        };
+        let keep = std::env::temp_dir().join(format!("fuzz-{}", target.name));
+        let report = run(target, seed, budget, Some(&keep));
+        let cells = [
+            target.name.to_string(),
+            seed.to_string(),
+            report.cases.to_string(),
+            format!("{} findings", report.findings.len()),
+            report.accepted.to_string(),
+            format!("{} ms", report.slowest.as_millis()),
+            format!("{:.1} MB", report.peak as f64 / 1e6),
+        ];
+        println!("{}", cells.join(" | "));
+        if args.iter().any(|a| a == "--table")
+            && let Err(e) = simpatico_tests::suite::record("fuzz", &cells)
+        {
+            eprintln!("FAULTS.md: {e}");
+            failed = true;
+        }
+        for finding in &report.findings {
+            println!("{finding}");
+        }
+        failed |= !report.findings.is_empty();
+    }
+    ExitCode::from(u8::from(failed))
+}

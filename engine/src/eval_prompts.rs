@@ -235,7 +235,8 @@ pub struct Report {
 fn judged_users<'a>(synth: &'a Synth, most: usize) -> Result<Vec<&'a SynthUser>> {
     let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
     let fit = |u: &&SynthUser| {
-        held.contains(&u.user) && !u.held_out_likes.is_empty() && !u.dislikes.is_empty()
+        let whole = [&u.held_out_likes, &u.dislikes, &u.captions];
+        held.contains(&u.user) && whole.iter().all(|list| !list.is_empty())
     };
     let users: Vec<&SynthUser> = synth.users.iter().filter(fit).take(most).collect();
     match users.len() {

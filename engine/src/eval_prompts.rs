@@ -232,7 +232,7 @@ pub struct Report {
 }
 
 /// The held-out users that are judged.
-fn judged_users<'a>(synth: &'a Synth, most: usize) -> Result<Vec<&'a SynthUser>> {
+fn judged_users(synth: &Synth, most: usize) -> Result<Vec<&SynthUser>> {
     let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
     let fit = |u: &&SynthUser| {
         let whole = [&u.held_out_likes, &u.dislikes, &u.captions];

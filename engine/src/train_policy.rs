@@ -997,7 +997,7 @@ impl<'a> Course<'a> {
         };
         let seconds = started.elapsed().as_secs_f64();
         let cancelled = self.recorder.record(metrics, used, seconds)?.is_break();
-        let due = self.checkpoint_steps > 0 && (step + 1) % self.checkpoint_steps == 0;
+        let due = self.checkpoint_steps > 0 && (step + 1).is_multiple_of(self.checkpoint_steps);
         let done = step + 1 == self.steps;
         if due || cancelled || done {
             let folder = &self.recorder.journal.folder;

@@ -283,7 +283,7 @@ kernel! {
     /// GELU by the tanh approximation: x·σ(2·sqrt(2/π)·(x + 0.044715·x³)).
     fn gelu(x: &[f32], out: &mut [f32]) {
         for (out, &x) in out.iter_mut().zip(x) {
-            let u = 1.595_769_1 * (x + 0.044_715 * x * x * x);
+            let u = 1.595_769 * (x + 0.044_715 * x * x * x);
             *out = x / (1.0 + exp(-u));
         }
     }
@@ -293,7 +293,7 @@ kernel! {
     /// As [`gelu`], where it lies.
     fn gelu_in_place(x: &mut [f32]) {
         for x in x {
-            let u = 1.595_769_1 * (*x + 0.044_715 * *x * *x * *x);
+            let u = 1.595_769 * (*x + 0.044_715 * *x * *x * *x);
             *x /= 1.0 + exp(-u);
         }
     }

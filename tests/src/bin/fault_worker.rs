@@ -20,7 +20,8 @@ use std::io::Write;
 use std::path::Path;
 use std::process::ExitCode;
 
-fn main() -> ExitCode {
+/// Runs the program.
+pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let number = |at: usize| args.get(at).and_then(|a| a.parse::<u64>().ok());
     let (Some(root), Some(seed), Some(threads), Some(events)) =

@@ -10,7 +10,8 @@ use simpatico_tests::suite::{self, Plan, ROWS};
 use std::process::ExitCode;
 use std::time::Instant;
 
-fn main() -> ExitCode {
+/// Runs the program.
+pub fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let has = |flag: &str| args.iter().any(|a| a == flag);
     let value = |flag: &str| {

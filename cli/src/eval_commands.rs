@@ -151,7 +151,7 @@ pub struct PromptsArgs {
     /// Held-out users that are judged
     #[arg(long, value_name = "N")]
     judged: Option<usize>,
-    /// A further system: NAME=ADAPTER_FOLDER[:SOFT_PROMPT_FILE] (may be given several times).
+    /// A further system: NAME=ADAPTER_FOLDER, or NAME=ADAPTER_FOLDER:SOFT_PROMPT_FILE (may be given several times).
     /// For ablations of K and λ: train each with `train dpo -k N --lambda X`, name them here
     #[arg(long, value_name = "NAME=DIR[:FILE]")]
     system: Vec<String>,

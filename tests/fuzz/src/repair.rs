@@ -14,7 +14,7 @@ fn put(bytes: &mut [u8], at: usize, with: &[u8]) {
 
 /// A log segment: the header's checksum, and each frame's sequence number, chain and checksum,
 /// as far as its lengths lead.
-pub fn log_segment(bytes: &mut Vec<u8>) {
+pub fn log_segment(bytes: &mut [u8]) {
     if bytes.len() < 64 {
         return;
     }
@@ -86,7 +86,7 @@ pub fn snapshot_file(bytes: &mut Vec<u8>) {
 }
 
 /// safetensors: the header's length.
-pub fn safetensors(bytes: &mut Vec<u8>) {
+pub fn safetensors(bytes: &mut [u8]) {
     let Some(end) = bytes.windows(3).position(|w| w == b"}}}") else {
         return;
     };
@@ -97,7 +97,7 @@ pub fn safetensors(bytes: &mut Vec<u8>) {
 }
 
 /// PNG: each chunk's CRC-32.
-pub fn png(bytes: &mut Vec<u8>) {
+pub fn png(bytes: &mut [u8]) {
     let mut at = 8;
     while bytes.starts_with(&[0x89, b'P', b'N', b'G']) && at + 12 <= bytes.len() {
         let word: [u8; 4] = bytes[at..at + 4].try_into().unwrap_or_default();

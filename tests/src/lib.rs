@@ -9,6 +9,7 @@ pub mod damage;
 pub mod files;
 pub mod forgetting;
 pub mod histories;
+pub mod memory;
 pub mod planted;
 pub mod power_cut;
 pub mod processes;

@@ -28,7 +28,7 @@ fn programs() -> PathBuf {
 }
 
 /// The worker, built with the same bugs as this program.
-fn worker() -> PathBuf {
+pub(crate) fn worker() -> PathBuf {
     let name = match cfg!(feature = "planted") {
         true => "planted_worker",
         false => "fault_worker",

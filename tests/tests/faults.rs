@@ -27,6 +27,7 @@ rows! {
     kill_nine_at_a_random_moment_loses_nothing_acknowledged: "kills",
     forgotten_users_leave_no_byte: "forget",
     writers_and_readers_see_whole_batches: "threads",
+    many_events_leave_memory_flat: "volume",
 }
 
 /// The suite is tried on bugs planted for it: it finds each, and finds none where none is.

@@ -7,12 +7,11 @@
 //! A case is fixed by target, seed and number. A panic that leaves our code, more than two
 //! seconds of processor time, or more than 1 GiB held at once is a finding.
 
-mod measure;
 mod mutate;
 mod repair;
 mod targets;
 
-pub use measure::peak_bytes;
+pub use simpatico_tests::memory::peak_bytes;
 pub use targets::{TARGETS, Target, target};
 
 use simpatico_schema::random::Philox;

@@ -7,14 +7,14 @@
 //! in between: compact, snapshot, restore, forget; `bulk` makes every append longer than a page
 //! of the disk. The duty `open` opens and closes the store
 //! all the time; `forget-marked` appends nothing, but forgets every marked user, then
-//! compacts and writes a snapshot.
+//! compacts and writes a snapshot; `volume` measures memory ([`simpatico_tests::volume`]).
 //!
 //! Exit status: 0 done, 4 the store said no (the message is on stderr), 5 it said no and
 //! then reading did not go on.
 
 use simpatico_schema::Event;
 use simpatico_storage::{Options, Store};
-use simpatico_tests::{forgetting, workload};
+use simpatico_tests::{forgetting, volume, workload};
 use std::fs::{File, OpenOptions};
 use std::io::Write;
 use std::path::Path;
@@ -34,6 +34,10 @@ pub fn main() -> ExitCode {
     let root = Path::new(root);
     let done = match duty {
         "forget-marked" => forgetting::forget_marked(root),
+        "volume" => {
+            println!("{}", volume::measure(&root.join("store"), seed, events));
+            Ok(())
+        }
         "open" => reopening(root, seed, events),
         _ => work(root, seed, threads, events, duty),
     };

@@ -1,4 +1,5 @@
-//! How much memory a piece of work holds at once, counted at the allocator.
+//! How much memory is held, counted at the allocator: unlike resident memory it does not
+//! depend on what the allocator keeps of what was freed. Linking this crate counts.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering::Relaxed};
@@ -44,6 +45,11 @@ unsafe impl GlobalAlloc for Counting {
         // SAFETY: the caller's promises are passed on.
         unsafe { System.realloc(pointer, layout, size) }
     }
+}
+
+/// Bytes held now, by all threads of this process.
+pub fn held() -> usize {
+    HELD.load(Relaxed)
 }
 
 /// Does it, and says how many bytes were held at most beyond those held before, by all

@@ -24,6 +24,7 @@
 //! # Ok::<(), simpatico_engine::Error>(())
 //! ```
 
+use std::ops::ControlFlow;
 use std::sync::Arc;
 use std::time::Instant;
 
@@ -164,6 +165,20 @@ impl Engine {
         self.policy()?.instruct(snapshot, request)
     }
 
+    /// Many instructions at once, each the one that [`Engine::instruct`] gives; see
+    /// [`Policy::instruct_batch`].
+    ///
+    /// # Errors
+    /// As `instruct`, for the first request that has one.
+    pub fn instruct_batch(
+        &self,
+        snapshot: &Snapshot,
+        requests: &[InstructRequest],
+    ) -> Result<Vec<Instruction>> {
+        let go_on = || ControlFlow::Continue(());
+        self.policy()?.instruct_batch(snapshot, requests, go_on)
+    }
+
     /// The policy, loaded if it was not.
     pub fn policy(&self) -> Result<Arc<Policy>> {
         self.policy.get(|| Policy::open(&self.bundle, &self.device))
@@ -221,12 +236,13 @@ impl Engine {
         hooks: &mut Hooks,
     ) -> Result<Vec<Edit>> {
         let pictures = self.pictures()?;
-        let mut ready = Vec::new();
-        for (i, request) in requests.iter().enumerate() {
-            hooks.check()?;
-            hooks.tell(Stage::Instruct, i, requests.len());
-            ready.push(self.prepare(snapshot, request, &pictures)?);
-        }
+        requests.iter().try_for_each(check_words)?;
+        let written = self.instructions(snapshot, requests, hooks)?;
+        let ready = requests
+            .iter()
+            .zip(written)
+            .map(|(request, (words, seconds))| self.fill(request, words, &pictures, seconds))
+            .collect::<Result<Vec<_>>>()?;
         let total: usize = ready.iter().map(|r| r.settings.count).sum();
         if total > MAX_PICTURES {
             return Err(Error::BadRequest(format!(
@@ -344,51 +360,55 @@ impl Engine {
 
     // -------------------------------------------------------------------------- preparing
 
-    /// Finds the instruction and fills in the settings.
-    fn prepare(
+    /// The instruction of each request, its own or written for it, and the seconds it took.
+    fn instructions(
         &self,
         snapshot: &Snapshot,
-        request: &EditRequest,
-        pictures: &Pictures,
-    ) -> Result<Ready> {
-        let words = request
-            .instructions
-            .iter()
-            .chain(&request.caption)
-            .chain(&request.cue);
-        if let Some(long) = words.map(String::len).find(|n| *n > MAX_WORDS) {
-            return Err(Error::BadRequest(format!(
-                "expected caption, cue and instructions of at most {MAX_WORDS} bytes, got {long}"
-            )));
-        }
-        let begin = Instant::now();
-        let instruction = match request.instructions.is_empty() {
-            false => Instruction {
-                instruction: request.instructions.join(" "),
-                why: Why {
-                    as_of: snapshot.as_of(),
-                    ..Why::default()
-                },
-                fallback: None,
+        requests: &[EditRequest],
+        hooks: &mut Hooks,
+    ) -> Result<Vec<(Instruction, f64)>> {
+        let own = |request: &EditRequest| Instruction {
+            instruction: request.instructions.join(" "),
+            why: Why {
+                as_of: snapshot.as_of(),
+                ..Why::default()
             },
-            true => self.instruct(
-                snapshot,
-                &InstructRequest {
-                    user: request.user.clone(),
-                    caption: self.caption(request),
-                    cue: request.cue.clone(),
-                    explore: request.explore,
-                    seed: request.settings.seed,
-                    ..InstructRequest::default()
-                },
-            )?,
+            fallback: None,
         };
-        self.fill(
-            request,
-            instruction,
-            pictures,
-            begin.elapsed().as_secs_f64(),
-        )
+        let asked: Vec<InstructRequest> = requests
+            .iter()
+            .filter(|request| request.instructions.is_empty())
+            .map(|request| InstructRequest {
+                user: request.user.clone(),
+                caption: self.caption(request),
+                cue: request.cue.clone(),
+                explore: request.explore,
+                seed: request.settings.seed,
+                ..InstructRequest::default()
+            })
+            .collect();
+        let mut written = Vec::with_capacity(asked.len());
+        for some in asked.chunks(crate::policy::TOGETHER) {
+            hooks.check()?;
+            hooks.tell(Stage::Instruct, written.len(), asked.len());
+            let begin = Instant::now();
+            let go_on = || match hooks.check() {
+                Ok(()) => ControlFlow::Continue(()),
+                Err(_) => ControlFlow::Break(()),
+            };
+            let words = self.policy()?.instruct_batch(snapshot, some, go_on)?;
+            let seconds = begin.elapsed().as_secs_f64() / some.len() as f64;
+            written.extend(words.into_iter().map(|words| (words, seconds)));
+        }
+        let mut written = written.into_iter();
+        let each = requests.iter().map(|request| {
+            match request.instructions.is_empty() {
+                true => written.next(),
+                false => Some((own(request), 0.0)),
+            }
+            .ok_or_else(|| Error::BadRequest("an instruction is missing".into()))
+        });
+        each.collect()
     }
 
     fn caption(&self, request: &EditRequest) -> String {
@@ -634,6 +654,20 @@ impl Engine {
         };
         Ok((0..count).map(record).collect())
     }
+}
+
+fn check_words(request: &EditRequest) -> Result<()> {
+    let words = request
+        .instructions
+        .iter()
+        .chain(&request.caption)
+        .chain(&request.cue);
+    if let Some(long) = words.map(String::len).find(|n| *n > MAX_WORDS) {
+        return Err(Error::BadRequest(format!(
+            "expected caption, cue and instructions of at most {MAX_WORDS} bytes, got {long}"
+        )));
+    }
+    Ok(())
 }
 
 fn jobs_of<'a>(request: &'a EditRequest, ready: &'a Ready) -> Vec<Job<'a>> {

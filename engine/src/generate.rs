@@ -168,7 +168,9 @@ pub fn generate(
     writer.answer()
 }
 
-/// Answers to several prompts at once, each what [`generate`] would give it alone.
+/// Answers to several prompts at once: with quantised weights on a CPU each to the bit what
+/// [`generate`] would give it alone, else up to the order of additions. `go_on` is asked
+/// before every token.
 pub fn generate_batch(
     model: &LanguageModel,
     prompts: &[Prompt],
@@ -184,6 +186,78 @@ pub fn generate_batch(
         .iter()
         .map(Prompt::len)
         .collect::<Result<Vec<_>>>()?;
+    let rooms: Vec<usize> = lengths.iter().map(|n| n + options.max_tokens).collect();
+    match Session::new(&model.decoder, adapter, &rooms)? {
+        Some(session) => batch_of_session(session, model, prompts, options, &mut go_on),
+        None => batch_of_tensors(model, prompts, &lengths, adapter, options, &mut go_on),
+    }
+}
+
+/// Every prompt in a sequence of its own; what all begin with is read once, and an answer that
+/// has ended costs nothing more.
+fn batch_of_session(
+    mut session: Session,
+    model: &LanguageModel,
+    prompts: &[Prompt],
+    options: &Options,
+    go_on: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<Vec<Answer>> {
+    let mut check = || match go_on() {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled),
+    };
+    let mut writers: Vec<Writer> = prompts
+        .iter()
+        .map(|p| Writer::new(model, p, options))
+        .collect();
+    let shared = shared_beginning(prompts);
+    let mut logits: Vec<(usize, Vec<f32>)> = Vec::new();
+    for (i, prompt) in prompts.iter().enumerate() {
+        check()?;
+        let mut x = prompt.embedded(model)?;
+        if i > 0 && shared > 0 {
+            session.share(0, i, shared);
+            x = x.narrow(1, shared, x.dim(1)? - shared)?;
+        }
+        logits.push((i, session.read(&[(i, x)])?.swap_remove(0)));
+    }
+    loop {
+        let mut next = Vec::new();
+        for (i, mut logits) in logits {
+            let token = writers[i].take(&mut logits)?;
+            if let Some(token) = token.filter(|_| writers[i].ended.is_none()) {
+                next.push((i, model.embed_tokens(&[token])?));
+            }
+        }
+        if next.is_empty() {
+            return writers.into_iter().map(Writer::answer).collect();
+        }
+        check()?;
+        let answers = session.read(&next)?;
+        logits = next.iter().map(|(i, _)| *i).zip(answers).collect();
+    }
+}
+
+/// How many tokens all prompts begin with, leaving each at least one of its own.
+fn shared_beginning(prompts: &[Prompt]) -> usize {
+    if prompts.iter().any(|p| p.soft.is_some()) {
+        return 0;
+    }
+    let first = &prompts[0].ids;
+    let same = |ids: &Vec<u32>| first.iter().zip(ids).take_while(|(a, b)| a == b).count();
+    let most = prompts.iter().map(|p| same(&p.ids).min(p.ids.len() - 1));
+    most.min().unwrap_or(0)
+}
+
+/// Left-padded rows of one batch, through the decoder itself.
+fn batch_of_tensors(
+    model: &LanguageModel,
+    prompts: &[Prompt],
+    lengths: &[usize],
+    adapter: Option<&Adapter>,
+    options: &Options,
+    go_on: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<Vec<Answer>> {
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let pads: Vec<usize> = lengths.iter().map(|n| longest - n).collect();
     let rows = prompts
@@ -269,7 +343,7 @@ impl<'a> State<'a> {
         adapter: Option<&'a Adapter>,
         capacity: usize,
     ) -> Result<Self> {
-        Ok(match Session::new(&model.decoder, adapter, capacity)? {
+        Ok(match Session::new(&model.decoder, adapter, &[capacity])? {
             Some(session) => Self::Session(session),
             None => Self::Cached(Cache::new(&model.decoder.config, capacity), adapter),
         })
@@ -282,7 +356,7 @@ impl<'a> State<'a> {
     /// The logits after the last of the embedded tokens.
     fn read(&mut self, model: &LanguageModel, x: &Tensor) -> Result<Vec<f32>> {
         let (cache, adapter) = match self {
-            Self::Session(session) => return session.read(x),
+            Self::Session(session) => return Ok(session.read(&[(0, x.clone())])?.swap_remove(0)),
             Self::Cached(cache, adapter) => (cache, adapter),
         };
         let decoder = &model.decoder;

@@ -141,7 +141,8 @@ impl Schedule {
     /// 0.3 of a 1024² picture is a level of 0.58.
     pub fn level_of_strength(config: &ScheduleConfig, tokens: usize, strength: f64) -> f64 {
         let factor = config.factor(tokens);
-        factor * strength / (factor * strength + 1.0 - strength)
+        // In this order a strength of 1 is a level of 1, not a rounding step beyond it.
+        factor * strength / (factor * strength + (1.0 - strength))
     }
 
     /// As diffusers' img2img counts: the last `steps · strength` of the steps of a full
@@ -939,6 +940,10 @@ mod tests {
         }
         // A start level keeps the steps, and strength names the level that diffusers skips to.
         let config = ScheduleConfig::dev();
+        for tokens in 1..5000 {
+            let level = Schedule::level_of_strength(&config, tokens, 1.0);
+            assert_eq!(level, 1.0, "{tokens} tokens");
+        }
         let level = Schedule::level_of_strength(&config, 4096, 0.3);
         let short = Schedule::from_level(&config, 60, 4096, level).unwrap();
         assert_eq!(short.steps(), 60);

@@ -83,6 +83,33 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() {
 }
 
 #[test]
+fn what_prompts_begin_with_is_read_once_and_changes_nothing() {
+    let model = tiny("qwen2");
+    let prompts: Vec<Prompt> = [vec![1, 2, 3, 4], vec![1, 2, 3], vec![1, 2, 3, 9, 9]]
+        .into_iter()
+        .map(Prompt::tokens)
+        .collect();
+    assert_eq!(shared_beginning(&prompts), 2);
+    let options = Options::greedy(6);
+    let go_on = || ControlFlow::Continue(());
+    let batch = generate_batch(&model, &prompts, None, &options, go_on).unwrap();
+    for (prompt, answer) in prompts.iter().zip(&batch) {
+        assert_eq!(answer, &whole(&model, prompt, &options));
+    }
+    let mut asked = 0;
+    let stop_later = || {
+        asked += 1;
+        match asked {
+            5 => ControlFlow::Break(()),
+            _ => ControlFlow::Continue(()),
+        }
+    };
+    let stopped = generate_batch(&model, &prompts, None, &options, stop_later);
+    assert!(matches!(stopped, Err(Error::Cancelled)), "{stopped:?}");
+    assert_eq!(asked, 5);
+}
+
+#[test]
 fn the_same_seed_gives_the_same_answer_and_another_seed_another() {
     let model = tiny("llama");
     let answer = |seed: u64, stream: u64| {

@@ -1,11 +1,13 @@
-//! Reading and writing one sequence on a CPU, without tensors.
+//! Reading and writing sequences on a CPU, without tensors.
 //!
 //! A token of a small model takes a few milliseconds, of which the thirty small tensor
 //! operations of each layer would be a third. Here a layer is four passes over weights
 //! (q, k and v together; o; gate and up together; down) with plain loops between them, on
-//! buffers of f32. It computes what [`Decoder::hidden`] computes; a test compares them.
+//! buffers of f32. Several sequences share each pass, so that the weights come from memory
+//! once for all of them; with quantised weights a sequence's numbers are the same to the bit
+//! whatever is read beside it. It computes what [`Decoder::hidden`] computes; a test compares them.
 //!
-//! No gradients, no batches, no masks: for these there is the decoder itself.
+//! No gradients, no masks: for these there is the decoder itself.
 
 use super::packed::{Activations, Packed};
 use super::{Decoder, MODULES, Matrix};
@@ -14,23 +16,35 @@ use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
 
-/// One sequence: the model, perhaps an adapter, and the keys and values so far.
+/// The model, perhaps an adapter, and sequences with their keys and values so far.
 pub struct Session<'a> {
     decoder: &'a Decoder,
-    layers: Vec<LayerState>,
+    layers: Vec<LayerWeights>,
     norm: Vec<f32>,
-    capacity: usize,
-    len: usize,
+    sequences: Vec<Sequence>,
 }
 
-struct LayerState {
+struct LayerWeights {
     attention_norm: Vec<f32>,
     mlp_norm: Vec<f32>,
     bias: [Option<Vec<f32>>; 7],
     adapter: [Option<LowRank>; 7],
-    /// [kv_heads, capacity, head_dim]
-    keys: Vec<f32>,
-    values: Vec<f32>,
+}
+
+/// What one sequence has read.
+struct Sequence {
+    capacity: usize,
+    len: usize,
+    /// By layer, [kv_heads, capacity, head_dim].
+    keys: Vec<Vec<f32>>,
+    values: Vec<Vec<f32>>,
+}
+
+/// A row of a pass: a token of a sequence.
+#[derive(Clone, Copy)]
+struct Row {
+    sequence: usize,
+    position: usize,
 }
 
 /// An adapter's factors, laid out for a single vector.
@@ -68,18 +82,18 @@ fn numbers(t: &Tensor) -> Result<Vec<f32>> {
 }
 
 impl<'a> Session<'a> {
-    /// A session with room for `capacity` tokens; `None` where the decoder does not compute
-    /// in f32 on a CPU.
+    /// A session of sequences with room for so many tokens each; `None` where the decoder
+    /// does not compute in f32 on a CPU.
     pub fn new(
         decoder: &'a Decoder,
         adapter: Option<&Adapter>,
-        capacity: usize,
+        capacities: &[usize],
     ) -> Result<Option<Self>> {
         let c = &decoder.config;
         if !decoder.device.is_cpu() || decoder.dtype != DType::F32 {
             return Ok(None);
         }
-        if capacity > c.positions {
+        if let Some(capacity) = capacities.iter().find(|n| **n > c.positions) {
             return Err(Error::BadRequest(format!(
                 "{capacity} tokens, but the model was made for {}; shorten the prompt",
                 c.positions
@@ -87,82 +101,127 @@ impl<'a> Session<'a> {
         }
         let mut layers = Vec::with_capacity(decoder.layers.len());
         for (index, layer) in decoder.layers.iter().enumerate() {
-            let mut state = LayerState {
+            let mut weights = LayerWeights {
                 attention_norm: numbers(&layer.attention_norm)?,
                 mlp_norm: numbers(&layer.mlp_norm)?,
                 bias: Default::default(),
                 adapter: Default::default(),
-                keys: vec![0.0; c.kv_heads * capacity * c.head_dim],
-                values: vec![0.0; c.kv_heads * capacity * c.head_dim],
             };
             for module in 0..MODULES.len() {
                 if let Some(bias) = &layer.projections[module].bias {
-                    state.bias[module] = Some(numbers(bias)?);
+                    weights.bias[module] = Some(numbers(bias)?);
                 }
                 if let Some(pair) = adapter.and_then(|a| a.pair(index, module)) {
-                    state.adapter[module] = Some(LowRank {
+                    weights.adapter[module] = Some(LowRank {
                         rank: pair.a.dim(0)?,
                         a: numbers(&pair.a.detach())?,
                         b: numbers(&(pair.b.detach().t()? * pair.scale)?)?,
                     });
                 }
             }
-            layers.push(state);
+            layers.push(weights);
         }
+        let room = |capacity: usize| vec![vec![0.0; c.kv_heads * capacity * c.head_dim]; c.layers];
+        let empty = |capacity: &usize| Sequence {
+            capacity: *capacity,
+            len: 0,
+            keys: room(*capacity),
+            values: room(*capacity),
+        };
         Ok(Some(Self {
             norm: numbers(&decoder.norm)?,
             decoder,
             layers,
-            capacity,
-            len: 0,
+            sequences: capacities.iter().map(empty).collect(),
         }))
     }
 
-    /// How many tokens it has read.
-    pub fn len(&self) -> usize {
-        self.len
+    /// How many tokens a sequence has read.
+    #[cfg(test)]
+    fn len(&self, sequence: usize) -> usize {
+        self.sequences[sequence].len
     }
 
-    /// Whether it has read none.
-    pub fn is_empty(&self) -> bool {
-        self.len == 0
+    /// Gives an empty sequence the first `len` tokens that another has read.
+    pub fn share(&mut self, from: usize, to: usize, len: usize) {
+        let (heads, d) = (self.decoder.config.kv_heads, self.decoder.config.head_dim);
+        assert!(
+            from != to && self.sequences[to].len == 0,
+            "an empty sequence is filled"
+        );
+        assert!(len <= self.sequences[from].len && len <= self.sequences[to].capacity);
+        let mut filled = std::mem::replace(
+            &mut self.sequences[to],
+            Sequence {
+                capacity: 0,
+                len: 0,
+                keys: Vec::new(),
+                values: Vec::new(),
+            },
+        );
+        let source = &self.sequences[from];
+        for layer in 0..self.layers.len() {
+            for head in 0..heads {
+                let (at, into) = (head * source.capacity * d, head * filled.capacity * d);
+                let (at, into) = (at..at + len * d, into..into + len * d);
+                filled.keys[layer][into.clone()].copy_from_slice(&source.keys[layer][at.clone()]);
+                filled.values[layer][into].copy_from_slice(&source.values[layer][at]);
+            }
+        }
+        filled.len = len;
+        self.sequences[to] = filled;
     }
 
-    /// Reads embedded tokens [1, t, hidden] and gives the logits after the last of them.
-    pub fn read(&mut self, embeddings: &Tensor) -> Result<Vec<f32>> {
-        let (b, t, hidden) = embeddings.dims3()?;
-        if b != 1 || t == 0 || hidden != self.decoder.config.hidden {
-            return Err(Error::BadRequest(format!(
-                "a session reads [1, tokens, {}], got {:?}",
-                self.decoder.config.hidden,
-                embeddings.dims()
-            )));
+    /// Reads embedded tokens [1, t, hidden] into each of the sequences named, each at most
+    /// once, and gives the logits after the last token of each.
+    pub fn read(&mut self, parts: &[(usize, Tensor)]) -> Result<Vec<Vec<f32>>> {
+        let (mut x, mut rows, mut ends) = (Vec::new(), Vec::new(), Vec::new());
+        for (sequence, embeddings) in parts {
+            let (b, t, hidden) = embeddings.dims3()?;
+            if b != 1 || t == 0 || hidden != self.decoder.config.hidden {
+                return Err(Error::BadRequest(format!(
+                    "a session reads [1, tokens, {}], got {:?}",
+                    self.decoder.config.hidden,
+                    embeddings.dims()
+                )));
+            }
+            let Sequence { len, capacity, .. } = self.sequences[*sequence];
+            if len + t > capacity {
+                return Err(Error::BadRequest(format!(
+                    "the sequence has {} tokens, its session has room for {capacity}",
+                    len + t,
+                )));
+            }
+            x.extend(numbers(&embeddings.detach())?);
+            rows.extend((len..len + t).map(|position| Row {
+                sequence: *sequence,
+                position,
+            }));
+            ends.push(rows.len() - 1);
         }
-        if self.len + t > self.capacity {
-            return Err(Error::BadRequest(format!(
-                "the sequence has {} tokens, its session has room for {}",
-                self.len + t,
-                self.capacity
-            )));
-        }
-        let x = numbers(&embeddings.detach())?;
         // Inside the pool a parallel pass starts at once; from outside, each would put this
         // thread to sleep and wake it again.
         let mut logits = Ok(Vec::new());
-        rayon::scope(|_| logits = self.read_numbers(x, t));
+        rayon::scope(|_| logits = self.read_rows(x, &rows, &ends));
         logits
     }
 
-    fn read_numbers(&mut self, mut x: Vec<f32>, t: usize) -> Result<Vec<f32>> {
+    /// The logits after the rows named by `ends`.
+    fn read_rows(
+        &mut self,
+        mut x: Vec<f32>,
+        rows: &[Row],
+        ends: &[usize],
+    ) -> Result<Vec<Vec<f32>>> {
         let c = &self.decoder.config;
         let half = c.head_dim / 2;
-        let mut cos = vec![0f32; t * half];
-        let mut sin = vec![0f32; t * half];
-        for row in 0..t {
+        let mut cos = vec![0f32; rows.len() * half];
+        let mut sin = vec![0f32; rows.len() * half];
+        for (r, row) in rows.iter().enumerate() {
             for (i, f) in self.decoder.frequencies.iter().enumerate() {
-                let angle = (self.len + row) as f64 * f;
-                cos[row * half + i] = angle.cos() as f32;
-                sin[row * half + i] = angle.sin() as f32;
+                let angle = row.position as f64 * f;
+                cos[r * half + i] = angle.cos() as f32;
+                sin[r * half + i] = angle.sin() as f32;
             }
         }
         for index in 0..self.layers.len() {
@@ -174,8 +233,8 @@ impl<'a> Session<'a> {
             };
             turn(&mut q, c.heads, &cos, &sin, half);
             turn(&mut k, c.kv_heads, &cos, &sin, half);
-            self.remember(index, &k, &v, t);
-            let y = self.attend(index, &q, t);
+            self.remember(index, &k, &v, rows);
+            let y = self.attend(index, &q, rows);
             for (x, y) in x.iter_mut().zip(&self.project(index, &[3], &y)?[0]) {
                 *x += y;
             }
@@ -192,10 +251,19 @@ impl<'a> Session<'a> {
                 *x += y;
             }
         }
-        self.len += t;
-        let last = &x[(t - 1) * c.hidden..];
-        let last = self.normed(last, &self.norm);
-        times(&[&self.decoder.head], &last, c.hidden).map(|mut all| all.swap_remove(0))
+        for row in rows {
+            let sequence = &mut self.sequences[row.sequence];
+            sequence.len = sequence.len.max(row.position + 1);
+        }
+        let last: Vec<f32> = ends
+            .iter()
+            .flat_map(|row| &x[row * c.hidden..(row + 1) * c.hidden])
+            .copied()
+            .collect();
+        let last = self.normed(&last, &self.norm);
+        let all = times(&[&self.decoder.head], &last, c.hidden)?.swap_remove(0);
+        let each = all.len() / ends.len().max(1);
+        Ok(all.chunks_exact(each.max(1)).map(<[f32]>::to_vec).collect())
     }
 
     /// rms_norm of each row of x.
@@ -236,34 +304,33 @@ impl<'a> Session<'a> {
         Ok(outs)
     }
 
-    /// Puts t rows of keys and values behind the `len` so far.
-    fn remember(&mut self, layer: usize, k: &[f32], v: &[f32], t: usize) {
-        let c = &self.decoder.config;
-        let (heads, d) = (c.kv_heads, c.head_dim);
-        let state = &mut self.layers[layer];
-        for row in 0..t {
+    /// Puts the rows' keys and values at their positions.
+    fn remember(&mut self, layer: usize, k: &[f32], v: &[f32], rows: &[Row]) {
+        let (heads, d) = (self.decoder.config.kv_heads, self.decoder.config.head_dim);
+        for (r, row) in rows.iter().enumerate() {
+            let sequence = &mut self.sequences[row.sequence];
             for head in 0..heads {
-                let to = (head * self.capacity + self.len + row) * d;
-                let from = (row * heads + head) * d;
-                state.keys[to..to + d].copy_from_slice(&k[from..from + d]);
-                state.values[to..to + d].copy_from_slice(&v[from..from + d]);
+                let to = (head * sequence.capacity + row.position) * d;
+                let from = (r * heads + head) * d;
+                sequence.keys[layer][to..to + d].copy_from_slice(&k[from..from + d]);
+                sequence.values[layer][to..to + d].copy_from_slice(&v[from..from + d]);
             }
         }
     }
 
-    /// Causal attention of t rows of queries: [t, heads · head_dim].
-    fn attend(&self, layer: usize, q: &[f32], t: usize) -> Vec<f32> {
+    /// Causal attention of each row to its own sequence: [rows, heads · head_dim].
+    fn attend(&self, layer: usize, q: &[f32], rows: &[Row]) -> Vec<f32> {
         let c = &self.decoder.config;
         let (d, group) = (c.head_dim, c.heads / c.kv_heads);
-        let state = &self.layers[layer];
         let scale = 1.0 / (d as f32).sqrt();
         let mut out = vec![0f32; q.len()];
         let work = |i: usize, q: &[f32], out: &mut [f32], scores: &mut Vec<f32>| {
-            let (row, head) = (i / c.heads, i % c.heads);
-            let seen = self.len + row + 1;
-            let from = head / group * self.capacity * d;
-            let keys = &state.keys[from..from + seen * d];
-            let values = &state.values[from..from + seen * d];
+            let (row, head) = (rows[i / c.heads], i % c.heads);
+            let sequence = &self.sequences[row.sequence];
+            let seen = row.position + 1;
+            let from = head / group * sequence.capacity * d;
+            let keys = &sequence.keys[layer][from..from + seen * d];
+            let values = &sequence.values[layer][from..from + seen * d];
             simd::attend(q, keys, values, scale, scores, out);
         };
         let items = q
@@ -271,9 +338,10 @@ impl<'a> Session<'a> {
             .zip(out.par_chunks_exact_mut(d))
             .enumerate();
         // A few heads over a few hundred tokens are done before another thread wakes.
-        let alone = t * (self.len + t) * c.heads < 1 << 13;
+        let seen: usize = rows.iter().map(|row| row.position + 1).sum();
+        let alone = seen * c.heads < 1 << 13;
         items
-            .with_min_len(if alone { t * c.heads } else { 1 })
+            .with_min_len(if alone { rows.len() * c.heads } else { 1 })
             .for_each_init(Vec::new, |scores, (i, (q, out))| work(i, q, out, scores));
         out
     }
@@ -456,15 +524,29 @@ mod tests {
                 .unwrap();
             let all = decoder.logits(&h).unwrap().squeeze(0).unwrap();
             let all = all.to_vec2::<f32>().unwrap();
-            let mut session = Session::new(&decoder, adapter, 11).unwrap().unwrap();
-            for (from, n) in [(0, 4), (4, 1), (5, 1), (6, 5)] {
-                let got = session.read(&x.narrow(1, from, n).unwrap()).unwrap();
-                for (a, b) in got.iter().zip(&all[from + n - 1]) {
-                    assert!((a - b).abs() < 2e-5, "{name} at {from}: {a} {b}");
+            let mut session = Session::new(&decoder, adapter, &[11, 8]).unwrap().unwrap();
+            let part = |from, n| x.narrow(1, from, n).unwrap();
+            let close = |got: &[f32], at: usize| {
+                for (a, b) in got.iter().zip(&all[at]) {
+                    assert!((a - b).abs() < 2e-5, "{name} at {at}: {a} {b}");
                 }
+            };
+            for (from, n) in [(0, 4), (4, 1), (5, 1), (6, 5)] {
+                let got = session.read(&[(0, part(from, n))]).unwrap().remove(0);
+                close(&got, from + n - 1);
             }
-            let full = session.read(&x.narrow(1, 0, 1).unwrap()).unwrap_err();
+            let full = session.read(&[(0, part(0, 1))]).unwrap_err();
             assert!(full.to_string().contains("room for 11"), "{full}");
+
+            // From a shared beginning, and beside another sequence.
+            session.share(0, 1, 4);
+            assert_eq!(session.len(1), 4);
+            close(&session.read(&[(1, part(4, 1))]).unwrap()[0], 4);
+            let mut both = Session::new(&decoder, adapter, &[11, 4]).unwrap().unwrap();
+            both.read(&[(0, part(0, 4))]).unwrap();
+            let got = both.read(&[(1, part(0, 4)), (0, part(4, 1))]).unwrap();
+            close(&got[0], 3);
+            close(&got[1], 4);
         }
     }
 }

@@ -1,0 +1,116 @@
+//! How long an edit takes, and what a batch saves: `bench_edits BUNDLE CUT_OUTS [COUNT]`.
+//!
+//! COUNT users (16) of made-up taste each want a picture of the folder CUT_OUTS edited, first
+//! one call after another, then in one call, three times over; medians and ratios of the same
+//! run are printed. Both must give the same words, and pictures within a rounding step.
+
+use candle_core::Device;
+use simpatico_engine::edit::{Edit, EditRequest, Hooks, Source};
+use simpatico_engine::engine::Engine;
+use simpatico_engine::vocabulary;
+use simpatico_schema::edit::EditSettings;
+use simpatico_schema::{Event, Polarity};
+use simpatico_storage::Store;
+use std::path::PathBuf;
+use std::time::Instant;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [bundle, cut_outs, rest @ ..] = arguments.as_slice() else {
+        return Err("bench_edits BUNDLE CUT_OUTS [COUNT]".into());
+    };
+    let count = rest.first().map_or(Ok(16), |n| n.parse::<usize>())?;
+    let mut files: Vec<PathBuf> = std::fs::read_dir(cut_outs)?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "png"))
+        .collect();
+    files.sort();
+    let folder = tempfile::tempdir()?;
+    let store = Store::open(folder.path(), Default::default())?;
+    let attributes: Vec<&str> = vocabulary::all()
+        .iter()
+        .filter(|a| a.look.is_some())
+        .map(|a| a.name)
+        .collect();
+    let mut events = Vec::new();
+    for user in 0..count {
+        for like in 0..5 {
+            let attribute = attributes[(user * 37 + like * 11) % attributes.len()];
+            events.push(Event::new(
+                &format!("user {user}"),
+                attribute,
+                Polarity::Like,
+            ));
+        }
+    }
+    store.append(&events)?;
+    let snapshot = store.snapshot();
+    let requests = (0..count)
+        .map(|i| {
+            let file = &files[i % files.len()];
+            let name = file.file_stem().unwrap_or_default().to_string_lossy();
+            Ok(EditRequest {
+                user: format!("user {i}"),
+                source: Some(Source::open(file)?),
+                caption: Some(format!("a {name}")),
+                settings: EditSettings {
+                    count: 1,
+                    ..EditSettings::default()
+                },
+                ..EditRequest::default()
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let engine = Engine::open(bundle, &Device::Cpu)?;
+    // The models are loaded by the first call.
+    engine.edit(&snapshot, &requests[0], &mut Hooks::default())?;
+    let (mut apart, mut together) = (Vec::new(), Vec::new());
+    for round in 0..3 {
+        let begun = Instant::now();
+        let singles = requests
+            .iter()
+            .map(|r| Ok(engine.edit(&snapshot, r, &mut Hooks::default())?))
+            .collect::<Result<Vec<Edit>>>()?;
+        apart.push(begun.elapsed().as_secs_f64());
+        let begun = Instant::now();
+        let batch = engine.edit_batch(&snapshot, &requests, &mut Hooks::default())?;
+        together.push(begun.elapsed().as_secs_f64());
+        let words = |edits: &[Edit]| -> Vec<String> {
+            let of = |e: &Edit| e.instruction.instruction.clone();
+            edits.iter().map(of).collect()
+        };
+        if words(&singles) != words(&batch) {
+            return Err("a batch wrote other instructions than single calls".into());
+        }
+        let pairs = singles.iter().zip(&batch);
+        let off = pairs.flat_map(|(a, b)| {
+            let (a, b) = (&a.images[0].rgb, &b.images[0].rgb);
+            a.iter().zip(b).map(|(a, b)| a.abs_diff(*b))
+        });
+        let sum = |f: fn(&Edit) -> f64, all: &[Edit]| all.iter().map(f).sum::<f64>();
+        println!(
+            "round {round}: {count} edits apart {:.2} s (instructions {:.2} s), together {:.2} s \
+             (instructions {:.2} s); pictures differ by at most {}",
+            apart[round],
+            sum(|e| e.seconds.instruct, &singles),
+            together[round],
+            sum(|e| e.seconds.instruct, &batch),
+            off.max().unwrap_or(0)
+        );
+    }
+    let median = |all: &mut Vec<f64>| {
+        all.sort_by(f64::total_cmp);
+        all[all.len() / 2]
+    };
+    let (apart, together) = (median(&mut apart), median(&mut together));
+    println!(
+        "an edit alone {:.3} s; in a batch of {count} {:.3} s: {:.2} times the throughput",
+        apart / count as f64,
+        together / count as f64,
+        apart / together
+    );
+    Ok(())
+}

@@ -1,0 +1,431 @@
+//! What a GPU is asked to show, one stage a call, one JSON object a line:
+//! `gpu_checks STAGE DEVICE BUNDLE …`; `tests/gpu/run` calls all of them. The bundle's models
+//! may be random ones of true shape (tests/gpu/make_models.py): nothing here looks at taste.
+//!
+//! - `edit DEVICE BUNDLE SIDE STEPS BATCH [CACHE]`: whole edits through the engine, by stage.
+//! - `velocity DEVICE BUNDLE SIDE OUT`: one step's inputs and velocity, for another program to
+//!   compare with.
+//! - `decode DEVICE BUNDLE PROMPT NEW BATCH`: tokens a second of prefill and decoding.
+//! - `logits DEVICE BUNDLE LENGTH OUT`: a prompt's tokens and the logits after each.
+//! - `dpo DEVICE BUNDLE GROUPS STEPS`: collaborative DPO, tokens a second.
+//! - `full DEVICE BUNDLE SIDE`: a request that cannot fit, then one that can.
+//! - `same DEVICE BUNDLE CUT_OUTS`: the edits of a bundle in f32 on this device and on the CPU.
+
+use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
+use serde::de::DeserializeOwned;
+use serde_json::{Value, json};
+use simpatico_engine::bundle::{Bundle, Location};
+use simpatico_engine::edit::{EditRequest, Hooks, Source};
+use simpatico_engine::engine::Engine;
+use simpatico_engine::flux::controlnet::{Control, ControlNet};
+use simpatico_engine::flux::names::Kind;
+use simpatico_engine::flux::transformer::{FluxTransformer, Inputs, image_ids, text_ids};
+use simpatico_engine::generate::{self, generate_batch};
+use simpatico_engine::lm::{LanguageModel, Precision};
+use simpatico_engine::lora::LoraConfig;
+use simpatico_engine::params::save_tensors;
+use simpatico_engine::picture::Picture;
+use simpatico_engine::soft_prompt::{SoftPrompt, SoftPromptConfig};
+use simpatico_engine::train_policy::{
+    Conditioning, DpoOptions, PairGroup, Policy, TokenPair, dpo_batch, dpo_optimizer,
+};
+use simpatico_schema::edit::{Backend, EditSettings};
+use simpatico_schema::random::Philox;
+use simpatico_storage::Store;
+use std::ops::ControlFlow;
+use std::path::Path;
+use std::time::Instant;
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let [stage, device, bundle, rest @ ..] = arguments.as_slice() else {
+        return Err("gpu_checks STAGE DEVICE BUNDLE …; see its first lines".into());
+    };
+    let device = simpatico_engine::engine::device(Some(device))?;
+    let number = |i: usize| -> Result<usize> {
+        let text = rest.get(i).ok_or("a number is missing")?;
+        Ok(text.parse()?)
+    };
+    let file = |i: usize| rest.get(i).map(Path::new).ok_or("a path is missing");
+    let found = match stage.as_str() {
+        "edit" => edit(
+            bundle,
+            &device,
+            number(0)? as u32,
+            number(1)?,
+            number(2)?,
+            rest.get(3).map(|c| c.parse()).transpose()?,
+        )?,
+        "velocity" => velocity(bundle, &device, number(0)?, file(1)?)?,
+        "decode" => decode(bundle, &device, number(0)?, number(1)?, number(2)?)?,
+        "logits" => logits(bundle, &device, number(0)?, file(1)?)?,
+        "dpo" => dpo(bundle, &device, number(0)?, number(1)?)?,
+        "full" => full(bundle, &device, number(0)? as u32)?,
+        "same" => same(bundle, &device, file(0)?)?,
+        other => return Err(format!("no stage {other}").into()),
+    };
+    let mut line = json!({
+        "stage": stage, "device": simpatico_engine::engine::device_word(&device),
+        "bundle": bundle, "arguments": rest,
+    });
+    if let (Some(line), Value::Object(found)) = (line.as_object_mut(), found) {
+        line.extend(found);
+    }
+    println!("{line}");
+    Ok(())
+}
+
+/// A picture with something in it for the edge detector.
+fn picture(side: u32, seed: u64) -> Picture {
+    let mut picture = Picture::filled(side, side, [90, 120, 150]);
+    let mut random = Philox::new(seed, 0);
+    for _ in 0..24 {
+        let (x0, y0) = (random.below(side), random.below(side));
+        let (w, h) = (random.below(side / 3 + 1), random.below(side / 3 + 1));
+        let color = [0, 1, 2].map(|_| random.below(256) as u8);
+        for y in y0..(y0 + h).min(side) {
+            for x in x0..(x0 + w).min(side) {
+                let at = ((y * side + x) * 3) as usize;
+                picture.rgb[at..at + 3].copy_from_slice(&color);
+            }
+        }
+    }
+    picture
+}
+
+/// A request for a picture of this side with an instruction of its own.
+fn request(side: u32, seed: u64, settings: EditSettings) -> EditRequest {
+    EditRequest {
+        source: Some(Source::of(picture(side, seed))),
+        caption: Some("coloured boxes".into()),
+        instructions: vec!["Turn the boxes into rustic wood".into()],
+        settings: EditSettings {
+            seed,
+            count: 1,
+            ..settings
+        },
+        ..EditRequest::default()
+    }
+}
+
+fn no_users() -> Result<(tempfile::TempDir, Store)> {
+    let folder = tempfile::tempdir()?;
+    let store = Store::open(folder.path(), Default::default())?;
+    Ok((folder, store))
+}
+
+fn edit(
+    bundle: &str,
+    device: &Device,
+    side: u32,
+    steps: usize,
+    batch: usize,
+    cache: Option<f32>,
+) -> Result<Value> {
+    let (_folder, store) = no_users()?;
+    let engine = Engine::open(bundle, device)?;
+    let settings = |steps| EditSettings {
+        steps: Some(steps),
+        backend: Some(Backend::Canny),
+        control_scale: Some(0.7),
+        cache_threshold: cache,
+        ..EditSettings::default()
+    };
+    let all = |steps| -> Vec<EditRequest> {
+        (0..batch as u64)
+            .map(|seed| request(side, seed, settings(steps)))
+            .collect()
+    };
+    let begun = Instant::now();
+    engine.edit_batch(&store.snapshot(), &all(1), &mut Hooks::default())?;
+    let first = begun.elapsed().as_secs_f64();
+    let begun = Instant::now();
+    let edits = engine.edit_batch(&store.snapshot(), &all(steps), &mut Hooks::default())?;
+    let whole = begun.elapsed().as_secs_f64();
+    let seconds = edits.first().map(|e| e.seconds).ok_or("no edit")?;
+    Ok(json!({
+        "side": side, "steps": steps, "batch": batch, "cache": cache,
+        "seconds": whole, "load_and_one_step": first, "stages": seconds,
+        "a_step": seconds.sample / steps as f64,
+    }))
+}
+
+/// A network of a bundle in its own folder.
+fn network<C: DeserializeOwned>(
+    bundle: &Bundle,
+    location: &Location,
+    kind: Kind,
+    device: &Device,
+) -> Result<(C, VarBuilder<'static>)> {
+    let dtype = match device.is_cpu() {
+        true => DType::F32,
+        false => DType::BF16,
+    };
+    let folder = bundle.path(location)?;
+    let config = serde_json::from_slice(&std::fs::read(folder.join("config.json"))?)?;
+    let weights = simpatico_engine::weights::Weights::open(&folder)?;
+    let vb = simpatico_engine::flux::names::open(&weights, kind, 0, dtype, device)?;
+    Ok((config, vb))
+}
+
+fn velocity(bundle: &str, device: &Device, side: usize, out: &Path) -> Result<Value> {
+    let bundle = Bundle::find(bundle)?;
+    let flux = bundle
+        .manifest
+        .roles
+        .flux
+        .clone()
+        .ok_or("the bundle makes no pictures")?;
+    let location = flux
+        .controlnet
+        .as_ref()
+        .ok_or("the bundle has no ControlNet")?;
+    let (config, vb) = network(&bundle, &flux.transformer, Kind::Transformer, device)?;
+    let transformer = FluxTransformer::new(&config, vb)?;
+    let (small, vb) = network(&bundle, location, Kind::ControlNet, device)?;
+    let control = ControlNet::new(&small, vb)?;
+    let config = transformer.config();
+    let rows = side / 16;
+    let mut random = Philox::new(7, 0);
+    let mut normals = |shape: &[usize]| -> Result<Tensor> {
+        let values = random.normals(shape.iter().product());
+        Ok(Tensor::from_vec(values, shape, &Device::Cpu)?.to_device(device)?)
+    };
+    let latents = normals(&[1, rows * rows, config.in_channels])?;
+    let condition = normals(&[1, rows * rows, config.in_channels])?;
+    let text = normals(&[1, 128, config.joint_attention_dim])?;
+    let pooled = normals(&[1, config.pooled_projection_dim])?;
+    let ids = image_ids(rows, rows, device)?;
+    let words = text_ids(128, device)?;
+    let timestep = Tensor::new(&[0.7f32], device)?;
+    let guidance = Tensor::new(&[3.5f32], device)?;
+    let mut inputs = Inputs {
+        latents: &latents,
+        ids: &ids,
+        text: &text,
+        text_ids: &words,
+        pooled: &pooled,
+        timestep: &timestep,
+        guidance: config.guidance_embeds.then_some(&guidance),
+        residuals: None,
+    };
+    let residuals = control.forward(
+        &inputs,
+        &Control {
+            condition: &condition,
+            modes: small.num_mode.map(|_| &[0u32][..]),
+            scale: 0.7,
+        },
+    )?;
+    inputs.residuals = Some(&residuals);
+    let velocity = transformer.forward(&inputs)?;
+    let named = [
+        ("latents", &latents),
+        ("condition", &condition),
+        ("text", &text),
+        ("pooled", &pooled),
+        ("velocity", &velocity),
+    ]
+    .map(|(name, t)| {
+        Ok((
+            name.to_string(),
+            t.to_dtype(DType::F32)?.to_device(&Device::Cpu)?,
+        ))
+    });
+    let named = named.into_iter().collect::<Result<Vec<_>>>()?;
+    save_tensors(out, &named, &[])?;
+    Ok(json!({"side": side, "out": out}))
+}
+
+fn language_model(bundle: &str, device: &Device) -> Result<LanguageModel> {
+    let bundle = Bundle::find(bundle)?;
+    let role = bundle.manifest.roles.language_model.as_ref();
+    let path = bundle.role("language_model", role)?;
+    let precision = match device.is_cpu() {
+        true => DType::F32,
+        false => DType::BF16,
+    };
+    Ok(LanguageModel::open(
+        &path,
+        Precision::Dense(precision),
+        device,
+    )?)
+}
+
+fn tokens(model: &LanguageModel, count: usize, stream: u64) -> Vec<u32> {
+    let mut random = Philox::new(11, stream);
+    let vocabulary = model.decoder.config.vocab as u32;
+    (0..count).map(|_| random.below(vocabulary)).collect()
+}
+
+fn decode(bundle: &str, device: &Device, prompt: usize, new: usize, batch: usize) -> Result<Value> {
+    let mut model = language_model(bundle, device)?;
+    // Every answer has the length asked for.
+    model.stop.clear();
+    let prompts: Vec<generate::Prompt> = (0..batch as u64)
+        .map(|i| generate::Prompt::tokens(tokens(&model, prompt, i)))
+        .collect();
+    let run = |tokens: usize| -> Result<f64> {
+        let options = generate::Options::greedy(tokens);
+        let begun = Instant::now();
+        generate_batch(&model, &prompts, None, &options, || {
+            ControlFlow::Continue(())
+        })?;
+        Ok(begun.elapsed().as_secs_f64())
+    };
+    run(2)?;
+    let prefill = run(1)?;
+    let whole = run(new)?;
+    Ok(json!({
+        "prompt": prompt, "new": new, "batch": batch,
+        "prefill_tokens_per_s": (batch * prompt) as f64 / prefill,
+        "decode_tokens_per_s": (batch * (new - 1)) as f64 / (whole - prefill),
+    }))
+}
+
+fn logits(bundle: &str, device: &Device, length: usize, out: &Path) -> Result<Value> {
+    let model = language_model(bundle, device)?;
+    let ids = tokens(&model, length, 0);
+    let x = model.embed_tokens(&ids)?;
+    let causal = simpatico_engine::lm::Placement::Causal;
+    let hidden = model.decoder.hidden(&x, &causal, None, None, None)?;
+    let logits = model.decoder.logits(&hidden)?.to_dtype(DType::F32)?;
+    let ids = Tensor::new(ids, &Device::Cpu)?;
+    let named = [
+        ("ids".to_string(), ids),
+        ("logits".to_string(), logits.to_device(&Device::Cpu)?),
+    ];
+    save_tensors(out, &named, &[])?;
+    Ok(json!({"length": length, "out": out}))
+}
+
+fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Value> {
+    let model = language_model(bundle, device)?;
+    let adapter = model.trainable(LoraConfig::paper(), 1)?;
+    let config = SoftPromptConfig {
+        embedding: 1024,
+        inner: 1024,
+        tokens: 8,
+        hidden: model.decoder.config.hidden,
+    };
+    let (soft, params) = SoftPrompt::fresh(config, 2, device)?;
+    let users = Tensor::from_vec(Philox::new(3, 0).normals(64 * 1024), (64, 1024), device)?;
+    let conditioning = Conditioning {
+        index: (0..64).map(|i| (format!("user {i}"), i)).collect(),
+        embeddings: Box::new(|| Ok(users.clone())),
+        vars: Vec::new(),
+        neighbors: (0..64)
+            .map(|i| (1..4).map(|j| ((i + j) % 64, 1.0 / 3.0)).collect())
+            .collect(),
+    };
+    let policy = Policy {
+        adapter: &adapter,
+        soft: Some((&soft, &params)),
+        users: Some(&conditioning),
+    };
+    let groups: Vec<PairGroup> = (0..count as u64)
+        .map(|i| PairGroup {
+            user: format!("user {}", i % 64),
+            prompt: tokens(&model, 160, 2 * i),
+            pairs: vec![TokenPair {
+                chosen: tokens(&model, 32, 1 << 32 | i),
+                rejected: tokens(&model, 32, 1 << 33 | i),
+            }],
+        })
+        .collect();
+    let options = DpoOptions {
+        groups: count,
+        ..DpoOptions::paper(DpoOptions::collaborative())
+    };
+    let mut optimizer = dpo_optimizer(&policy, &options)?;
+    let reference = vec![vec![-100.0, -100.0]; count];
+    let picked: Vec<usize> = (0..count).collect();
+    let mut each = Vec::new();
+    for step in 0..=steps {
+        let begun = Instant::now();
+        dpo_batch(
+            &model.decoder,
+            &policy,
+            &groups,
+            &reference,
+            &picked,
+            &options,
+            step,
+            &mut optimizer,
+        )?;
+        optimizer.step(1.0)?;
+        device.synchronize()?;
+        each.push(begun.elapsed().as_secs_f64());
+    }
+    // The first step also compiles and allocates.
+    let seconds = each[1..].iter().sum::<f64>() / steps.max(1) as f64;
+    // As work counts: the prompt once and both answers, for the user and three neighbours.
+    let worked = count * 4 * (8 + 160 + 64);
+    Ok(json!({
+        "groups": count, "k": 3, "steps": steps, "seconds_a_step": seconds,
+        "tokens_per_s": worked as f64 / seconds,
+    }))
+}
+
+fn full(bundle: &str, device: &Device, side: u32) -> Result<Value> {
+    let (_folder, store) = no_users()?;
+    let engine = Engine::open(bundle, device)?;
+    let settings = || EditSettings {
+        steps: Some(1),
+        ..EditSettings::default()
+    };
+    let many: Vec<EditRequest> = (0..1024)
+        .map(|seed| request(side, seed, settings()))
+        .collect();
+    let refused = engine.edit_batch(&store.snapshot(), &many, &mut Hooks::default());
+    let said = refused.err().map(|e| e.to_string());
+    engine.edit(&store.snapshot(), &many[0], &mut Hooks::default())?;
+    Ok(json!({"asked": many.len(), "side": side, "refused_with": said, "then_one_worked": true}))
+}
+
+fn same(bundle: &str, device: &Device, cut_outs: &Path) -> Result<Value> {
+    let (_folder, store) = no_users()?;
+    let mut files: Vec<_> = std::fs::read_dir(cut_outs)?
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| path.extension().is_some_and(|e| e == "png"))
+        .collect();
+    files.sort();
+    let requests = files
+        .iter()
+        .map(|file| {
+            Ok(EditRequest {
+                source: Some(Source::open(file)?),
+                caption: Some("a small picture".into()),
+                settings: EditSettings {
+                    count: 1,
+                    ..EditSettings::default()
+                },
+                ..EditRequest::default()
+            })
+        })
+        .collect::<Result<Vec<_>>>()?;
+    let run = |device: &Device| -> Result<(Vec<_>, f64)> {
+        let engine = Engine::open(bundle, device)?;
+        engine.edit(&store.snapshot(), &requests[0], &mut Hooks::default())?;
+        let begun = Instant::now();
+        let edits = engine.edit_batch(&store.snapshot(), &requests, &mut Hooks::default())?;
+        Ok((edits, begun.elapsed().as_secs_f64()))
+    };
+    let (here, seconds) = run(device)?;
+    let (cpu, cpu_seconds) = run(&Device::Cpu)?;
+    let pairs = || here.iter().zip(&cpu);
+    let words = pairs().all(|(a, b)| a.instruction.instruction == b.instruction.instruction);
+    let off = pairs().flat_map(|(a, b)| {
+        let (a, b) = (&a.images[0].rgb, &b.images[0].rgb);
+        a.iter().zip(b).map(|(a, b)| a.abs_diff(*b))
+    });
+    Ok(json!({
+        "edits": here.len(), "same_instructions": words, "largest_difference": off.max(),
+        "edits_per_s": here.len() as f64 / seconds,
+        "edits_per_s_on_the_cpu": here.len() as f64 / cpu_seconds,
+    }))
+}

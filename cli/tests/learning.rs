@@ -294,7 +294,7 @@ fn wrong_use_is_met_with_help() {
 }
 
 #[test]
-fn the_policy_trains_in_all_forms_and_its_bundle_opens() {
+fn the_policy_trains_and_its_bundle_opens() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     if !has_model(dir, "smollm2-135m-instruct") || !has_model(dir, "all-minilm-l6-v2") {
@@ -308,21 +308,23 @@ fn the_policy_trains_in_all_forms_and_its_bundle_opens() {
     );
     assert!(text(dir.join("data/statistics.html")).contains("<svg"));
     let mut bundles = Vec::new();
-    for (out, method) in [
-        ("sft", ""),
-        ("vanilla", "vanilla"),
-        ("cdpo", "collaborative"),
-    ] {
+    // The other forms take parts of what the collaborative one takes; the engine's tests have
+    // them. Each run here costs seconds: it reads the whole model.
+    for method in ["sft", "collaborative"] {
+        let out = method;
         let mut args = vec!["train"];
         match method {
-            "" => args.push("sft"),
-            method => args.extend(["dpo", "--method", method]),
+            "sft" => args.push("sft"),
+            method => args.extend(["dpo", "--method", method, "-k", "1"]),
         }
         args.extend([
             "--data", "data", "--out", out, "--steps", "1", "--batch", "1",
         ]);
         let answer = ask(dir, &args);
-        assert_eq!(metrics(&dir.join(out)).len(), 1, "{method}");
+        let lines = metrics(&dir.join(out));
+        assert_eq!(lines.len(), 1, "{method}");
+        // A norm that is not finite is written as null.
+        assert!(lines[0]["grad_norm"].as_f64().unwrap() > 0.0, "{method}");
         assert!(dir.join(out).join("metrics.svg").is_file());
         bundles.push(answer["bundle"].as_str().unwrap().to_string());
     }
@@ -350,7 +352,7 @@ fn the_policy_trains_in_all_forms_and_its_bundle_opens() {
             "-k",
             "1",
             "--bundle",
-            &bundles[2],
+            &bundles[1],
         ],
     );
     assert_eq!(answer["recorded_pairs"], 1);

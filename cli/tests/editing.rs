@@ -71,7 +71,7 @@ impl Bench {
 }
 
 fn bundle() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundles/default")
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/bundles/default")
 }
 
 fn artwork(name: &str) -> String {

@@ -197,7 +197,7 @@ fn a_folder_of_edits_is_judged() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     // Any PNG will do: the same picture before and after has all its edges left.
-    let png = Path::new(env!("CARGO_MANIFEST_DIR")).join("../docs");
+    let png = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/docs");
     let Some(picture) = find_png(&png) else {
         eprintln!("skipped: no PNG in docs");
         return;

@@ -1,4 +1,4 @@
-//! Makes the policy weights that ship in bundles/default.
+//! Makes the policy weights that ship in engine/bundles/default.
 //!
 //! ```text
 //! cargo run --release -p simpatico-engine --example train_policy -- \\

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //! cargo run --release -p simpatico-engine --example train_sage -- \
-//!     --model MINILM --epochs 120 --out bundles/default/sage.safetensors [--report DIR]
+//!     --model MINILM --epochs 120 --out engine/bundles/default/sage.safetensors [--report DIR]
 //! ```
 //!
 //! MINILM is the folder of all-MiniLM-L6-v2. The graph is the synthetic community of seed 0,

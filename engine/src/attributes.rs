@@ -566,7 +566,7 @@ mod tests {
 
     /// The default bundle's judge, where it has one.
     fn judge() -> Option<Judge> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundles/default/judge");
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/bundles/default/judge");
         if !Path::new(folder).exists() {
             println!("skipped: {folder} is absent; the example train_judge makes it");
             return None;

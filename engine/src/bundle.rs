@@ -284,7 +284,7 @@ pub fn bundle_folders() -> Vec<PathBuf> {
     if let Ok(program) = std::env::current_exe() {
         folders.extend(program.parent().map(|p| p.join("bundles")));
     }
-    folders.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundles"));
+    folders.push(Path::new(env!("CARGO_MANIFEST_DIR")).join("bundles"));
     if let Some(home) = std::env::var_os("HOME") {
         folders.push(Path::new(&home).join(".local/share/simpatico/bundles"));
     }
@@ -639,7 +639,7 @@ mod tests {
 
     #[test]
     fn the_repositorys_own_manifests_can_be_read() {
-        let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("../bundles");
+        let bundles = Path::new(env!("CARGO_MANIFEST_DIR")).join("bundles");
         for name in ["default", "qwen-1.5b", "paper"] {
             let bundle = Bundle::open(&bundles.join(name)).unwrap();
             assert_eq!(bundle.manifest.name, name);

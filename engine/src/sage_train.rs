@@ -23,9 +23,9 @@
 //!
 //! # The weights that ship
 //!
-//! `bundles/default/sage.safetensors` (384 → 256 → 256, f16, 1.8 MB) is made by
+//! `engine/bundles/default/sage.safetensors` (384 → 256 → 256, f16, 1.8 MB) is made by
 //! `cargo run --release -p simpatico-engine --example train_sage -- --model MINILM
-//! --epochs 120 --out bundles/default/sage.safetensors`, where MINILM is the folder of
+//! --epochs 120 --out engine/bundles/default/sage.safetensors`, where MINILM is the folder of
 //! all-MiniLM-L6-v2: 120 epochs on the synthetic community of seed 0, minutes on two cores.
 //!
 //! # Why whitening

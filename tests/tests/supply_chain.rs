@@ -1,4 +1,4 @@
-//! What we build upon: only from the registry, only under licences we list in deny.toml, and
+//! What we build upon: only from the registry, only under licences we list in .deny.toml, and
 //! what is unmaintained is known by name.
 
 use serde_json::Value;
@@ -39,9 +39,9 @@ fn metadata() -> Value {
     serde_json::from_slice(&output.stdout).unwrap()
 }
 
-/// The licences that deny.toml allows.
+/// The licences that .deny.toml allows.
 fn allowed() -> Vec<String> {
-    let text = std::fs::read_to_string(root().join("deny.toml")).unwrap();
+    let text = std::fs::read_to_string(root().join(".deny.toml")).unwrap();
     let (_, list) = text.split_once("allow = [").unwrap();
     let (list, _) = list.split_once(']').unwrap();
     list.split('"')

@@ -108,7 +108,7 @@ fn the_repository_stays_small_and_data_keeps_its_licence() {
             || file
                 .extension()
                 .is_some_and(|e| e == "jpg" || e == "png" || e == "webp");
-        if is_data && !file.starts_with("docs") {
+        if is_data {
             // A licence or a note on the origin stands in the same folder or in one above.
             let noted = file
                 .ancestors()

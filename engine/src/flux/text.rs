@@ -282,7 +282,8 @@ pub struct Clip {
 }
 
 impl Clip {
-    /// From weights with transformers' names (`text_model.…`).
+    /// From weights with transformers' names, with `text_model.` before them (up to its fourth
+    /// version) or without.
     pub fn new(config: &ClipConfig, vb: VarBuilder) -> Result<Self> {
         let theirs = clip::ClipTextConfig {
             vocab_size: config.vocab_size,
@@ -296,8 +297,12 @@ impl Clip {
             projection_dim: config.hidden_size,
         };
         let device = vb.device().clone();
+        let vb = match vb.contains_tensor("embeddings.token_embedding.weight") {
+            true => vb,
+            false => vb.pp("text_model"),
+        };
         Ok(Self {
-            model: clip::ClipTextTransformer::new(vb.pp("text_model"), &theirs)?,
+            model: clip::ClipTextTransformer::new(vb, &theirs)?,
             config: config.clone(),
             device,
         })

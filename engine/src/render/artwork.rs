@@ -394,7 +394,7 @@ mod tests {
     use std::collections::BTreeMap;
 
     fn shipped() -> Vec<Arc<Artwork>> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundles/default/artwork");
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/bundles/default/artwork");
         cut_outs(folder.as_ref()).expect("the shipped artwork")
     }
 

@@ -283,7 +283,7 @@ mod tests {
     use crate::render::artwork;
 
     fn shipped() -> Vec<Subject> {
-        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/../bundles/default/artwork");
+        let folder = concat!(env!("CARGO_MANIFEST_DIR"), "/bundles/default/artwork");
         let art = artwork::cut_outs(folder.as_ref()).expect("the shipped artwork");
         art.into_iter().map(Subject::from).collect()
     }

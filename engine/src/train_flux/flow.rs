@@ -62,8 +62,8 @@ impl Options {
     pub fn shipped() -> Self {
         Self {
             config: config(),
-            steps: 24_000,
-            cooldown: 6_000,
+            steps: 11_000,
+            cooldown: 3_000,
             batch: 16,
             lr: 1.5e-3,
             warmup: 200,

@@ -1,7 +1,7 @@
 //! The policy: from a user, a caption and perhaps a cue to one edit instruction.
 //!
 //! In order: the user's edges and embedding are read from the snapshot; the likes and dislikes
-//! are written into the prompt (newest first, so that what was said a second ago is in it); the
+//! are written into the prompt (the newest always, in an order drawn for each picture); the
 //! embedding becomes the soft prompt; neighbours fill in where the user has said little; the
 //! language model writes; the answer is cut to one clean sentence, and written again where it
 //! takes up something the user dislikes.
@@ -25,6 +25,7 @@ use crate::train_policy::{PairGroup, SftGroup, TokenPair};
 use crate::vocabulary::{self, Attribute, Cluster, EditType};
 use crate::{grammar, synth};
 use candle_core::{Device, Tensor};
+use sha2::{Digest, Sha256};
 use simpatico_schema::edit::{Fallback, InstructRequest, Instruction, WeightedNeighbor, Why};
 use simpatico_schema::random::Philox;
 use simpatico_schema::{OverlapMode, Polarity};
@@ -384,7 +385,13 @@ impl Policy {
             .map(|s| s.attribute)
             .take(12)
             .collect();
-        let mut random = Philox::new(request.seed, 0x7368_6f77);
+        // Another picture, another draw: or the first like would be in every instruction.
+        let drawn = Sha256::digest(request.caption.as_bytes());
+        let stream = drawn
+            .iter()
+            .take(8)
+            .fold(0, |all, byte| all << 8 | u64::from(*byte));
+        let mut random = Philox::new(request.seed, stream);
         // Everything newly said stands in the prompt; of a longer history, the newest likes and
         // a draw from the rest, so that not every picture gets the same ones.
         let most = self.options.likes_shown;
@@ -394,6 +401,7 @@ impl Policy {
         shown.extend(rest.into_iter().take(most - shown.len()));
         let room = self.options.fill_up_to.saturating_sub(shown.len()).min(2);
         shown.extend(asked.suggestions.iter().take(room).cloned());
+        random.shuffle(&mut shown);
         explore(
             snapshot,
             request.explore,

@@ -488,6 +488,7 @@ fn held_out_pairs(
         template,
         split,
         usize::MAX,
+        0.5,
         common.seed,
     )?;
     let every = (all.len() / prompts).max(1);

@@ -5,7 +5,8 @@
 //!     METHOD MODEL.gguf FOLDER STEPS [ADAPTER [MINILM_FOLDER SAGE.safetensors]]
 //! ```
 //! METHOD: sft, vanilla, user or collaborative. ADAPTER: where to start, and for DPO the reference
-//! too. The last two are for collaborative: they make embeddings of the synthetic community. A run
+//! too. The last two are for collaborative: they make embeddings of the synthetic community; STEPS
+//! then counts twice, for learning to read the embedding and for Eq. 7. A run
 //! that was stopped goes on where it was.
 
 use candle_core::{DType, Device};
@@ -45,9 +46,10 @@ fn main() -> Result<()> {
         }
         _ => None,
     };
+    let steps: usize = steps.parse().map_err(|_| usage())?;
     let options = RunOptions {
         tweaks: Tweaks {
-            steps: Some(steps.parse().map_err(|_| usage())?),
+            steps: Some(steps),
             ..Tweaks::default()
         },
         start: rest.first().map(Into::into),
@@ -55,7 +57,7 @@ fn main() -> Result<()> {
         ..RunOptions::new(method, folder)
     };
     let snapshots: Vec<_> = store.iter().map(Store::snapshot).collect();
-    run(&model, &synth, &snapshots, &options, &mut |at| {
+    let mut show = |at: &Progress| {
         match at {
             Progress::Reference(done, all) if done % 50 == 0 => {
                 eprintln!("reference {done}/{all}")
@@ -81,7 +83,33 @@ fn main() -> Result<()> {
             ),
         }
         ControlFlow::Continue(())
-    })?;
+    };
+    if method != Method::Collaborative {
+        run(&model, &synth, &snapshots, &options, &mut show)?;
+        return Ok(());
+    }
+    // First to read the embedding at all: no neighbours (their rows cost three times the user's
+    // own), no profile in words to lean on, and the preferred answers' likelihood at full weight.
+    let reading = RunOptions {
+        tweaks: Tweaks {
+            k: Some(0),
+            profiles: Some(0.0),
+            sft_weight: Some(1.0),
+            groups: Some(4),
+            lr: Some(3e-4),
+            ..options.tweaks.clone()
+        },
+        folder: Path::new(folder).join("reading"),
+        ..options.clone()
+    };
+    run(&model, &synth, &snapshots, &reading, &mut show)?;
+    // Then Eq. 7, from there.
+    let collaborative = RunOptions {
+        start: Some(reading.folder.join("adapter")),
+        start_soft: Some(reading.folder.join("soft_prompt.safetensors")),
+        ..options
+    };
+    run(&model, &synth, &snapshots, &collaborative, &mut show)?;
     Ok(())
 }
 

@@ -780,14 +780,15 @@ fn kindred_of(
 }
 
 /// The training pairs of a data set in tokens, grouped by user, caption and whether the profile
-/// is written: half of the prompts show 1 to 8 of the stated likes and up to 4 dislikes, half
-/// show the caption alone, so that the embedding must carry the taste.
+/// is written: a share of the prompts, `profiles` of 0 to 1, show 1 to 8 of the stated likes and
+/// up to 4 dislikes; the others show the caption alone, so that the embedding must carry the taste.
 pub fn pair_groups(
     synth: &Synth,
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     split: Split,
     users: usize,
+    profiles: f64,
     seed: u64,
 ) -> Result<Vec<PairGroup>> {
     let by_name: BTreeMap<&str, (usize, &SynthUser)> = synth
@@ -808,7 +809,7 @@ pub fn pair_groups(
             continue;
         };
         let mut random = Philox::new(seed, (*i as u64) << 16 | groups.len() as u64);
-        let profile = random.uniform() < 0.5;
+        let profile = f64::from(random.uniform()) < profiles;
         let (likes, dislikes) = shown_profile(user, &mut random);
         let text = PromptText {
             likes: if profile { likes } else { Vec::new() },

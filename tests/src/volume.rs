@@ -4,7 +4,7 @@
 //! within a twentieth. What is *resident* also counts pages that the allocator keeps of what
 //! was freed, a compaction's second state above all, and those pages of sled's fixed buffers
 //! that were touched so far: it comes to rest only after some compactions, so it has a tenth,
-//! and at least [`RESIDENT_SLACK_KIB`].
+//! and at least `RESIDENT_SLACK_KIB`.
 
 use crate::memory::held;
 use crate::processes::worker;

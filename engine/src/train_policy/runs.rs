@@ -6,6 +6,7 @@ use crate::lora::LoraConfig;
 use crate::policy::{PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
+use crate::vocabulary::{self, EditType};
 use simpatico_schema::edit::PreferencePair;
 use simpatico_schema::{OverlapMode, Polarity};
 use simpatico_storage::Snapshot;
@@ -56,6 +57,11 @@ pub struct Tweaks {
     pub label_smoothing: Option<f64>,
     /// DPO: weight of the preferred answers' own likelihood.
     pub sft_weight: Option<f64>,
+    /// DPO: peak learning rate of the soft prompt's maps.
+    pub lr_soft: Option<f64>,
+    /// DPO: the share of the data set's prompts that show the profile in words; 0.5 unless told
+    /// otherwise.
+    pub profiles: Option<f64>,
     /// Collaborative: how many neighbours.
     pub k: Option<usize>,
     /// Collaborative: the weight of their term.
@@ -201,6 +207,7 @@ fn dpo_settings(method: Method, options: &RunOptions) -> DpoOptions {
         steps: tweaks.steps.unwrap_or(preset.steps),
         groups: tweaks.groups.unwrap_or(preset.groups).max(1),
         lr_adapter: tweaks.lr.unwrap_or(preset.lr_adapter),
+        lr_soft: tweaks.lr_soft.unwrap_or(preset.lr_soft),
         sft_weight: tweaks.sft_weight.unwrap_or(preset.sft_weight),
         checkpoint_steps: tweaks.checkpoint_steps.unwrap_or(preset.checkpoint_steps),
         seed: options.seed,
@@ -224,6 +231,7 @@ fn dpo(
         template(model)?,
         Split::Train,
         usize::MAX,
+        options.tweaks.profiles.unwrap_or(0.5).clamp(0.0, 1.0),
         options.seed,
     )?;
     if !options.recorded.is_empty() {
@@ -258,7 +266,18 @@ fn dpo(
                 scale: embedding_size(model)?,
                 normalize: true,
             };
-            SoftPrompt::fresh(config, options.seed, device)?
+            let (soft, params) = SoftPrompt::fresh(config, options.seed, device)?;
+            if matches!(form, Form::Collaborative { .. }) {
+                start_from_words(
+                    model,
+                    synth,
+                    &index,
+                    &vectors,
+                    (&soft, &params),
+                    options.seed,
+                )?;
+            }
+            (soft, params)
         }
     };
     let table = Params::new(options.seed.wrapping_add(7), device.clone());
@@ -301,6 +320,111 @@ fn dpo(
     )
 }
 
+/// Steps and users in a step of [`start_from_words`].
+const WORDS_STEPS: usize = 800;
+const WORDS_BATCH: usize = 256;
+
+/// Brings a fresh soft prompt to where the language model can read it at once: one token for
+/// each kind of edit, fitted (least squares, a few seconds, no language model) to the mean of the
+/// model's own token embeddings of the likes of that kind, and the rest to the mean of all likes.
+/// From random tokens the adapter would first have to learn that they mean anything.
+///
+/// Users without known likes count for nothing; likes that are held out are not looked at.
+fn start_from_words(
+    model: &LanguageModel,
+    synth: &Synth,
+    index: &BTreeMap<String, usize>,
+    vectors: &Tensor,
+    (soft, params): (&SoftPrompt, &Params),
+    seed: u64,
+) -> Result<()> {
+    let (tokens, hidden) = (soft.config.tokens, soft.config.hidden);
+    let mut of_word: BTreeMap<&str, Vec<f32>> = BTreeMap::new();
+    let mut rows: Vec<u32> = Vec::new();
+    let (mut targets, mut counts) = (Vec::new(), Vec::new());
+    for user in &synth.users {
+        let Some(row) = index.get(&user.user) else {
+            continue;
+        };
+        let mut sums = vec![0f32; tokens * hidden];
+        let mut seen = vec![0f32; tokens];
+        for like in user
+            .likes
+            .iter()
+            .filter(|l| !user.held_out_likes.contains(l))
+        {
+            let Some(attribute) = vocabulary::find(like) else {
+                continue;
+            };
+            let vector = match of_word.get(attribute.name) {
+                Some(vector) => vector,
+                None => {
+                    let ids = model.tokenizer.encode(&format!(" {}", attribute.name))?;
+                    let mean = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
+                    let mean = mean.flatten_all()?.to_vec1::<f32>()?;
+                    of_word.entry(attribute.name).or_insert(mean)
+                }
+            };
+            let kind = EditType::ALL
+                .iter()
+                .position(|k| *k == attribute.edit_type());
+            for slot in (0..tokens).filter(|s| Some(*s) == kind || *s >= EditType::ALL.len()) {
+                let at = &mut sums[slot * hidden..(slot + 1) * hidden];
+                at.iter_mut().zip(vector).for_each(|(sum, x)| *sum += x);
+                seen[slot] += 1.0;
+            }
+        }
+        for slot in 0..tokens {
+            if seen[slot] == 0.0 {
+                continue;
+            }
+            let at = &mut sums[slot * hidden..(slot + 1) * hidden];
+            let size = (at.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
+            // In the soft prompt's own unit, the size of a token.
+            at.iter_mut().for_each(|x| *x /= size.max(1e-12));
+            seen[slot] = 1.0;
+        }
+        rows.push(*row as u32);
+        targets.extend(sums);
+        counts.extend(seen);
+    }
+    let n = rows.len();
+    if n == 0 {
+        return Ok(());
+    }
+    let device = vectors.device();
+    let inputs = vectors.index_select(&Tensor::new(rows, device)?, 0)?;
+    let targets = Tensor::from_vec(targets, (n, tokens, hidden), device)?;
+    let counts = Tensor::from_vec(counts, (n, tokens, 1), device)?;
+    let group = Group {
+        vars: params.vars(),
+        lr: 2e-3,
+        weight_decay: 0.0,
+    };
+    let mut optimizer = AdamW::new(vec![group], AdamWOptions::default())?;
+    let schedule = Schedule::Cosine {
+        warmup: 20,
+        total: WORDS_STEPS,
+        floor: 0.0,
+    };
+    let mut random = Philox::new(seed, 0x0077_6f72_6473);
+    for step in 0..WORDS_STEPS {
+        let picked: Vec<u32> = (0..WORDS_BATCH.min(n))
+            .map(|_| random.below(n as u32))
+            .collect();
+        let picked = Tensor::new(picked, device)?;
+        let said = soft.forward(&inputs.index_select(&picked, 0)?)?;
+        let said = (said / soft.config.scale.max(1e-12))?;
+        let apart = (said - targets.index_select(&picked, 0)?)?.sqr()?;
+        let loss = apart
+            .broadcast_mul(&counts.index_select(&picked, 0)?)?
+            .mean_all()?;
+        optimizer.accumulate(&loss.backward()?, 1.0)?;
+        optimizer.step(schedule.factor(step))?;
+    }
+    Ok(())
+}
+
 /// Row numbers, embeddings (rows, d) and neighbours with their overlaps.
 type Surroundings = (BTreeMap<String, usize>, Tensor, Vec<Vec<(usize, f64)>>);
 
@@ -319,7 +443,7 @@ fn surroundings(
     for user in asked {
         let Some(snapshot) = home(user) else {
             return Err(Error::BadRequest(format!(
-                "{user:?} has pairs but is in no store: the collaborative form needs the                  likes and dislikes of everyone it learns from; ingest them first"
+                "{user:?} has pairs but is in no store: the collaborative form needs the likes and dislikes of everyone it learns from; ingest them first"
             )));
         };
         let mut overlaps = snapshot

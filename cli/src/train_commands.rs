@@ -180,6 +180,22 @@ pub struct DpoArgs {
     /// Weight of the preferred answers' own likelihood
     #[arg(long, value_name = "X")]
     sft_weight: Option<f64>,
+    /// Peak learning rate of the soft prompt's maps
+    #[arg(long, value_name = "X")]
+    lr_soft: Option<f64>,
+    /// Peak learning rate of the graph encoder, or of the users' vectors
+    #[arg(long, value_name = "X")]
+    lr_users: Option<f64>,
+    /// Leave the graph encoder as it is; without this the collaborative form trains it along,
+    /// except with --continue, where everyone's embeddings would change for a few answers
+    #[arg(long)]
+    freeze_encoder: bool,
+    /// Share of prompts with the profile in words, 0 to 1 [default: 0.5]
+    #[arg(long, value_name = "X")]
+    profiles: Option<f64>,
+    /// Soft prompt to start from, a file of an earlier run
+    #[arg(long, value_name = "FILE")]
+    start_soft: Option<PathBuf>,
     /// How many neighbours
     #[arg(short, value_name = "N")]
     k: Option<usize>,
@@ -593,6 +609,9 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     if !(0.0..0.5).contains(&smoothing) {
         return Err(Usage("--label-smoothing: expected 0 to below 0.5".into()).into());
     }
+    if let Some(share) = args.profiles.filter(|s| !(0.0..=1.0).contains(s)) {
+        return Err(Usage(format!("--profiles: expected 0 to 1, got {share}")).into());
+    }
     let own = match args.go_on {
         true => Some(open_existing(common)?),
         false => None,
@@ -632,8 +651,13 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     if options.start.is_none() && !args.from_base {
         options.start = adapter;
     }
-    if args.go_on {
-        options.start_soft = soft;
+    options.start_soft = match (&args.start_soft, args.go_on) {
+        (Some(file), _) => Some(file.clone()),
+        (None, true) => soft,
+        (None, false) => None,
+    };
+    if method == Method::Collaborative && !args.go_on && !args.freeze_encoder {
+        options.encoder = place(&roles.sage)?;
     }
     options.recorded = recorded;
     options.replay = args.replay;
@@ -651,6 +675,8 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     });
     (tweaks.beta, tweaks.label_smoothing) = (args.beta, args.label_smoothing);
     (tweaks.sft_weight, tweaks.k, tweaks.lambda) = (args.sft_weight, args.k, args.lambda);
+    (tweaks.lr_soft, tweaks.lr_users, tweaks.profiles) =
+        (args.lr_soft, args.lr_users, args.profiles);
     train_policy(&bundle, &model, &data, &snapshots, &options, output)
 }
 
@@ -734,6 +760,11 @@ fn train_policy(
             }
             _ => None,
         };
+        if options.encoder.is_some() {
+            let name = "trained-policy/sage.safetensors";
+            copy(&out.join("sage.safetensors"), &folder.join(name))?;
+            manifest.roles.sage = Some(Location(name.into()));
+        }
         Ok(())
     })?;
     let answer = serde_json::json!({

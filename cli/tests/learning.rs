@@ -328,6 +328,11 @@ fn the_policy_trains_and_its_bundle_opens() {
         assert!(dir.join(out).join("metrics.svg").is_file());
         bundles.push(answer["bundle"].as_str().unwrap().to_string());
     }
+    // Adapter, soft prompt and graph encoder trained together.
+    let trained = dir.join("collaborative/bundle/trained-policy/sage.safetensors");
+    let shipped = Path::new(env!("CARGO_MANIFEST_DIR")).join("../engine/bundles/default");
+    let shipped = std::fs::read(shipped.join("sage.safetensors")).unwrap();
+    assert_ne!(std::fs::read(trained).unwrap(), shipped);
     // Answers in the store; then on from the bundle that has a soft prompt.
     ask(dir, &["ingest", "data/events.jsonl.gz"]);
     let pairs = text_gz(&dir.join("data/pairs.jsonl.gz"));

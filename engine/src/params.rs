@@ -22,7 +22,7 @@ use candle_core::{DType, Device, Shape, Tensor, Var};
 use candle_nn::init::{Init, NormalOrUniform};
 use candle_nn::var_builder::{SimpleBackend, VarBuilder};
 use simpatico_schema::random::Philox;
-use std::collections::{BTreeMap, HashMap};
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -72,6 +72,11 @@ impl Params {
         let var = Var::from_tensor(&value.contiguous()?)?;
         self.lock().insert(name.into(), var.clone());
         Ok(var)
+    }
+
+    /// Where they are.
+    pub fn device(&self) -> &Device {
+        &self.device
     }
 
     /// How many numbers there are in all.
@@ -227,14 +232,34 @@ pub fn save_tensors(
         .iter()
         .map(|(n, t)| Ok((n.clone(), t.to_device(&Device::Cpu)?.contiguous()?)))
         .collect::<Result<BTreeMap<_, _>>>()?;
-    let metadata: HashMap<String, String> = metadata
-        .iter()
-        .map(|(k, v)| (k.to_string(), v.clone()))
-        .collect();
-    let metadata = (!metadata.is_empty()).then_some(metadata);
-    let bytes = safetensors::serialize(contiguous.iter().map(|(n, t)| (n.as_str(), t)), metadata)
-        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))?;
+    let failed = |reason: String| Error::bad_model(path.display().to_string(), reason);
+    let plain = safetensors::serialize(contiguous.iter().map(|(n, t)| (n.as_str(), t)), None)
+        .map_err(|e| failed(e.to_string()))?;
+    let bytes = with_metadata(plain, metadata).map_err(|e| failed(e.to_string()))?;
     write_whole(path, &bytes)
+}
+
+/// A safetensors file without metadata, given some. The library takes metadata as a hash map
+/// and writes them in its order, which differs from run to run; here they are in order of key.
+fn with_metadata(file: Vec<u8>, metadata: &[(&str, String)]) -> serde_json::Result<Vec<u8>> {
+    let Some((length, _)) = file
+        .split_first_chunk::<8>()
+        .filter(|_| !metadata.is_empty())
+    else {
+        return Ok(file);
+    };
+    let (header, tensors) = file[8..].split_at(u64::from_le_bytes(*length) as usize);
+    let metadata: BTreeMap<&str, &str> = metadata.iter().map(|(k, v)| (*k, v.as_str())).collect();
+    let mut new = b"{\"__metadata__\":".to_vec();
+    serde_json::to_writer(&mut new, &metadata)?;
+    let rest = header[1..].trim_ascii_end();
+    if rest != b"}" {
+        new.push(b',');
+    }
+    new.extend_from_slice(rest);
+    new.resize(new.len().next_multiple_of(8), b' ');
+    let length = (new.len() as u64).to_le_bytes();
+    Ok([&length[..], &new, tensors].concat())
 }
 
 /// Reads all tensors of a safetensors file.
@@ -256,6 +281,38 @@ pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn metadata_are_written_in_order_and_read_back_by_the_library() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("a.safetensors");
+        let metadata = ["d", "b", "a", "c"].map(|k| (k, format!("{k} \"quoted\" ä")));
+        let one = Tensor::new(&[1f32, 2.0, 3.0], &Device::Cpu).unwrap();
+        for tensors in [vec![], vec![("x".to_string(), one)]] {
+            save_tensors(&path, &tensors, &metadata).unwrap();
+            let bytes = std::fs::read(&path).unwrap();
+            for _ in 0..4 {
+                save_tensors(&path, &tensors, &metadata).unwrap();
+                assert_eq!(std::fs::read(&path).unwrap(), bytes);
+            }
+            let (_, header) = safetensors::SafeTensors::read_metadata(&bytes).unwrap();
+            let read = header.metadata().clone().unwrap();
+            assert_eq!(read.len(), 4);
+            assert!(metadata.iter().all(|(k, v)| read[*k] == *v));
+            let back = load_tensors(&path, &Device::Cpu).unwrap();
+            assert_eq!(back.len(), tensors.len());
+            for (name, tensor) in &tensors {
+                let (read, was) = (back[name].to_vec1::<f32>(), tensor.to_vec1::<f32>());
+                assert_eq!(read.unwrap(), was.unwrap());
+            }
+            // One key: what the library itself would write.
+            save_tensors(&path, &tensors, &[("k", "v".into())]).unwrap();
+            let map = Some([("k".to_string(), "v".to_string())].into());
+            let own = tensors.iter().map(|(n, t)| (n.as_str(), t));
+            let own = safetensors::serialize(own, map).unwrap();
+            assert_eq!(std::fs::read(&path).unwrap(), own);
+        }
+    }
 
     fn values(params: &Params, name: &str) -> Vec<f32> {
         params

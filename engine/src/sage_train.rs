@@ -1154,6 +1154,148 @@ impl TrainedSage {
     }
 }
 
+// ------------------------------------------------------- training it through something else
+
+/// An encoder over the graphs of stores, whose weights another training moves: Collaborative
+/// DPO trains graph encoder, soft prompt and adapter together (`train_policy::runs`).
+pub struct TunableEncoder {
+    network: SageNetwork,
+    params: Params,
+    /// What is in the file beside what trains: the decoder, and the last layer towards
+    /// attributes, which no user's embedding depends on.
+    kept: Vec<(String, Tensor)>,
+    training: Option<String>,
+    graphs: Vec<LiveGraph>,
+}
+
+/// One store's graph. The last row of users stands for everyone without an edge.
+struct LiveGraph {
+    users: HashMap<String, u32>,
+    graph: MessageGraph,
+    x_users: Option<Tensor>,
+    x_attributes: Tensor,
+}
+
+impl TunableEncoder {
+    /// Reads the weights that `store.set_encoder` takes, and the graphs of these snapshots.
+    /// Fails where the file is damaged or an attribute has no text vector of its length.
+    pub fn open(weights: &Path, snapshots: &[Snapshot], device: &Device) -> Result<Self> {
+        let file = weights.display().to_string();
+        let encoder = simpatico_storage::sage::Encoder::load(weights)
+            .map_err(|e| Error::bad_model(&file, e.to_string()))?;
+        let config = encoder.config().clone();
+        let training = encoder_metadata(weights)?.remove("training");
+        let params = Params::new(0, device.clone());
+        let mut kept = Vec::new();
+        for (name, tensor) in crate::params::load_tensors(weights, device)? {
+            let tensor = tensor.to_dtype(DType::F32)?;
+            match name.starts_with("c1.") || name.starts_with("c2.attr__") {
+                true => drop(params.insert(name, &tensor)?),
+                false => kept.push((name, tensor)),
+            }
+        }
+        let weights = params
+            .vars()
+            .into_iter()
+            .map(|(n, v)| (n, v.as_tensor().clone()));
+        let weights = weights.chain(kept.iter().cloned()).collect();
+        let vb = VarBuilder::from_tensors(weights, DType::F32, device);
+        let graphs = snapshots.iter().map(|s| LiveGraph::new(s, &config, device));
+        Ok(Self {
+            network: SageNetwork::new(config.clone(), vb),
+            params,
+            kept,
+            training,
+            graphs: graphs.collect::<Result<_>>()?,
+        })
+    }
+
+    /// What trains.
+    pub fn vars(&self) -> Vec<(String, Var)> {
+        self.params.vars()
+    }
+
+    /// Embeddings of these users, each by the snapshot's number and the name, as they are
+    /// now, (users, out), with the gradient. Costs a batch forward pass of each graph.
+    pub fn embeddings(&self, users: &[(usize, &str)]) -> Result<Tensor> {
+        let (mut tables, mut starts, mut end) = (Vec::new(), Vec::new(), 0);
+        for live in &self.graphs {
+            let (table, _) =
+                self.network
+                    .forward(live.x_users.as_ref(), &live.x_attributes, &live.graph)?;
+            starts.push(end);
+            end += table.dim(0)? as u32;
+            tables.push(table);
+        }
+        let row = |(number, name): &(usize, &str)| {
+            let live = &self.graphs[*number];
+            let edgeless = live.users.len() as u32;
+            starts[*number] + live.users.get(*name).copied().unwrap_or(edgeless)
+        };
+        let rows: Vec<u32> = users.iter().map(row).collect();
+        let rows = Tensor::new(rows, self.params.device())?;
+        Ok(Tensor::cat(&tables, 0)?.index_select(&rows, 0)?)
+    }
+
+    /// Writes the file that `store.set_encoder` loads.
+    pub fn save(&self, path: &Path, dtype: DType) -> Result<()> {
+        let config = serde_json::to_string(&self.network.config)
+            .map_err(|e| Error::BadRequest(format!("the encoder cannot be written: {e}")))?;
+        let mut metadata = vec![("simpatico", config)];
+        metadata.extend(self.training.clone().map(|t| ("training", t)));
+        let vars = self.params.vars().into_iter();
+        let all = vars
+            .map(|(name, var)| (name, var.as_tensor().clone()))
+            .chain(self.kept.iter().cloned())
+            .map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)))
+            .collect::<Result<Vec<_>>>()?;
+        crate::params::save_tensors(path, &all, &metadata)
+    }
+}
+
+impl LiveGraph {
+    fn new(snapshot: &Snapshot, config: &EncoderConfig, device: &Device) -> Result<Self> {
+        let data = LinkData::from_snapshot(snapshot)?;
+        let (dim, expected) = (data.feature_dim(), config.in_dim_attribute);
+        if dim != expected && !data.attributes.is_empty() {
+            return Err(Error::BadRequest(format!(
+                "the encoder takes text vectors of {expected} numbers, the store's have {dim}; \
+                 run `simpatico featurize` with the encoder's text model"
+            )));
+        }
+        let rows = data.users.len() + 1;
+        let x_users = match config.in_dim_user {
+            0 => None,
+            dim => {
+                let zero = vec![0.0; dim];
+                let own = |name: &String| snapshot.user_feature(name);
+                let mut flat: Vec<f32> = Vec::with_capacity(rows * dim);
+                for name in &data.users {
+                    let feature = own(name).filter(|f| f.len() == dim);
+                    flat.extend(feature.as_ref().unwrap_or(&zero));
+                }
+                flat.extend(zero);
+                Some(Tensor::from_vec(flat, (rows, dim), device)?)
+            }
+        };
+        let shape = (data.attributes.len(), expected);
+        Ok(Self {
+            graph: MessageGraph::new(rows, data.attributes.len(), &data.links, config.relations),
+            x_users,
+            x_attributes: Tensor::from_vec(data.features.concat(), shape, device)?,
+            users: data.users.into_iter().zip(0..).collect(),
+        })
+    }
+}
+
+/// The metadata of a safetensors file.
+fn encoder_metadata(path: &Path) -> Result<HashMap<String, String>> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    let (_, header) = safetensors::SafeTensors::read_metadata(&bytes)
+        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))?;
+    Ok(header.metadata().clone().unwrap_or_default())
+}
+
 #[cfg(test)]
 pub(crate) mod tests {
     use super::*;
@@ -1337,6 +1479,95 @@ pub(crate) mod tests {
                     assert!(error < 0.03, "{name}: slope {slope}, gradient {length}");
                 }
             }
+        }
+    }
+
+    #[test]
+    fn a_tunable_encoder_is_the_stores_and_gradients_reach_all_of_it() {
+        use simpatico_schema::{Event, Polarity};
+        use simpatico_storage::{Options, Store};
+        let folder = tempfile::tempdir().unwrap();
+        let data = planted(12, 9, 6);
+        for (relations, in_dim_user) in [(Relations::Separated, 0), (Relations::Blind, 3)] {
+            let options = small(relations, in_dim_user);
+            let split = LinkSplit::random(&data.links, 0.8, 0.1, 0);
+            let trained = train(&data, &split, &options, &Device::Cpu, None, go_on).unwrap();
+            let path = folder.path().join(format!("{in_dim_user}.safetensors"));
+            trained.save(&path, DType::F32).unwrap();
+            let mut snapshots = Vec::new();
+            let mut stores = Vec::new();
+            // Two stores, so that a row is looked for in the right one.
+            for part in 0..2 {
+                let at = folder.path().join(format!("{in_dim_user}-{part}"));
+                let store = Store::open(&at, Options::default()).unwrap();
+                let own = data.links.iter().filter(|l| l.user as usize % 2 == part);
+                let mut events: Vec<Event> = own
+                    .map(|l| {
+                        let (user, attribute) = (
+                            &data.users[l.user as usize],
+                            &data.attributes[l.attribute as usize],
+                        );
+                        let polarity = match l.sign {
+                            Sign::Like => Polarity::Like,
+                            Sign::Dislike => Polarity::Dislike,
+                        };
+                        Event::new(user, attribute, polarity).at(1)
+                    })
+                    .collect();
+                events.push(Event::new("silent", &data.attributes[0], Polarity::Pass).at(1));
+                store.append(&events).unwrap();
+                let named = data.attributes.iter().cloned();
+                let features: Vec<_> = named.zip(data.features.iter().cloned()).collect();
+                store.set_features(&features).unwrap();
+                store.set_encoder(&path).unwrap();
+                let learned = trained.user_features().unwrap_or_default();
+                let learned: Vec<_> = learned
+                    .into_iter()
+                    .filter(|(name, _)| store.snapshot().has_user(name))
+                    .collect();
+                store.set_user_features(&learned).unwrap();
+                snapshots.push(store.snapshot());
+                stores.push(store);
+            }
+            let tunable = TunableEncoder::open(&path, &snapshots, &Device::Cpu).unwrap();
+            let mut asked: Vec<(usize, &str)> = Vec::new();
+            for (number, snapshot) in snapshots.iter().enumerate() {
+                asked.extend(snapshot.users().map(|name| (number, name)));
+            }
+            assert_eq!(asked.len(), data.users.len() + 2);
+            let live = tunable.embeddings(&asked).unwrap();
+            for ((number, name), live) in asked.iter().zip(live.to_vec2::<f32>().unwrap()) {
+                let stored = snapshots[*number].embedding(name).unwrap().vector;
+                for (a, b) in stored.iter().zip(&live) {
+                    assert!((a - b).abs() < 1e-5, "{name}: {a} in the store, {b} here");
+                }
+            }
+            let gradients = live.sqr().unwrap().sum_all().unwrap().backward().unwrap();
+            for (name, var) in tunable.vars() {
+                let gradient = gradients
+                    .get(&var)
+                    .unwrap_or_else(|| panic!("none for {name}"));
+                let size = gradient.abs().unwrap().max_all().unwrap();
+                assert!(size.to_scalar::<f32>().unwrap() > 0.0, "{name}");
+            }
+            let again = folder.path().join("again.safetensors");
+            tunable.save(&again, DType::F32).unwrap();
+            let (old, new) = (
+                std::fs::read(&path).unwrap(),
+                std::fs::read(&again).unwrap(),
+            );
+            assert_eq!(old.len(), new.len());
+            let reloaded = TunableEncoder::open(&again, &snapshots, &Device::Cpu).unwrap();
+            let same = (reloaded.embeddings(&asked).unwrap() - live).unwrap();
+            assert_eq!(
+                same.abs()
+                    .unwrap()
+                    .max_all()
+                    .unwrap()
+                    .to_scalar::<f32>()
+                    .unwrap(),
+                0.0
+            );
         }
     }
 

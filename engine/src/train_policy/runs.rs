@@ -4,6 +4,7 @@ use super::*;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
 use crate::policy::{PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
+use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
 use crate::vocabulary::{self, EditType};
@@ -59,6 +60,8 @@ pub struct Tweaks {
     pub sft_weight: Option<f64>,
     /// DPO: peak learning rate of the soft prompt's maps.
     pub lr_soft: Option<f64>,
+    /// DPO: peak learning rate of the users' vectors, or of the graph encoder where it trains.
+    pub lr_users: Option<f64>,
     /// DPO: the share of the data set's prompts that show the profile in words; 0.5 unless told
     /// otherwise.
     pub profiles: Option<f64>,
@@ -88,6 +91,10 @@ pub struct RunOptions {
     pub start: Option<PathBuf>,
     /// The soft prompt to start from. `None`: a fresh one, where the method has one.
     pub start_soft: Option<PathBuf>,
+    /// Collaborative: the graph encoder's weights, to train along with adapter and soft prompt;
+    /// what comes of them is written as `sage.safetensors`. `None`: it stays as it is in the
+    /// stores.
+    pub encoder: Option<PathBuf>,
     /// DPO: pairs that people's answers gave. Where there are any, the run learns from these,
     /// each prompt beside `replay` prompts of the data set.
     pub recorded: Vec<PreferencePair>,
@@ -108,6 +115,7 @@ impl RunOptions {
             folder: folder.into(),
             start: None,
             start_soft: None,
+            encoder: None,
             recorded: Vec::new(),
             replay: 3,
             resume: false,
@@ -208,6 +216,7 @@ fn dpo_settings(method: Method, options: &RunOptions) -> DpoOptions {
         groups: tweaks.groups.unwrap_or(preset.groups).max(1),
         lr_adapter: tweaks.lr.unwrap_or(preset.lr_adapter),
         lr_soft: tweaks.lr_soft.unwrap_or(preset.lr_soft),
+        lr_users: tweaks.lr_users.unwrap_or(preset.lr_users),
         sft_weight: tweaks.sft_weight.unwrap_or(preset.sft_weight),
         checkpoint_steps: tweaks.checkpoint_steps.unwrap_or(preset.checkpoint_steps),
         seed: options.seed,
@@ -280,6 +289,16 @@ fn dpo(
             (soft, params)
         }
     };
+    let encoder = match (&options.encoder, form) {
+        (Some(file), Form::Collaborative { .. }) => {
+            Some(TunableEncoder::open(file, snapshots, device)?)
+        }
+        _ => None,
+    };
+    let homes: Vec<(usize, &str)> = index
+        .keys()
+        .filter_map(|name| Some((home(snapshots, name)?, name.as_str())))
+        .collect();
     let table = Params::new(options.seed.wrapping_add(7), device.clone());
     if form == Form::User {
         let init = candle_nn::Init::Randn {
@@ -292,12 +311,16 @@ fn dpo(
             .get_with_hints(shape, "users", init)?;
     }
     let users = Conditioning {
-        index,
-        embeddings: match table.get("users") {
-            Some(var) => Box::new(move || Ok(var.as_tensor().clone())),
-            None => Box::new(|| Ok(vectors.clone())),
+        index: index.clone(),
+        embeddings: match (&encoder, table.get("users")) {
+            (Some(encoder), _) => Box::new(|| encoder.embeddings(&homes)),
+            (None, Some(var)) => Box::new(move || Ok(var.as_tensor().clone())),
+            (None, None) => Box::new(|| Ok(vectors.clone())),
         },
-        vars: table.vars(),
+        vars: match &encoder {
+            Some(encoder) => encoder.vars(),
+            None => table.vars(),
+        },
         neighbors,
     };
     let trained = match &start {
@@ -310,14 +333,23 @@ fn dpo(
         soft: conditioned.then_some((&soft, &params)),
         users: conditioned.then_some(&users),
     };
-    train_dpo(
+    let metrics = train_dpo(
         &model.decoder,
         &policy,
         start.as_ref(),
         &groups,
         &settings,
         journal,
-    )
+    )?;
+    if let Some(encoder) = &encoder {
+        encoder.save(&options.folder.join("sage.safetensors"), DType::F16)?;
+    }
+    Ok(metrics)
+}
+
+/// The number of the snapshot that a user's embedding and neighbours come from.
+fn home(snapshots: &[Snapshot], user: &str) -> Option<usize> {
+    snapshots.iter().position(|s| s.has_user(user))
 }
 
 /// Steps and users in a step of [`start_from_words`].
@@ -437,7 +469,7 @@ fn surroundings(
 ) -> Result<Surroundings> {
     let failed = |e: simpatico_storage::StoreError| Error::BadRequest(e.to_string());
     let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
-    let home = |user: &str| snapshots.iter().find(|s| s.has_user(user));
+    let home = |user: &str| home(snapshots, user).map(|n| &snapshots[n]);
     let asked: BTreeSet<&str> = groups.iter().map(|g| g.user.as_str()).collect();
     let mut near: BTreeMap<&str, Vec<(&str, u32)>> = BTreeMap::new();
     for user in asked {

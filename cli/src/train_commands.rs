@@ -637,6 +637,10 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         (None, true, None) => Method::Vanilla,
         _ => Method::Collaborative,
     };
+    let data = match method {
+        Method::Collaborative => synth::with_newcomers(&data, common.seed),
+        _ => data,
+    };
     let mut snapshots = Vec::new();
     let mut stores = Vec::new();
     if method == Method::Collaborative {

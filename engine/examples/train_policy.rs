@@ -11,7 +11,7 @@
 
 use candle_core::{DType, Device};
 use simpatico_engine::lm::{LanguageModel, Precision};
-use simpatico_engine::synth::{Synth, SynthOptions, events_of, generate};
+use simpatico_engine::synth::{Synth, SynthOptions, events_of, generate, with_newcomers};
 use simpatico_engine::text_vectors::{TextEncoder, featurize};
 use simpatico_engine::train_policy::Progress;
 use simpatico_engine::train_policy::runs::{Method, RunOptions, Tweaks, run};
@@ -38,7 +38,10 @@ fn main() -> Result<()> {
         _ => return Err(usage()),
     };
     let model = LanguageModel::open(model.as_ref(), Precision::Dense(DType::F32), &Device::Cpu)?;
-    let synth = generate(&SynthOptions::default())?;
+    let mut synth = generate(&SynthOptions::default())?;
+    if method == Method::Collaborative {
+        synth = with_newcomers(&synth, 0);
+    }
     let store = match rest {
         [_, minilm, sage] => {
             let folder = Path::new(folder).with_extension("store");

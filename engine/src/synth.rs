@@ -304,6 +304,48 @@ pub fn events_of(user: &SynthUser, random: &mut Philox) -> Vec<Event> {
     events
 }
 
+/// The data set with a newcomer beside each user who is trained on: somebody of the same taste
+/// who has said little so far, one to four of the user's stated likes and at most one dislike.
+/// Their pairs are those of the user's whose preferred instruction asks for nothing else. Without
+/// them a policy only ever meets embeddings of people with dozens of edges, and takes the one of
+/// a person with three for somebody else's.
+pub fn with_newcomers(synth: &Synth, seed: u64) -> Synth {
+    let mut with = synth.clone();
+    let mut pairs: BTreeMap<&str, Vec<&SynthPair>> = BTreeMap::new();
+    for pair in synth.pairs.iter().filter(|p| p.split == Split::Train) {
+        pairs.entry(&pair.user).or_default().push(pair);
+    }
+    for (i, user) in synth.users.iter().enumerate() {
+        let Some(pairs) = pairs.get(user.user.as_str()) else {
+            continue;
+        };
+        let mut random = Philox::new(seed, 0x6e65_7700_0000_0000 | i as u64);
+        let mut newcomer = SynthUser {
+            user: format!("{} as a newcomer", user.user),
+            held_out_likes: Vec::new(),
+            ..user.clone()
+        };
+        newcomer.likes.retain(|l| !user.held_out_likes.contains(l));
+        random.shuffle(&mut newcomer.likes);
+        newcomer.likes.truncate(1 + random.below(4) as usize);
+        random.shuffle(&mut newcomer.dislikes);
+        newcomer.dislikes.truncate(random.below(2) as usize);
+        let asks_for_known = |p: &SynthPair| {
+            let known = |a: &String| newcomer.likes.contains(a);
+            !p.chosen_attributes.is_empty() && p.chosen_attributes.iter().all(known)
+        };
+        let own = pairs.iter().filter(|p| asks_for_known(p));
+        with.pairs.extend(own.map(|p| SynthPair {
+            user: newcomer.user.clone(),
+            ..SynthPair::clone(p)
+        }));
+        with.events.extend(events_of(&newcomer, &mut random));
+        with.splits.train_users.push(newcomer.user.clone());
+        with.users.push(newcomer);
+    }
+    with
+}
+
 fn held_out_users(options: &SynthOptions) -> BTreeSet<usize> {
     let mut order: Vec<usize> = (0..options.users).collect();
     Philox::new(options.seed, 0).shuffle(&mut order);
@@ -1011,6 +1053,35 @@ mod tests {
             );
         }
         assert_eq!(synth.splits.held_out_users.len(), 30);
+    }
+
+    #[test]
+    fn newcomers_say_little_and_want_only_what_they_said() {
+        let synth = small();
+        let with = with_newcomers(&synth, 1);
+        assert_eq!(with, with_newcomers(&synth, 1));
+        assert_eq!(with.users[..synth.users.len()], synth.users[..]);
+        let trained = synth.splits.train_users.len();
+        assert_eq!(with.users.len(), synth.users.len() + trained);
+        let held_out = &synth.splits.held_out_users;
+        let mut pairs = 0;
+        for newcomer in &with.users[synth.users.len()..] {
+            let name = newcomer.user.strip_suffix(" as a newcomer").unwrap();
+            assert!(!held_out.iter().any(|u| u == name));
+            let user = synth.users.iter().find(|u| u.user == name).unwrap();
+            assert!((1..=4).contains(&newcomer.likes.len()) && newcomer.dislikes.len() <= 1);
+            let stated = |l: &String| user.likes.contains(l) && !user.held_out_likes.contains(l);
+            assert!(newcomer.likes.iter().all(stated));
+            let said = with.events.iter().filter(|e| e.user == newcomer.user);
+            let edges = newcomer.likes.len() + newcomer.dislikes.len();
+            assert_eq!(said.count(), edges);
+            for pair in with.pairs.iter().filter(|p| p.user == newcomer.user) {
+                let known = |a: &String| newcomer.likes.contains(a);
+                assert!(pair.split == Split::Train && pair.chosen_attributes.iter().all(known));
+                pairs += 1;
+            }
+        }
+        assert!(pairs > trained, "{pairs} pairs of {trained} newcomers");
     }
 
     #[test]

@@ -27,6 +27,7 @@ use std::fs::File;
 use std::io::Read;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::Path;
+use std::time::{Duration, Instant};
 
 /// The version of the rows and the seal.
 const MIRROR_VERSION: u32 = 1;
@@ -37,6 +38,9 @@ const BATCH_ROWS: usize = 512;
 /// A close that would have to write more rows than this leaves the mirror behind; the next
 /// process catches up when it is idle.
 const CLOSE_ROWS_MAX: usize = 200_000;
+
+/// How long an open waits for sled's lock.
+const LOCK_WAIT: Duration = Duration::from_secs(5);
 
 /// What changed since the mirror was last brought up to date.
 #[derive(Clone, Default)]
@@ -141,6 +145,36 @@ struct Trees {
     edits: sled::Tree,
 }
 
+/// A mirror whose end reaches nobody: sled writes when it is dropped, and panics where the disk
+/// says no.
+pub(crate) struct OpenMirror(Option<Box<Mirror>>);
+
+impl OpenMirror {
+    /// Lets sled go. Whether it went without a panic.
+    fn close(mut self) -> bool {
+        let mirror = self.0.take();
+        catch_unwind(AssertUnwindSafe(|| drop(mirror))).is_ok()
+    }
+}
+
+impl std::ops::Deref for OpenMirror {
+    type Target = Mirror;
+
+    fn deref(&self) -> &Mirror {
+        match &self.0 {
+            Some(mirror) => mirror,
+            None => unreachable!("it is taken out by close and drop alone"),
+        }
+    }
+}
+
+impl Drop for OpenMirror {
+    fn drop(&mut self) {
+        let mirror = self.0.take();
+        let _ = catch_unwind(AssertUnwindSafe(|| drop(mirror)));
+    }
+}
+
 /// Whether there is a mirror to go on with.
 #[derive(Default)]
 pub(crate) enum MirrorState {
@@ -148,7 +182,7 @@ pub(crate) enum MirrorState {
     #[default]
     Closed,
     /// In use.
-    Open(Box<Mirror>),
+    Open(OpenMirror),
     /// It failed; the store goes on without it.
     Failed(String),
 }
@@ -168,11 +202,9 @@ fn guarded<T>(path: &Path, work: impl FnOnce() -> Result<T, sled::Error>) -> Res
     }
 }
 
-/// Puts another state in place of the mirror's. sled writes when it is dropped, and panics
-/// where the disk says no.
-fn replace(mirror: &mut MirrorState, by: MirrorState) {
-    let old = std::mem::replace(mirror, by);
-    let _ = catch_unwind(AssertUnwindSafe(|| drop(old)));
+/// sled has no kind of its own for this error.
+fn is_locked(e: &sled::Error) -> bool {
+    matches!(e, sled::Error::Io(e) if e.to_string().contains("could not acquire lock"))
 }
 
 fn key(number: u32, chunk: u16) -> [u8; 6] {
@@ -281,13 +313,23 @@ fn edit_row(state: &State, id: &str) -> Vec<u8> {
 }
 
 impl Mirror {
-    fn open(path: &Path, cache_bytes: u64) -> Result<Self> {
-        guarded(path, || {
-            let db = sled::Config::new()
+    /// Opens sled. Nobody else has it, since the store's own lock is held; but threads of a sled
+    /// that was closed a moment ago may still be letting go of its lock: that is waited for.
+    fn open(path: &Path, cache_bytes: u64) -> Result<OpenMirror> {
+        let open = guarded(path, || {
+            let config = sled::Config::new()
                 .path(path)
                 .cache_capacity(cache_bytes)
-                .flush_every_ms(None)
-                .open()?;
+                .flush_every_ms(None);
+            let started = Instant::now();
+            let db = loop {
+                match config.open() {
+                    Err(e) if is_locked(&e) && started.elapsed() < LOCK_WAIT => {
+                        std::thread::sleep(Duration::from_millis(5));
+                    }
+                    other => break other?,
+                }
+            };
             let trees = Trees {
                 users: db.open_tree("users")?,
                 attributes: db.open_tree("attributes")?,
@@ -296,7 +338,8 @@ impl Mirror {
                 edits: db.open_tree("edits")?,
             };
             Ok(Self { db, trees })
-        })
+        })?;
+        Ok(OpenMirror(Some(Box::new(open))))
     }
 
     /// Writes what is dirty; `fresh` where nothing was there before.
@@ -604,7 +647,7 @@ impl Seal {
 
 /// Reads the state from sled's rows, if its files are as sealed and add up. `None`: go by
 /// the log.
-pub(crate) fn load(places: &Places, seal: &Seal) -> Option<(State, Mirror)> {
+pub(crate) fn load(places: &Places, seal: &Seal) -> Option<(State, OpenMirror)> {
     if file_digests(&places.sled).ok()? != seal.files {
         return None;
     }
@@ -668,7 +711,7 @@ impl Shared {
             self.wipe_mirror()?;
         }
         let open = Mirror::open(&places.sled, self.options.mirror_cache_bytes)?;
-        *mirror = MirrorState::Open(Box::new(open));
+        *mirror = MirrorState::Open(open);
         Ok(!whole)
     }
 
@@ -698,7 +741,7 @@ impl Shared {
                 }
             });
         if let Err(e) = written {
-            replace(&mut mirror, MirrorState::Failed(e.to_string()));
+            *mirror = MirrorState::Failed(e.to_string());
         }
     }
 
@@ -715,7 +758,7 @@ impl Shared {
     /// Starts the mirror anew after a compaction.
     pub(crate) fn rebuild_mirror(&self) -> Result<()> {
         let mut mirror = lock(&self.mirror);
-        replace(&mut mirror, MirrorState::Closed);
+        *mirror = MirrorState::Closed;
         self.wipe_mirror()?;
         let mut inner = lock(&self.inner);
         inner.seal = None;
@@ -739,7 +782,7 @@ impl Shared {
         let MirrorState::Open(open) = std::mem::take(&mut *mirror) else {
             return;
         };
-        if catch_unwind(AssertUnwindSafe(|| drop(open))).is_err() {
+        if !open.close() {
             return;
         }
         let Ok(seal) = self.make_seal() else { return };

@@ -465,7 +465,7 @@ fn load_rows(
         damage: None,
         dirty: Dirty::default(),
         seal: None,
-        mirror: MirrorState::Open(Box::new(mirror)),
+        mirror: MirrorState::Open(mirror),
     }))
 }
 

@@ -596,10 +596,9 @@ mod tests {
     #[test]
     fn the_judge_knows_objects_that_it_never_saw() {
         let Some(judge) = judge() else { return };
-        // Its card says 59 % for the hardest kind, of 1,000 scenes; here some forty show it. One
-        // of many names by chance is below 10 %.
-        for row in accuracy(&judge, &held_out(), 160, 77).expect("measures") {
-            assert!(row.named > 0.45, "{row:?}");
+        // As many scenes as its card was measured on, which says 59 % for the hardest kind.
+        for row in accuracy(&judge, &held_out(), 1000, 77).expect("measures") {
+            assert!(row.named > 0.55, "{row:?}");
         }
     }
 

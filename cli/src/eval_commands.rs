@@ -22,7 +22,7 @@ use simpatico_engine::lpips::{Lpips, Net};
 use simpatico_engine::params::write_whole;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::plot;
-use simpatico_engine::policy::{Policy, PolicyOptions, pair_groups};
+use simpatico_engine::policy::{PROFILES, Policy, PolicyOptions, pair_groups};
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::sage_train::{LinkData, SageTrainOptions};
 use simpatico_engine::soft_prompt::SoftPrompt;
@@ -488,7 +488,7 @@ fn held_out_pairs(
         template,
         split,
         usize::MAX,
-        0.5,
+        PROFILES,
         common.seed,
     )?;
     let every = (all.len() / prompts).max(1);

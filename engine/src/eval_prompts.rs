@@ -412,7 +412,7 @@ fn unwritten(users: &[&SynthUser], synth: &Synth) -> Vec<Texts> {
         texts.collect::<Vec<_>>()
     };
     let stated = |u: &SynthUser| -> Vec<String> {
-        let those = u.likes.iter().filter(|l| !u.held_out_likes.contains(l));
+        let those = u.stated_likes();
         those.cloned().collect()
     };
     let row = |system: &str, likes: &dyn Fn(usize) -> Vec<String>| Texts {
@@ -621,7 +621,7 @@ fn scored(
     let stated: BTreeMap<&str, Vec<String>> = users
         .iter()
         .map(|u| {
-            let those = u.likes.iter().filter(|l| !u.held_out_likes.contains(l));
+            let those = u.stated_likes();
             (u.user.as_str(), those.cloned().collect())
         })
         .collect();

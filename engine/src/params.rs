@@ -74,11 +74,6 @@ impl Params {
         Ok(var)
     }
 
-    /// Where they are.
-    pub fn device(&self) -> &Device {
-        &self.device
-    }
-
     /// How many numbers there are in all.
     pub fn count(&self) -> usize {
         self.lock().values().map(|v| v.elem_count()).sum()

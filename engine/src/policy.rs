@@ -779,6 +779,9 @@ fn kindred_of(
     random.choose(&pool).copied()
 }
 
+/// The usual share of prompts that show the profile in words.
+pub const PROFILES: f64 = 0.5;
+
 /// The training pairs of a data set in tokens, grouped by user, caption and whether the profile
 /// is written: a share of the prompts, `profiles` of 0 to 1, show 1 to 8 of the stated likes and
 /// up to 4 dislikes; the others show the caption alone, so that the embedding must carry the taste.
@@ -834,12 +837,7 @@ pub fn pair_groups(
 
 /// Up to 8 stated likes and up to 4 dislikes, drawn.
 pub fn shown_profile<'a>(user: &'a SynthUser, random: &mut Philox) -> (Vec<&'a str>, Vec<&'a str>) {
-    let mut likes: Vec<&str> = user
-        .likes
-        .iter()
-        .filter(|l| !user.held_out_likes.contains(l))
-        .map(String::as_str)
-        .collect();
+    let mut likes: Vec<&str> = user.stated_likes().map(String::as_str).collect();
     let mut dislikes: Vec<&str> = user.dislikes.iter().map(String::as_str).collect();
     random.shuffle(&mut likes);
     random.shuffle(&mut dislikes);

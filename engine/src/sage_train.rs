@@ -151,6 +151,18 @@ impl LinkData {
         let shape = (self.attributes.len(), self.feature_dim());
         Ok(Tensor::from_vec(self.features.concat(), shape, device)?)
     }
+
+    /// Learned vectors of the users, (users, dim): zero where there is none.
+    fn user_features_tensor(
+        &self,
+        dim: usize,
+        feature: impl Fn(&str) -> Option<Vec<f32>>,
+        device: &Device,
+    ) -> Result<Tensor> {
+        let row = |name: &String| feature(name).unwrap_or_else(|| vec![0.0; dim]);
+        let rows: Vec<f32> = self.users.iter().flat_map(row).collect();
+        Ok(Tensor::from_vec(rows, (self.users.len(), dim), device)?)
+    }
 }
 
 /// Which edges are for what.
@@ -1092,14 +1104,8 @@ impl TrainedSage {
             None => None,
             Some(learned) => {
                 let learned: HashMap<_, _> = learned.into_iter().collect();
-                let zero = vec![0.0; self.config.in_dim_user];
-                let rows = data
-                    .users
-                    .iter()
-                    .map(|name| learned.get(name).unwrap_or(&zero));
-                let flat: Vec<f32> = rows.flatten().copied().collect();
-                let shape = (data.users.len(), self.config.in_dim_user);
-                Some(Tensor::from_vec(flat, shape, &device)?)
+                let own = |name: &str| learned.get(name).cloned();
+                Some(data.user_features_tensor(self.config.in_dim_user, own, &device)?)
             }
         };
         let x_attributes = data.features_tensor(&device)?;
@@ -1138,20 +1144,34 @@ impl TrainedSage {
     /// Writes the file that `store.set_encoder` loads, numbers as `dtype` (f16 halves it),
     /// with the decoder beside the encoder and the training's settings in its metadata.
     pub fn save(&self, path: &Path, dtype: DType) -> Result<()> {
-        let json = |value: serde_json::Result<String>| {
-            value.map_err(|e| Error::BadRequest(format!("the encoder cannot be written: {e}")))
-        };
-        let metadata = [
-            ("simpatico", json(serde_json::to_string(&self.config))?),
-            ("training", json(serde_json::to_string(&self.options))?),
-        ];
         let vars = self.params.vars().into_iter();
         let tensors = vars
             .filter(|(name, _)| name != USER_TABLE)
-            .map(|(name, var)| Ok((name, var.as_tensor().to_dtype(dtype)?)))
-            .collect::<Result<Vec<_>>>()?;
-        crate::params::save_tensors(path, &tensors, &metadata)
+            .map(|(name, var)| (name, var.as_tensor().clone()));
+        let training = Some(json(&self.options)?);
+        save_encoder(path, &self.config, training, tensors, dtype)
     }
+}
+
+fn json(value: &impl Serialize) -> Result<String> {
+    serde_json::to_string(value)
+        .map_err(|e| Error::BadRequest(format!("the encoder cannot be written: {e}")))
+}
+
+/// Writes the file that `store.set_encoder` loads.
+fn save_encoder(
+    path: &Path,
+    config: &EncoderConfig,
+    training: Option<String>,
+    tensors: impl Iterator<Item = (String, Tensor)>,
+    dtype: DType,
+) -> Result<()> {
+    let mut metadata = vec![("simpatico", json(config)?)];
+    metadata.extend(training.map(|t| ("training", t)));
+    let tensors = tensors
+        .map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)))
+        .collect::<Result<Vec<_>>>()?;
+    crate::params::save_tensors(path, &tensors, &metadata)
 }
 
 // ------------------------------------------------------- training it through something else
@@ -1166,20 +1186,27 @@ pub struct TunableEncoder {
     kept: Vec<(String, Tensor)>,
     training: Option<String>,
     graphs: Vec<LiveGraph>,
+    /// Where the users are, in the graphs' tables of users one after another.
+    rows: Tensor,
 }
 
 /// One store's graph. The last row of users stands for everyone without an edge.
 struct LiveGraph {
-    users: HashMap<String, u32>,
     graph: MessageGraph,
     x_users: Option<Tensor>,
     x_attributes: Tensor,
 }
 
 impl TunableEncoder {
-    /// Reads the weights that `store.set_encoder` takes, and the graphs of these snapshots.
-    /// Fails where the file is damaged or an attribute has no text vector of its length.
-    pub fn open(weights: &Path, snapshots: &[Snapshot], device: &Device) -> Result<Self> {
+    /// Reads the weights that `store.set_encoder` takes, and the graphs of these snapshots, for
+    /// these users, each by the snapshot's number and the name. Fails where the file is damaged
+    /// or an attribute has no text vector of its length.
+    pub fn open(
+        weights: &Path,
+        snapshots: &[Snapshot],
+        users: &[(usize, &str)],
+        device: &Device,
+    ) -> Result<Self> {
         let file = weights.display().to_string();
         let encoder = simpatico_storage::sage::Encoder::load(weights)
             .map_err(|e| Error::bad_model(&file, e.to_string()))?;
@@ -1200,13 +1227,29 @@ impl TunableEncoder {
             .map(|(n, v)| (n, v.as_tensor().clone()));
         let weights = weights.chain(kept.iter().cloned()).collect();
         let vb = VarBuilder::from_tensors(weights, DType::F32, device);
-        let graphs = snapshots.iter().map(|s| LiveGraph::new(s, &config, device));
+        let (mut graphs, mut places, mut end) = (Vec::new(), Vec::new(), 0);
+        for snapshot in snapshots {
+            let mut data = LinkData::from_snapshot(snapshot)?;
+            let edgeless = end + data.users.len() as u32;
+            let of_name: HashMap<String, u32> = data.users.iter().cloned().zip(end..).collect();
+            places.push((of_name, edgeless));
+            end = edgeless + 1;
+            // No user has this name, so no edge and no vector of its own.
+            data.users.push(String::new());
+            graphs.push(LiveGraph::new(&data, snapshot, &config, device)?);
+        }
+        let row = |(number, name): &(usize, &str)| {
+            let (of_name, edgeless) = &places[*number];
+            of_name.get(*name).copied().unwrap_or(*edgeless)
+        };
+        let rows: Vec<u32> = users.iter().map(row).collect();
         Ok(Self {
             network: SageNetwork::new(config.clone(), vb),
             params,
             kept,
             training,
-            graphs: graphs.collect::<Result<_>>()?,
+            graphs,
+            rows: Tensor::new(rows, device)?,
         })
     }
 
@@ -1215,47 +1258,37 @@ impl TunableEncoder {
         self.params.vars()
     }
 
-    /// Embeddings of these users, each by the snapshot's number and the name, as they are
-    /// now, (users, out), with the gradient. Costs a batch forward pass of each graph.
-    pub fn embeddings(&self, users: &[(usize, &str)]) -> Result<Tensor> {
-        let (mut tables, mut starts, mut end) = (Vec::new(), Vec::new(), 0);
-        for live in &self.graphs {
-            let (table, _) =
+    /// The users' embeddings as they are now, (users, out), with the gradient. Costs a batch
+    /// forward pass of each graph.
+    pub fn embeddings(&self) -> Result<Tensor> {
+        let table = |live: &LiveGraph| {
+            let (users, _) =
                 self.network
                     .forward(live.x_users.as_ref(), &live.x_attributes, &live.graph)?;
-            starts.push(end);
-            end += table.dim(0)? as u32;
-            tables.push(table);
-        }
-        let row = |(number, name): &(usize, &str)| {
-            let live = &self.graphs[*number];
-            let edgeless = live.users.len() as u32;
-            starts[*number] + live.users.get(*name).copied().unwrap_or(edgeless)
+            Ok(users)
         };
-        let rows: Vec<u32> = users.iter().map(row).collect();
-        let rows = Tensor::new(rows, self.params.device())?;
-        Ok(Tensor::cat(&tables, 0)?.index_select(&rows, 0)?)
+        let tables: Vec<Tensor> = self.graphs.iter().map(table).collect::<Result<_>>()?;
+        Ok(Tensor::cat(&tables, 0)?.index_select(&self.rows, 0)?)
     }
 
     /// Writes the file that `store.set_encoder` loads.
     pub fn save(&self, path: &Path, dtype: DType) -> Result<()> {
-        let config = serde_json::to_string(&self.network.config)
-            .map_err(|e| Error::BadRequest(format!("the encoder cannot be written: {e}")))?;
-        let mut metadata = vec![("simpatico", config)];
-        metadata.extend(self.training.clone().map(|t| ("training", t)));
         let vars = self.params.vars().into_iter();
-        let all = vars
+        let tensors = vars
             .map(|(name, var)| (name, var.as_tensor().clone()))
-            .chain(self.kept.iter().cloned())
-            .map(|(name, tensor)| Ok((name, tensor.to_dtype(dtype)?)))
-            .collect::<Result<Vec<_>>>()?;
-        crate::params::save_tensors(path, &all, &metadata)
+            .chain(self.kept.iter().cloned());
+        let config = &self.network.config;
+        save_encoder(path, config, self.training.clone(), tensors, dtype)
     }
 }
 
 impl LiveGraph {
-    fn new(snapshot: &Snapshot, config: &EncoderConfig, device: &Device) -> Result<Self> {
-        let data = LinkData::from_snapshot(snapshot)?;
+    fn new(
+        data: &LinkData,
+        snapshot: &Snapshot,
+        config: &EncoderConfig,
+        device: &Device,
+    ) -> Result<Self> {
         let (dim, expected) = (data.feature_dim(), config.in_dim_attribute);
         if dim != expected && !data.attributes.is_empty() {
             return Err(Error::BadRequest(format!(
@@ -1263,27 +1296,20 @@ impl LiveGraph {
                  run `simpatico featurize` with the encoder's text model"
             )));
         }
-        let rows = data.users.len() + 1;
         let x_users = match config.in_dim_user {
             0 => None,
             dim => {
-                let zero = vec![0.0; dim];
-                let own = |name: &String| snapshot.user_feature(name);
-                let mut flat: Vec<f32> = Vec::with_capacity(rows * dim);
-                for name in &data.users {
-                    let feature = own(name).filter(|f| f.len() == dim);
-                    flat.extend(feature.as_ref().unwrap_or(&zero));
-                }
-                flat.extend(zero);
-                Some(Tensor::from_vec(flat, (rows, dim), device)?)
+                let own = |name: &str| snapshot.user_feature(name).filter(|f| f.len() == dim);
+                Some(data.user_features_tensor(dim, own, device)?)
             }
         };
-        let shape = (data.attributes.len(), expected);
+        let (users, attributes) = (data.users.len(), data.attributes.len());
+        let shape = (attributes, expected);
         Ok(Self {
-            graph: MessageGraph::new(rows, data.attributes.len(), &data.links, config.relations),
+            graph: MessageGraph::new(users, attributes, &data.links, config.relations),
             x_users,
+            // Also right where there is no attribute to tell the length from.
             x_attributes: Tensor::from_vec(data.features.concat(), shape, device)?,
-            users: data.users.into_iter().zip(0..).collect(),
         })
     }
 }
@@ -1529,13 +1555,13 @@ pub(crate) mod tests {
                 snapshots.push(store.snapshot());
                 stores.push(store);
             }
-            let tunable = TunableEncoder::open(&path, &snapshots, &Device::Cpu).unwrap();
             let mut asked: Vec<(usize, &str)> = Vec::new();
             for (number, snapshot) in snapshots.iter().enumerate() {
                 asked.extend(snapshot.users().map(|name| (number, name)));
             }
             assert_eq!(asked.len(), data.users.len() + 2);
-            let live = tunable.embeddings(&asked).unwrap();
+            let tunable = TunableEncoder::open(&path, &snapshots, &asked, &Device::Cpu).unwrap();
+            let live = tunable.embeddings().unwrap();
             for ((number, name), live) in asked.iter().zip(live.to_vec2::<f32>().unwrap()) {
                 let stored = snapshots[*number].embedding(name).unwrap().vector;
                 for (a, b) in stored.iter().zip(&live) {
@@ -1557,8 +1583,8 @@ pub(crate) mod tests {
                 std::fs::read(&again).unwrap(),
             );
             assert_eq!(old.len(), new.len());
-            let reloaded = TunableEncoder::open(&again, &snapshots, &Device::Cpu).unwrap();
-            let same = (reloaded.embeddings(&asked).unwrap() - live).unwrap();
+            let reloaded = TunableEncoder::open(&again, &snapshots, &asked, &Device::Cpu).unwrap();
+            let same = (reloaded.embeddings().unwrap() - live).unwrap();
             assert_eq!(
                 same.abs()
                     .unwrap()

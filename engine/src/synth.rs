@@ -283,16 +283,20 @@ pub fn generate(options: &SynthOptions) -> Result<Synth> {
     Ok(synth)
 }
 
+impl SynthUser {
+    /// The likes that are not held out, in order.
+    pub fn stated_likes(&self) -> impl Iterator<Item = &String> + Clone {
+        let stated = |l: &&String| !self.held_out_likes.contains(l);
+        self.likes.iter().filter(stated)
+    }
+}
+
 /// The events a user's stated opinions amount to: what a held-out user would have said.
 /// Ids make repeating them harmless.
 pub fn events_of(user: &SynthUser, random: &mut Philox) -> Vec<Event> {
     const START: i64 = 1_735_689_600_000; // 2025-01-01
     const SPAN: u32 = 90 * 24 * 3600;
-    let stated = user
-        .likes
-        .iter()
-        .filter(|a| !user.held_out_likes.contains(a));
-    let likes = stated.map(|a| (a, Polarity::Like));
+    let likes = user.stated_likes().map(|a| (a, Polarity::Like));
     let dislikes = user.dislikes.iter().map(|a| (a, Polarity::Dislike));
     let mut events = Vec::new();
     for (n, (attribute, polarity)) in likes.chain(dislikes).enumerate() {
@@ -322,10 +326,10 @@ pub fn with_newcomers(synth: &Synth, seed: u64) -> Synth {
         let mut random = Philox::new(seed, 0x6e65_7700_0000_0000 | i as u64);
         let mut newcomer = SynthUser {
             user: format!("{} as a newcomer", user.user),
+            likes: user.stated_likes().cloned().collect(),
             held_out_likes: Vec::new(),
             ..user.clone()
         };
-        newcomer.likes.retain(|l| !user.held_out_likes.contains(l));
         random.shuffle(&mut newcomer.likes);
         newcomer.likes.truncate(1 + random.below(4) as usize);
         random.shuffle(&mut newcomer.dislikes);

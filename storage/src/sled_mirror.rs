@@ -152,6 +152,10 @@ pub(crate) struct OpenMirror(Option<Box<Mirror>>);
 impl OpenMirror {
     /// Lets sled go. Whether it went without a panic.
     fn close(mut self) -> bool {
+        self.let_go()
+    }
+
+    fn let_go(&mut self) -> bool {
         let mirror = self.0.take();
         catch_unwind(AssertUnwindSafe(|| drop(mirror))).is_ok()
     }
@@ -170,8 +174,7 @@ impl std::ops::Deref for OpenMirror {
 
 impl Drop for OpenMirror {
     fn drop(&mut self) {
-        let mirror = self.0.take();
-        let _ = catch_unwind(AssertUnwindSafe(|| drop(mirror)));
+        self.let_go();
     }
 }
 

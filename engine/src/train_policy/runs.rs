@@ -3,7 +3,7 @@
 use super::*;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
-use crate::policy::{PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
+use crate::policy::{PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
 use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
@@ -62,8 +62,8 @@ pub struct Tweaks {
     pub lr_soft: Option<f64>,
     /// DPO: peak learning rate of the users' vectors, or of the graph encoder where it trains.
     pub lr_users: Option<f64>,
-    /// DPO: the share of the data set's prompts that show the profile in words; 0.5 unless told
-    /// otherwise.
+    /// DPO: the share of the data set's prompts that show the profile in words; [`PROFILES`]
+    /// unless told otherwise.
     pub profiles: Option<f64>,
     /// Collaborative: how many neighbours.
     pub k: Option<usize>,
@@ -240,7 +240,7 @@ fn dpo(
         template(model)?,
         Split::Train,
         usize::MAX,
-        options.tweaks.profiles.unwrap_or(0.5).clamp(0.0, 1.0),
+        options.tweaks.profiles.unwrap_or(PROFILES).clamp(0.0, 1.0),
         options.seed,
     )?;
     if !options.recorded.is_empty() {
@@ -291,14 +291,15 @@ fn dpo(
     };
     let encoder = match (&options.encoder, form) {
         (Some(file), Form::Collaborative { .. }) => {
-            Some(TunableEncoder::open(file, snapshots, device)?)
+            // In the order of the rows, which is the names'.
+            let users: Vec<(usize, &str)> = index
+                .keys()
+                .filter_map(|name| Some((home(snapshots, name)?, name.as_str())))
+                .collect();
+            Some(TunableEncoder::open(file, snapshots, &users, device)?)
         }
         _ => None,
     };
-    let homes: Vec<(usize, &str)> = index
-        .keys()
-        .filter_map(|name| Some((home(snapshots, name)?, name.as_str())))
-        .collect();
     let table = Params::new(options.seed.wrapping_add(7), device.clone());
     if form == Form::User {
         let init = candle_nn::Init::Randn {
@@ -311,9 +312,9 @@ fn dpo(
             .get_with_hints(shape, "users", init)?;
     }
     let users = Conditioning {
-        index: index.clone(),
+        index,
         embeddings: match (&encoder, table.get("users")) {
-            (Some(encoder), _) => Box::new(|| encoder.embeddings(&homes)),
+            (Some(encoder), _) => Box::new(|| encoder.embeddings()),
             (None, Some(var)) => Box::new(move || Ok(var.as_tensor().clone())),
             (None, None) => Box::new(|| Ok(vectors.clone())),
         },
@@ -380,11 +381,7 @@ fn start_from_words(
         };
         let mut sums = vec![0f32; tokens * hidden];
         let mut seen = vec![0f32; tokens];
-        for like in user
-            .likes
-            .iter()
-            .filter(|l| !user.held_out_likes.contains(l))
-        {
+        for like in user.stated_likes() {
             let Some(attribute) = vocabulary::find(like) else {
                 continue;
             };

@@ -149,7 +149,12 @@ fn upkeep(store: &Store, root: &Path, duty: &str, n: u64) -> Result<(), String> 
         "restore" => {
             store.export_snapshot(&file).map_err(text)?;
             let target = root.join(format!("restored-{n}"));
-            let _ = std::fs::remove_dir_all(&target);
+            // What an earlier run of this worker restored goes away under another name: a kill
+            // in the middle of removing it must not look like a restore cut in half.
+            let gone = root.join(format!("gone-{n}"));
+            let _ = std::fs::remove_dir_all(&gone);
+            let _ = std::fs::rename(&target, &gone);
+            let _ = std::fs::remove_dir_all(&gone);
             Store::restore(&file, &target).map(drop).map_err(text)
         }
         "forget" => match store.forget(workload::FORGOTTEN) {

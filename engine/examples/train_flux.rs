@@ -2,6 +2,8 @@
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;
+use simpatico_engine::edit::{EditRequest, Hooks, Source};
+use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::Mode;
 use simpatico_engine::flux::text::prompt_of_states;
 use simpatico_engine::flux::{init, names, vae::Vae};
@@ -11,8 +13,9 @@ use simpatico_engine::render::artwork::{self, Artwork};
 use simpatico_engine::render::{Object, Subject};
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
-    Progress, Rhythm, autoencoder, flow, pairs, patches, save_grid,
+    Progress, Rhythm, autoencoder, detail, flow, pairs, patches, save_grid,
 };
+use simpatico_schema::edit::EditSettings;
 use std::path::Path;
 use std::sync::Arc;
 
@@ -63,6 +66,71 @@ fn prepare_pairs(
                 println!("pairs {done}/{all} {:.0} s", begun.elapsed().as_secs_f64());
             }
         },
+    )?;
+    Ok(())
+}
+
+/// Edits of pairs that the flow never saw, as the bundle makes them: what the detail decoder
+/// learns from. `every` steps of sampling are enough to show the flow's faults.
+fn prepare_samples(
+    folder: &Path,
+    kind: &str,
+    bundle: &str,
+    subjects: &[Subject],
+    (count, first): (usize, usize),
+) -> Result<(), Box<dyn std::error::Error>> {
+    const STEPS: usize = 8;
+    const BATCH: usize = 16;
+    let engine = Engine::open(bundle, &Device::Cpu)?;
+    let scratch = tempfile::tempdir()?;
+    let store = simpatico_storage::Store::open(scratch.path(), Default::default())?;
+    let begun = std::time::Instant::now();
+    let (mut source, mut coarse, mut target) = (Vec::new(), Vec::new(), Vec::new());
+    for start in (first..first + count).step_by(BATCH) {
+        let made: Vec<pairs::Pair> = (start..(start + BATCH).min(first + count))
+            .map(|i| pairs::pair(subjects, 2, detail::SEED, i as u64))
+            .collect();
+        let request = |(i, pair): (usize, &pairs::Pair)| EditRequest {
+            user: "nobody".into(),
+            source: Some(Source::of(Picture::from_rgb(
+                128,
+                128,
+                pair.source.render(128),
+            ))),
+            caption: Some(pair.source.caption()),
+            instructions: vec![pair.text.clone()],
+            settings: EditSettings {
+                steps: Some(STEPS),
+                seed: (start + i) as u64,
+                count: 1,
+                ..EditSettings::default()
+            },
+            ..EditRequest::default()
+        };
+        let requests: Vec<EditRequest> = made.iter().enumerate().map(request).collect();
+        let edits = engine.edit_batch(&store.snapshot(), &requests, &mut Hooks::default())?;
+        for (pair, edit) in made.iter().zip(edits) {
+            source.extend(pair.source.render(128));
+            target.extend(pair.target.render(128));
+            coarse.extend(edit.images.into_iter().flat_map(|picture| picture.rgb));
+        }
+        if start % 160 == 0 {
+            let done = start - first + made.len();
+            println!(
+                "samples {done}/{count} {:.0} s",
+                begun.elapsed().as_secs_f64()
+            );
+        }
+    }
+    let named = [("source", source), ("coarse", coarse), ("target", target)].map(|(name, all)| {
+        let tensor = Tensor::from_vec(all, (count, 128, 128, 3), &Device::Cpu);
+        tensor.map(|t| (name.to_string(), t))
+    });
+    let named = named.into_iter().collect::<Result<Vec<_>, _>>()?;
+    save_tensors(
+        &folder.join(format!("{kind}-{first:07}.safetensors")),
+        &named,
+        &[],
     )?;
     Ok(())
 }
@@ -138,12 +206,37 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 number(1),
             )?;
         }
+        // FOLDER BUNDLE COUNT FIRST [ASSETS | PHOTOS]: edits of drawn objects, of emoji or of
+        // photographs by a bundle without a detail decoder.
+        "samples" | "samples-art" | "samples-photo" => {
+            let bundle = rest.first().ok_or("samples FOLDER BUNDLE COUNT FIRST")?;
+            let pictures = rest.get(3).map(String::as_str).unwrap_or_default();
+            let subjects: Vec<Subject> = match stage.as_str() {
+                "samples" => Object::trained().into_iter().map(Subject::from).collect(),
+                "samples-art" => trained(artwork::emoji(pictures.as_ref())?),
+                _ => trained(artwork::photographs(pictures.as_ref())?),
+            };
+            let range = (number(1).unwrap_or(4000), number(2).unwrap_or(0));
+            prepare_samples(&rhythm.folder, stage, bundle, &subjects, range)?;
+        }
         "flow" => {
             let mut options = flow::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
             options.cooldown = number(1).unwrap_or(options.steps / 4);
             let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
             flow::run(&options, &pairs, &rhythm, &mut tell)?;
+        }
+        "detail" => {
+            let mut options = detail::Options::shipped();
+            options.steps = number(0).unwrap_or(options.steps);
+            let samples = detail::Samples::open_all(&rhythm.folder)?;
+            detail::run(&options, &samples, &rhythm, &mut tell)?;
+        }
+        // FOLDER VAE: into the autoencoder of an exported flow.
+        "export-detail" => {
+            let vae = rest.first().ok_or("export-detail FOLDER VAE")?;
+            let widths = detail::Options::shipped().widths;
+            detail::export(&rhythm.folder, &widths, vae.as_ref())?;
         }
         "export" => {
             let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);

@@ -34,6 +34,7 @@
 
 pub mod controlnet;
 mod cpu_blocks;
+pub mod detail;
 pub mod init;
 pub mod lora;
 pub mod names;

@@ -1,5 +1,5 @@
-//! Training the small Flux on the renderer's pictures, in three stages that each resume
-//! exactly where they stopped.
+//! Training the small Flux on the renderer's pictures, in stages that each resume exactly where
+//! they stopped.
 //!
 //! 1. [`autoencoder`]: pictures to latents and back.
 //! 2. [`pairs`]: before/after pairs, encoded once and kept in a file, since the autoencoder
@@ -7,11 +7,13 @@
 //! 3. [`flow`]: transformer and ControlNet, as a rectified flow. The ControlNet sees the
 //!    edges of the *source* (mode canny) or the source itself (mode tile), the text asks for
 //!    the edit or names the result, and the target is the edited picture.
+//! 4. [`detail`]: the end of the decoder, which brings the source's detail into an edit.
 //!
 //! What step n trains on is a pure function of the seed and n, so a checkpoint is weights,
 //! moments and a number. Not here: sampling with the trained model ([`crate::sampler`]).
 
 pub mod autoencoder;
+pub mod detail;
 pub mod flow;
 pub(crate) mod judge_run;
 pub mod pairs;

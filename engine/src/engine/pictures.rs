@@ -514,7 +514,7 @@ impl Pictures {
         seconds.sample = begin.elapsed().as_secs_f64();
 
         let begin = Instant::now();
-        let pictures = self.decode(plan, &Tensor::cat(&latents, 0)?, hooks)?;
+        let pictures = self.decode(plan, jobs, &Tensor::cat(&latents, 0)?, hooks)?;
         if !keep_loaded {
             self.vae.release();
         }
@@ -612,8 +612,20 @@ impl Pictures {
         sampler::mask_tokens(&mask, self.token_pixels() as usize)
     }
 
-    /// Packed latents (b, n, c) to pictures at the model's size.
-    fn decode(&self, plan: &Plan, packed: &Tensor, hooks: &mut Hooks) -> Result<Vec<Picture>> {
+    /// Packed latents (b, n, c) to pictures at the model's size. The decoder sees the source
+    /// where the transformer has seen it: not where only its edges steered.
+    fn decode(
+        &self,
+        plan: &Plan,
+        jobs: &[Job],
+        packed: &Tensor,
+        hooks: &mut Hooks,
+    ) -> Result<Vec<Picture>> {
+        let saw = plan.backend != Backend::Canny || plan.control == Some(ControlKind::Tile);
+        let source = |job: &Job| -> Result<Option<Tensor>> {
+            let source = job.source.filter(|_| saw).map(|s| job.frame.to_model(s));
+            source.map(|s| s.to_tensor(&self.device)).transpose()
+        };
         let vae = self.vae()?;
         let factor = self.vae_config.factor();
         let (w, h) = (
@@ -626,8 +638,14 @@ impl Pictures {
         for first in (0..b).step_by(BATCH_DECODE) {
             hooks.check()?;
             hooks.tell(Stage::Decode, first, b);
-            let part = latents.narrow(0, first, BATCH_DECODE.min(b - first))?;
-            pictures.extend(Picture::from_tensor(&vae.decode(&part)?)?);
+            let count = BATCH_DECODE.min(b - first);
+            let part = latents.narrow(0, first, count)?;
+            let sources = jobs.iter().skip(first).take(count).map(source);
+            let sources: Option<Vec<Tensor>> =
+                sources.collect::<Result<Vec<_>>>()?.into_iter().collect();
+            let sources = sources.map(|all| Tensor::cat(&all, 0)).transpose()?;
+            let decoded = vae.decode_beside(&part, sources.as_ref())?;
+            pictures.extend(Picture::from_tensor(&decoded)?);
         }
         Ok(pictures)
     }
@@ -794,7 +812,9 @@ impl<'a> Part<'a> {
                 && hooks.preview.is_some()
             {
                 let soon = step.preview()?;
-                let pictures = self.pictures.decode(plan, &soon, &mut Hooks::default())?;
+                let pictures =
+                    self.pictures
+                        .decode(plan, self.jobs, &soon, &mut Hooks::default())?;
                 if let Some(preview) = hooks.preview.as_mut() {
                     preview(step.done, &pictures);
                 }

@@ -57,6 +57,7 @@ fn is_silent(name: &str) -> bool {
         "controlnet_blocks",
         "controlnet_single_blocks",
         "input_hint_block.conv_out",
+        "detail.conv_out",
     ];
     SILENT.iter().any(|s| name.contains(s))
 }

@@ -12,6 +12,7 @@
 //! Reference: the FLUX.1 sources (`modules/autoencoder.py`), diffusers 0.42
 //! `autoencoder_kl.py`.
 
+use super::detail::{self, Detail};
 use super::names::NameAndShape;
 use crate::conv::{self, Conv2d};
 use crate::nn;
@@ -43,6 +44,10 @@ pub struct Config {
     /// [`PatchCoder`]; the fields about blocks then mean nothing.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub patch: Option<usize>,
+    /// `Some(widths)`: the decoder ends with a [`Detail`] network of these widths, which sees
+    /// the picture that is edited.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub detail: Option<Vec<usize>>,
     /// Latents are multiplied by this,
     pub scaling_factor: f64,
     /// after this is subtracted.
@@ -67,6 +72,7 @@ impl Config {
             norm_num_groups: 32,
             mid_block_add_attention: true,
             patch: None,
+            detail: None,
             scaling_factor: 0.3611,
             shift_factor: 0.1159,
         }
@@ -98,6 +104,9 @@ impl Config {
         if self.patch.is_some_and(|p| p == 0 || p > 64) {
             return Err(Error::bad_model("config.json", "patch must be 1 to 64"));
         }
+        if let Some(widths) = &self.detail {
+            detail::check(widths)?;
+        }
         let groups = self.norm_num_groups;
         let fits = |c: &usize| groups > 0 && *c > 0 && c.is_multiple_of(groups);
         if self.block_out_channels.is_empty() || !self.block_out_channels.iter().all(fits) {
@@ -115,7 +124,10 @@ impl Config {
 
 /// Every weight of an autoencoder of this shape.
 pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
-    let mut all = Vec::new();
+    let mut all = match &config.detail {
+        Some(widths) => detail::shapes(widths, "decoder.detail."),
+        None => Vec::new(),
+    };
     if let Some(p) = config.patch {
         let (c, pixels) = (config.latent_channels, config.in_channels * p * p);
         all.push(("encoder.patch.weight".into(), vec![c, pixels]));
@@ -131,24 +143,15 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
         all.push((format!("{name}.weight"), shape.clone()));
         all.push((format!("{name}.bias"), shape[..1].to_vec()));
     };
-    fn resnet(put: &mut impl FnMut(String, Vec<usize>), p: String, c_in: usize, c_out: usize) {
-        put(format!("{p}.norm1"), vec![c_in]);
-        put(format!("{p}.conv1"), vec![c_out, c_in, 3, 3]);
-        put(format!("{p}.norm2"), vec![c_out]);
-        put(format!("{p}.conv2"), vec![c_out, c_out, 3, 3]);
-        if c_in != c_out {
-            put(format!("{p}.nin_shortcut"), vec![c_out, c_in, 1, 1]);
-        }
-    }
     fn middle(put: &mut impl FnMut(String, Vec<usize>), p: &str, c: usize, attention: bool) {
-        resnet(put, format!("{p}.mid.block_1"), c, c);
+        resnet_shapes(put, format!("{p}.mid.block_1"), c, c);
         if attention {
             put(format!("{p}.mid.attn_1.norm"), vec![c]);
             for one in ["q", "k", "v", "proj_out"] {
                 put(format!("{p}.mid.attn_1.{one}"), vec![c, c, 1, 1]);
             }
         }
-        resnet(put, format!("{p}.mid.block_2"), c, c);
+        resnet_shapes(put, format!("{p}.mid.block_2"), c, c);
     }
     put(
         "encoder.conv_in".into(),
@@ -157,7 +160,7 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
     let mut c = channels[0];
     for (n, &c_out) in channels.iter().enumerate() {
         for m in 0..config.layers_per_block {
-            resnet(&mut put, format!("encoder.down.{n}.block.{m}"), c, c_out);
+            resnet_shapes(&mut put, format!("encoder.down.{n}.block.{m}"), c, c_out);
             c = c_out;
         }
         if n + 1 < levels {
@@ -180,7 +183,7 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
     middle(&mut put, "decoder", top, config.mid_block_add_attention);
     for (n, &c_out) in channels.iter().enumerate().rev() {
         for m in 0..=config.layers_per_block {
-            resnet(&mut put, format!("decoder.up.{n}.block.{m}"), c, c_out);
+            resnet_shapes(&mut put, format!("decoder.up.{n}.block.{m}"), c, c_out);
             c = c_out;
         }
         if n > 0 {
@@ -195,9 +198,25 @@ pub(super) fn shapes(config: &Config) -> Vec<NameAndShape> {
     all
 }
 
+/// Every weight of a residual block named `p`.
+pub(super) fn resnet_shapes(
+    put: &mut impl FnMut(String, Vec<usize>),
+    p: String,
+    c_in: usize,
+    c_out: usize,
+) {
+    put(format!("{p}.norm1"), vec![c_in]);
+    put(format!("{p}.conv1"), vec![c_out, c_in, 3, 3]);
+    put(format!("{p}.norm2"), vec![c_out]);
+    put(format!("{p}.conv2"), vec![c_out, c_out, 3, 3]);
+    if c_in != c_out {
+        put(format!("{p}.nin_shortcut"), vec![c_out, c_in, 1, 1]);
+    }
+}
+
 // -------------------------------------------------------------------------------- layers
 
-fn conv(
+pub(super) fn conv(
     c_in: usize,
     c_out: usize,
     size: usize,
@@ -216,14 +235,14 @@ fn conv(
 
 /// Group norm with weights; eps 1e-6.
 #[derive(Clone, Debug)]
-struct GroupNorm {
+pub(super) struct GroupNorm {
     weight: Tensor,
     bias: Tensor,
     groups: usize,
 }
 
 impl GroupNorm {
-    fn new(channels: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
+    pub(super) fn new(channels: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             weight: vb.get(channels, "weight")?,
             bias: vb.get(channels, "bias")?,
@@ -232,7 +251,7 @@ impl GroupNorm {
     }
 
     /// The norm, then x·sigmoid(x).
-    fn silu(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn silu(&self, x: &Tensor) -> Result<Tensor> {
         let (weight, bias) = (&self.weight, &self.bias);
         if conv::plain_on_cpu(&[x, weight, bias]) {
             return Ok(conv::group_norm_silu(x, weight, bias, self.groups, 1e-6)?);
@@ -251,7 +270,7 @@ impl GroupNorm {
 }
 
 #[derive(Clone, Debug)]
-struct ResnetBlock {
+pub(super) struct ResnetBlock {
     norm1: GroupNorm,
     conv1: Conv2d,
     norm2: GroupNorm,
@@ -260,7 +279,7 @@ struct ResnetBlock {
 }
 
 impl ResnetBlock {
-    fn new(c_in: usize, c_out: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
+    pub(super) fn new(c_in: usize, c_out: usize, groups: usize, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             norm1: GroupNorm::new(c_in, groups, vb.pp("norm1"))?,
             conv1: conv(c_in, c_out, 3, 1, 1, vb.pp("conv1"))?,
@@ -273,7 +292,7 @@ impl ResnetBlock {
         })
     }
 
-    fn forward(&self, x: &Tensor) -> Result<Tensor> {
+    pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let h = self.conv1.forward(&self.norm1.silu(x)?)?;
         let h = self.conv2.forward(&self.norm2.silu(&h)?)?;
         Ok(match &self.shortcut {
@@ -477,6 +496,7 @@ pub const TILE_ABOVE: usize = 1024;
 pub struct Vae {
     config: Config,
     coder: Coder,
+    detail: Option<Detail>,
     tile: usize,
 }
 
@@ -570,11 +590,15 @@ impl Vae {
         Ok(Self {
             config: config.clone(),
             coder: match config.patch {
-                Some(p) => Coder::Patch(PatchCoder::new(config, p, vb)?),
+                Some(p) => Coder::Patch(PatchCoder::new(config, p, vb.clone())?),
                 None => Coder::Deep(Box::new((
                     Encoder::new(config, vb.pp("encoder"))?,
                     Decoder::new(config, vb.pp("decoder"))?,
                 ))),
+            },
+            detail: match &config.detail {
+                Some(widths) => Some(Detail::new(widths, vb.pp("decoder.detail"))?),
+                None => None,
             },
             tile: TILE_ABOVE,
         })
@@ -643,6 +667,21 @@ impl Vae {
 
     /// Normalised latents (b, c, h, w) to pictures (b, 3, f·h, f·w), about [-1, 1].
     pub fn decode(&self, latents: &Tensor) -> Result<Tensor> {
+        self.decode_beside(latents, None)
+    }
+
+    /// As [`Self::decode`], with the pictures that were edited at hand, (b, 3, f·h, f·w): a
+    /// decoder with a [`Detail`] network takes edges and what did not change from them (in one
+    /// piece, whatever the size), any other does without.
+    pub fn decode_beside(&self, latents: &Tensor, source: Option<&Tensor>) -> Result<Tensor> {
+        let coarse = self.decode_coarse(latents)?;
+        match &self.detail {
+            Some(detail) => detail.forward(&coarse, source.unwrap_or(&coarse)),
+            None => Ok(coarse),
+        }
+    }
+
+    fn decode_coarse(&self, latents: &Tensor) -> Result<Tensor> {
         let (_, c, h, w) = latents.dims4()?;
         if c != self.config.latent_channels || h == 0 || w == 0 {
             return Err(Error::BadRequest(format!(

@@ -1,5 +1,5 @@
 //! The plain loop of a training whose loss is a function of weights and step: what the judge
-//! of edits ([`crate::attributes`]) is trained with.
+//! of edits ([`crate::attributes`]) and the detail decoder ([`super::detail`]) are trained with.
 
 use super::{Report, Rhythm, Run, latest};
 use crate::Result;
@@ -30,6 +30,17 @@ pub(crate) fn run<M>(
 ) -> Result<Vec<(String, Tensor)>> {
     let params = Params::new(training.seed, Device::Cpu);
     let model = build(params.builder(DType::F32))?;
+    run_from(training, rhythm, &params, |step| loss(&model, step), report)
+}
+
+/// As [`run`], with parameters that are there already.
+pub(crate) fn run_from(
+    training: &Training,
+    rhythm: &Rhythm,
+    params: &Params,
+    loss: impl Fn(usize) -> Result<Tensor>,
+    report: Report,
+) -> Result<Vec<(String, Tensor)>> {
     let group = Group {
         vars: params.vars(),
         lr: training.lr,
@@ -40,7 +51,7 @@ pub(crate) fn run<M>(
         ..AdamWOptions::default()
     };
     let mut adam = AdamW::new(vec![group], settings)?;
-    let mut run = Run::open(training.stage, rhythm, training.steps, &params, &mut adam)?;
+    let mut run = Run::open(training.stage, rhythm, training.steps, params, &mut adam)?;
     let schedule = Schedule::Cosine {
         warmup: 40.min(training.steps / 4),
         total: training.steps,
@@ -48,11 +59,11 @@ pub(crate) fn run<M>(
     };
     while run.state.step < training.steps {
         let step = run.state.step;
-        let loss = loss(&model, step)?;
+        let loss = loss(step)?;
         adam.accumulate(&loss.backward()?, 1.0)?;
         let norm = adam.step(schedule.factor(step))?;
         let loss = f64::from(loss.to_scalar::<f32>()?);
-        if !run.after_step(loss, norm, &params, &adam, report)? {
+        if !run.after_step(loss, norm, params, &adam, report)? {
             break;
         }
     }

@@ -1,0 +1,302 @@
+//! Training the detail decoder ([`crate::flux::detail`]) on edits as the flow makes them.
+//!
+//! 1. Samples: pairs that the flow never saw are edited with the finished flow and decoded
+//!    without detail. A file holds source, that coarse result and what the renderer itself
+//!    makes of the edit.
+//! 2. The network learns to turn coarse result and source into the right one. What it learns is
+//!    where edges run and what the flow's faults look like; what the edit *is* it can only read
+//!    off the coarse result.
+//!
+//! The loss is the mean absolute error, plus that of the differences between neighbouring
+//! pixels; pixels that the edit changes count three times.
+
+use super::judge_run::{Training, run_from};
+use super::{Report, Rhythm, fresh, latest};
+use crate::flux::detail::{Detail, shapes};
+use crate::params::{Params, load_tensors, save_tensors, write_whole};
+use crate::{Error, Result};
+use candle_core::{DType, Device, Tensor};
+use simpatico_schema::random::Philox;
+use std::path::Path;
+
+/// The seed of its pairs, another than the flow's.
+pub const SEED: u64 = 41;
+
+/// The settings of a run.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Options {
+    /// The network's widths.
+    pub widths: Vec<usize>,
+    /// Steps in all.
+    pub steps: usize,
+    /// Pictures a step.
+    pub batch: usize,
+    /// Peak learning rate.
+    pub lr: f64,
+    /// How often there is no source.
+    pub drop_source: f32,
+    /// How often the coarse picture is a share of the way to the right one: the flow is
+    /// better on some pictures than on others, and may yet be trained on.
+    pub better: f32,
+    /// Decides everything that is random.
+    pub seed: u64,
+}
+
+impl Options {
+    /// What the shipped one was trained with.
+    pub fn shipped() -> Self {
+        Self {
+            widths: crate::flux::detail::WIDTHS.to_vec(),
+            steps: 6000,
+            batch: 8,
+            lr: 2e-3,
+            drop_source: 0.1,
+            better: 0.15,
+            seed: 6,
+        }
+    }
+}
+
+/// Edits, 8 bits a channel: (n, h, w, 3) each.
+pub struct Samples {
+    /// Before.
+    pub source: Tensor,
+    /// After, by the flow, decoded without detail.
+    pub coarse: Tensor,
+    /// After, by the renderer.
+    pub target: Tensor,
+}
+
+impl Samples {
+    /// Every `samples*.safetensors` of a folder.
+    ///
+    /// # Errors
+    /// If there is none, or one is damaged.
+    pub fn open_all(folder: &Path) -> Result<Self> {
+        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+        let mut files: Vec<_> = entries
+            .flatten()
+            .map(|entry| entry.path())
+            .filter(|path| {
+                let name = path.file_name().unwrap_or_default().to_string_lossy();
+                name.starts_with("samples") && name.ends_with(".safetensors")
+            })
+            .collect();
+        files.sort();
+        if files.is_empty() {
+            return Err(Error::MissingModel {
+                path: folder.join("samples.safetensors"),
+                help: "make samples first".into(),
+            });
+        }
+        let mut parts: [Vec<Tensor>; 3] = Default::default();
+        for file in &files {
+            let mut found = load_tensors(file, &Device::Cpu)?;
+            for (all, name) in parts.iter_mut().zip(["source", "coarse", "target"]) {
+                let one = found.remove(name).ok_or_else(|| {
+                    Error::bad_model(file.display().to_string(), format!("{name} is missing"))
+                })?;
+                all.push(one);
+            }
+        }
+        let [source, coarse, target] = parts;
+        Ok(Self {
+            source: Tensor::cat(&source, 0)?,
+            coarse: Tensor::cat(&coarse, 0)?,
+            target: Tensor::cat(&target, 0)?,
+        })
+    }
+
+    /// How many there are.
+    pub fn len(&self) -> usize {
+        self.source.dim(0).unwrap_or(0)
+    }
+
+    /// Whether there are none.
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+}
+
+/// One step's pictures, (b, 3, h, w) in -1..1.
+struct Batch {
+    source: Tensor,
+    coarse: Tensor,
+    target: Tensor,
+}
+
+fn batch(options: &Options, samples: &Samples, step: u64) -> Result<Batch> {
+    let mut random = Philox::new(options.seed, step);
+    let b = options.batch;
+    let rows: Vec<u32> = (0..b).map(|_| random.below(samples.len() as u32)).collect();
+    let rows = Tensor::from_vec(rows, b, &Device::Cpu)?;
+    let turned = random.uniform() < 0.5;
+    let of = |all: &Tensor| -> Result<Tensor> {
+        let some = all.index_select(&rows, 0)?.to_dtype(DType::F32)?;
+        let some = ((some / 127.5)? - 1.0)?
+            .permute((0, 3, 1, 2))?
+            .contiguous()?;
+        Ok(match turned {
+            true => some.flip(&[3])?.contiguous()?,
+            false => some,
+        })
+    };
+    let shares = |random: &mut Philox, p: f32, of: &dyn Fn(f32) -> f32| -> Result<Tensor> {
+        let all: Vec<f32> = (0..b)
+            .map(|_| match random.uniform() < p {
+                true => of(random.uniform()),
+                false => 0.0,
+            })
+            .collect();
+        Ok(Tensor::from_vec(all, (b, 1, 1, 1), &Device::Cpu)?)
+    };
+    let target = of(&samples.target)?;
+    let coarse = of(&samples.coarse)?;
+    let source = of(&samples.source)?;
+    let better = shares(&mut random, options.better, &|u| u)?;
+    let coarse = (&coarse + (&target - &coarse)?.broadcast_mul(&better)?)?;
+    let missing = shares(&mut random, options.drop_source, &|_| 1.0)?;
+    let source = (&source + (&coarse - &source)?.broadcast_mul(&missing)?)?;
+    Ok(Batch {
+        source,
+        coarse,
+        target,
+    })
+}
+
+fn loss(detail: &Detail, batch: &Batch) -> Result<Tensor> {
+    let made = detail.forward(&batch.coarse, &batch.source)?;
+    let changed = (&batch.target - &batch.source)?.abs()?.max_keepdim(1)?;
+    let weight = ((changed.gt(0.08)?.to_dtype(DType::F32)? * 2.0)? + 1.0)?; // (b, 1, h, w)
+    let error = (made - &batch.target)?.broadcast_mul(&weight)?;
+    let (_, _, h, w) = error.dims4()?;
+    let across = (error.narrow(3, 1, w - 1)? - error.narrow(3, 0, w - 1)?)?;
+    let down = (error.narrow(2, 1, h - 1)? - error.narrow(2, 0, h - 1)?)?;
+    let edges = (across.abs()?.mean_all()? + down.abs()?.mean_all()?)?;
+    Ok((error.abs()?.mean_all()? + edges)?)
+}
+
+/// Adds a run's averaged network to the autoencoder in `vae`, in half precision; one that is
+/// there already is replaced.
+///
+/// # Errors
+/// If the run has no checkpoint, or the folder holds no autoencoder.
+pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
+    let (weights, config) = (
+        vae.join("diffusion_pytorch_model.safetensors"),
+        vae.join("config.json"),
+    );
+    const PREFIX: &str = "decoder.detail.";
+    let mut all = load_tensors(&weights, &Device::Cpu)?;
+    all.retain(|name, _| !name.starts_with(PREFIX));
+    for (name, value) in latest(run, "detail")? {
+        all.insert(format!("{PREFIX}{name}"), value.to_dtype(DType::F16)?);
+    }
+    let all: Vec<_> = all.into_iter().collect();
+    save_tensors(&weights, &all, &[("format", "pt".into())])?;
+    let text = std::fs::read(&config).map_err(Error::io(&config))?;
+    let bad = |e: serde_json::Error| Error::bad_model(config.display().to_string(), e.to_string());
+    let mut json: serde_json::Value = serde_json::from_slice(&text).map_err(bad)?;
+    json["detail"] = widths.into();
+    write_whole(&config, &serde_json::to_vec_pretty(&json).map_err(bad)?)
+}
+
+/// Trains, or goes on training, until the steps are done or `report` says stop; the averaged
+/// weights, named as [`shapes`] names them.
+///
+/// # Errors
+/// If there are no samples, or a checkpoint cannot be written.
+pub fn run(
+    options: &Options,
+    samples: &Samples,
+    rhythm: &Rhythm,
+    report: Report,
+) -> Result<Vec<(String, Tensor)>> {
+    if samples.is_empty() {
+        return Err(Error::BadRequest(
+            "there are no samples to train on: make some".into(),
+        ));
+    }
+    let training = Training {
+        stage: "detail",
+        steps: options.steps,
+        lr: options.lr,
+        seed: options.seed,
+    };
+    let params = Params::new(options.seed, Device::Cpu);
+    fresh(&params, "", &shapes(&options.widths, ""), options.seed)?;
+    let detail = Detail::new(&options.widths, params.builder(DType::F32))?;
+    let step = |step: usize| loss(&detail, &batch(options, samples, step as u64)?);
+    run_from(&training, rhythm, &params, step, report)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::render::{Object, Scene};
+
+    /// Edits of plain scenes to another colour, the coarse ones in blocks of 8 pixels.
+    fn samples(count: u64) -> Samples {
+        let (mut source, mut coarse, mut target) = (Vec::new(), Vec::new(), Vec::new());
+        for i in 0..count {
+            let mut random = Philox::new(3, i);
+            let scene = Scene::random(Object::ALL[i as usize % Object::ALL.len()], i);
+            let edit = scene.random_edit(1, &mut random);
+            let after = scene.clone().with(&edit).render(32);
+            source.extend(scene.render(32));
+            for at in 0..after.len() {
+                let (pixel, channel) = (at / 3, at % 3);
+                let (y, x) = (pixel / 32 / 8 * 8 + 4, pixel % 32 / 8 * 8 + 4);
+                coarse.push(after[(y * 32 + x) * 3 + channel]);
+            }
+            target.extend(after);
+        }
+        let of = |all| Tensor::from_vec(all, (count as usize, 32, 32, 3), &Device::Cpu).unwrap();
+        Samples {
+            source: of(source),
+            coarse: of(coarse),
+            target: of(target),
+        }
+    }
+
+    #[test]
+    fn a_few_steps_bring_blocks_nearer_to_the_right_picture_and_resume_exactly() {
+        let samples = samples(48);
+        let options = Options {
+            widths: vec![16, 16, 16],
+            steps: 60,
+            batch: 8,
+            ..Options::shipped()
+        };
+        let measure = |weights: &[(String, Tensor)]| -> f32 {
+            let weights = weights.iter().cloned().collect();
+            let vb = crate::flux::init::builder(&weights, DType::F32, &Device::Cpu);
+            let detail = Detail::new(&options.widths, vb).unwrap();
+            let fresh = batch(&options, &samples, 1 << 50).unwrap();
+            loss(&detail, &fresh).unwrap().to_scalar().unwrap()
+        };
+        let start: Vec<_> =
+            crate::flux::init::random(&shapes(&options.widths, ""), 6, &Device::Cpu)
+                .unwrap()
+                .into_iter()
+                .collect();
+        let folder = tempfile::tempdir().unwrap();
+        let whole = run(
+            &options,
+            &samples,
+            &Rhythm::usual(folder.path()),
+            &mut |_| true,
+        )
+        .unwrap();
+        assert!(measure(&whole) < 0.8 * measure(&start));
+        let folder = tempfile::tempdir().unwrap();
+        let mut rhythm = Rhythm::usual(folder.path());
+        rhythm.report_s = 0.0;
+        run(&options, &samples, &rhythm, &mut |p| p.step < 25).unwrap();
+        let resumed = run(&options, &samples, &rhythm, &mut |_| true).unwrap();
+        for ((name, a), (_, b)) in whole.iter().zip(&resumed) {
+            let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+            assert_eq!(values(a), values(b), "{name}");
+        }
+    }
+}

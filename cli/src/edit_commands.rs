@@ -4,7 +4,7 @@ use crate::learn_commands::prepare_embedding;
 use crate::output::{Output, Usage};
 use crate::store_commands::{open_existing, open_or_create};
 use crate::{CANCELLED, Common, Outcome};
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::ProgressBar;
 use simpatico_engine::edit::{
@@ -16,6 +16,9 @@ use simpatico_schema::edit::{Backend, ControlKind, EditSettings, InstructRequest
 use simpatico_storage::Store;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
+
+/// The width of a mask's soft edge in pixels, unless a call or a record says otherwise.
+const MASK_SOFTEN: u32 = 4;
 
 #[derive(Subcommand)]
 pub enum EditCommand {
@@ -46,6 +49,9 @@ pub enum EditCommand {
         /// The mask
         #[arg(long)]
         mask: Option<PathBuf>,
+        /// The LoRAs it was made with, in their order
+        #[arg(long, value_name = "FILE[=STRENGTH]", value_parser = lora)]
+        lora: Vec<LoraFile>,
         /// Where the picture goes
         #[arg(long)]
         out: PathBuf,
@@ -96,6 +102,10 @@ pub struct Settings {
     /// Output size
     #[arg(long, value_name = "WxH", value_parser = size)]
     size: Option<(u32, u32)>,
+    /// A LoRA for the picture model (may be given several times): diffusers', Black Forest
+    /// Labs', kohya's or XLabs' names
+    #[arg(long, value_name = "FILE[=STRENGTH]", value_parser = lora)]
+    lora: Vec<LoraFile>,
     /// 0: only the user's own circle; 1: mostly tastes beyond it
     #[arg(long, default_value_t = 0.0, value_parser = share)]
     explore: f32,
@@ -118,7 +128,9 @@ pub struct EditArgs {
     /// A wish that comes with it
     #[arg(long)]
     cue: Option<String>,
-    /// An instruction of your own (may be given several times)
+    /// An instruction of your own (may be given up to 8 times: all are carried out together in
+    /// the same picture, each read for itself; what shall come after another is an edit of its
+    /// result)
     #[arg(long)]
     instruction: Vec<String>,
     /// How the source enters: canny, img2img, rf-inversion or flowedit
@@ -130,15 +142,24 @@ pub struct EditArgs {
     /// How strongly the control picture holds, 0 to 2
     #[arg(long)]
     control_scale: Option<f32>,
+    /// The share of the steps after which the control picture is let go, 0 to 1
+    #[arg(long, value_parser = share)]
+    control_end: Option<f32>,
     /// How far from the source, 0 to 1
     #[arg(long, value_parser = share)]
     strength: Option<f32>,
+    /// The noise level to start from, 0 to 1, in place of a strength
+    #[arg(long, value_parser = share, conflicts_with = "strength")]
+    noise_level: Option<f32>,
     /// Where the picture may change: a grey PNG of its size, white where it may
     #[arg(long, value_name = "PNG")]
     mask: Option<PathBuf>,
     /// The width of the mask's soft edge, in pixels
-    #[arg(long, default_value_t = 4)]
+    #[arg(long, default_value_t = MASK_SOFTEN)]
     mask_soften: u32,
+    /// How much of the source's fine detail comes back where nothing was changed, 0 to 1
+    #[arg(long, value_name = "X", value_parser = share)]
+    fine_detail: Option<f32>,
     /// Reuse the network's answer while its first block changes less than this
     #[arg(long, value_name = "X")]
     cache: Option<f32>,
@@ -165,6 +186,27 @@ fn share(text: &str) -> Result<f32, String> {
     }
 }
 
+/// A LoRA file and how strongly it acts.
+#[derive(Clone, Debug)]
+pub struct LoraFile {
+    file: PathBuf,
+    strength: f32,
+}
+
+/// FILE, or FILE=STRENGTH; a file whose own name ends in = and a number needs a strength.
+fn lora(text: &str) -> Result<LoraFile, String> {
+    let split = text.rsplit_once('=');
+    let with_strength = split.and_then(|(file, x)| Some((file, x.parse::<f32>().ok()?)));
+    let (file, strength) = with_strength.unwrap_or((text, 1.0));
+    if file.is_empty() || !strength.is_finite() {
+        return Err("expected FILE or FILE=STRENGTH, such as style.safetensors=0.8".into());
+    }
+    Ok(LoraFile {
+        file: file.into(),
+        strength,
+    })
+}
+
 fn size(text: &str) -> Result<(u32, u32), String> {
     let parts = text.split_once(['x', 'X', '×']);
     parts
@@ -189,12 +231,14 @@ pub fn run(command: EditCommand, common: &Common, output: &Output) -> Result<Out
             provenance,
             image,
             mask,
+            lora,
             out,
         } => {
             replay(
                 &provenance,
                 image.as_deref(),
                 mask.as_deref(),
+                &lora,
                 &out,
                 common,
                 output,
@@ -209,12 +253,24 @@ pub fn open_engine(common: &Common) -> Result<Engine> {
     Ok(Engine::open(&common.bundle, &device)?)
 }
 
+fn with_loras(engine: Engine, loras: &[LoraFile]) -> Result<Engine> {
+    loras.iter().try_fold(engine, |engine, lora| {
+        // Now rather than after the instruction was written.
+        if !lora.file.is_file() {
+            bail!("{}: no such LoRA file", lora.file.display());
+        }
+        Ok(engine.with_lora(&lora.file, lora.strength)?)
+    })
+}
+
 /// Opens the store and sees to it that the user's embedding is there to be read.
-fn open_for(user: &str, common: &Common, output: &Output) -> Result<Store> {
+///
+/// `written`: whether an instruction will be written for the user.
+fn open_for(user: &str, written: bool, common: &Common, output: &Output) -> Result<Store> {
     let store = open_or_create(common)?;
     if store.snapshot().has_user(user) {
         prepare_embedding(&store, user, common, output)?;
-    } else {
+    } else if written {
         output.note(format_args!(
             "{user:?} is not in {}: the instruction will be anyone's; `simpatico ingest` takes likes and dislikes",
             common.store.display()
@@ -225,7 +281,7 @@ fn open_for(user: &str, common: &Common, output: &Output) -> Result<Store> {
 
 fn instruct(args: &InstructArgs, common: &Common, output: &Output) -> Result<()> {
     let engine = open_engine(common)?;
-    let store = open_for(&args.user, common, output)?;
+    let store = open_for(&args.user, true, common, output)?;
     let request = InstructRequest {
         user: args.user.clone(),
         caption: args.caption.clone(),
@@ -257,8 +313,11 @@ fn edit(args: &EditArgs, common: &Common, output: &Output) -> Result<()> {
             backend: args.backend,
             control: args.control,
             control_scale: args.control_scale,
+            control_end: args.control_end,
             strength: args.strength,
+            noise_level: args.noise_level,
             cache_threshold: args.cache,
+            fine_detail: args.fine_detail,
             ..shared_settings(&args.settings, common)
         },
         mask,
@@ -266,7 +325,7 @@ fn edit(args: &EditArgs, common: &Common, output: &Output) -> Result<()> {
     };
     carry_out(
         &request,
-        &args.settings.out,
+        &args.settings,
         common,
         output,
         |engine, store, hooks| Ok(engine.edit(&store.snapshot(), &request, hooks)?),
@@ -283,7 +342,7 @@ fn generate(args: &GenerateArgs, common: &Common, output: &Output) -> Result<()>
     };
     carry_out(
         &request,
-        &args.settings.out,
+        &args.settings,
         common,
         output,
         |engine, store, hooks| Ok(engine.generate(&store.snapshot(), &request, hooks)?),
@@ -305,11 +364,12 @@ fn shared_settings(args: &Settings, common: &Common) -> EditSettings {
 /// Runs an edit with progress and Ctrl-C, writes its pictures, and records it in the store.
 fn carry_out(
     request: &EditRequest,
-    out: &Path,
+    args: &Settings,
     common: &Common,
     output: &Output,
     work: impl FnOnce(&Engine, &Store, &mut Hooks) -> Result<Edit>,
 ) -> Result<()> {
+    let out = args.out.as_path();
     if out
         .extension()
         .is_none_or(|e| !e.eq_ignore_ascii_case("png"))
@@ -320,8 +380,13 @@ fn carry_out(
         ))
         .into());
     }
-    let engine = open_engine(common)?;
-    let store = open_for(&request.user, common, output)?;
+    let engine = with_loras(open_engine(common)?, &args.lora)?;
+    let store = open_for(
+        &request.user,
+        request.instructions.is_empty(),
+        common,
+        output,
+    )?;
     let bar = output.bar(1, "steps");
     let mut show = |at: Progress| show_progress(&bar, at);
     let mut hooks = Hooks {
@@ -430,14 +495,16 @@ fn replay(
     file: &Path,
     image: Option<&Path>,
     mask: Option<&Path>,
+    loras: &[LoraFile],
     out: &Path,
     common: &Common,
     output: &Output,
 ) -> Result<()> {
     let record = provenance::read(file)?;
     let source = image.map(Source::open).transpose()?;
-    let mask = mask.map(|m| MaskInput::open(m, 0)).transpose()?;
-    let engine = open_engine(common)?;
+    let soften = record.mask_soften.unwrap_or(MASK_SOFTEN);
+    let mask = mask.map(|m| MaskInput::open(m, soften)).transpose()?;
+    let engine = with_loras(open_engine(common)?, loras)?;
     let bar = output.bar(1, "steps");
     let mut show = |at: Progress| show_progress(&bar, at);
     let mut hooks = Hooks {

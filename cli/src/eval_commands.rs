@@ -11,6 +11,7 @@ use clap::{Args, Subcommand, ValueEnum};
 use serde::Serialize;
 use simpatico_engine::bundle::packages::{Model, State};
 use simpatico_engine::bundle::{Bundle, Location, models_folder};
+use simpatico_engine::clip::{Clip, Framing};
 use simpatico_engine::dino::Dino;
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::eval_images::{self, Judges, Sample, spread_between_users};
@@ -23,6 +24,7 @@ use simpatico_engine::params::write_whole;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::plot;
 use simpatico_engine::policy::{PROFILES, Policy, PolicyOptions, pair_groups};
+use simpatico_engine::provenance;
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::sage_train::{LinkData, SageTrainOptions};
 use simpatico_engine::soft_prompt::SoftPrompt;
@@ -178,9 +180,17 @@ pub struct ImagesArgs {
     #[command(flatten)]
     eval: EvalArgs,
     /// A folder of edits: source/NAME.png and METHOD/NAME.png, or
-    /// METHOD/NAME--USER--SEED.png; without it edits are made on the spot
+    /// METHOD/NAME--USER--SEED.png, with the instruction in the PNG's provenance or in a .txt
+    /// beside it; without it edits are made on the spot
     #[arg(long, value_name = "DIR")]
     edits: Option<PathBuf>,
+    /// CLIP's folder, for CLIP-Ref and CLIP-T: weights and tokenizer.json, transformers' or
+    /// OpenCLIP's
+    #[arg(long, value_name = "DIR")]
+    clip: Option<PathBuf>,
+    /// HPSv2's folder: its checkpoint as safetensors, and CLIP's tokenizer.json
+    #[arg(long, value_name = "DIR")]
+    hps: Option<PathBuf>,
     /// Edits on the spot: how many users
     #[arg(long, value_name = "N")]
     users: Option<usize>,
@@ -524,12 +534,14 @@ struct Edited {
     method: String,
     name: String,
     user: Option<String>,
+    instruction: Option<String>,
     picture: Picture,
 }
 
 #[derive(Serialize)]
 struct ImageReport {
-    table: eval_images::Table,
+    /// In the form of the paper's Tables 3, 4 and 9.
+    tables: Vec<eval_images::Table>,
     /// Distance between users over that between seeds, by method.
     users_over_seeds: BTreeMap<String, f64>,
     /// Models that were not there, so their columns are empty.
@@ -563,9 +575,27 @@ fn images(args: &ImagesArgs, common: &Common, output: &Output) -> Result<()> {
             without.join(", ")
         ));
     }
+    let open = |folder: &Option<PathBuf>, framing| {
+        let clip = folder
+            .as_ref()
+            .map(|f| Clip::open(f, framing, &Device::Cpu));
+        clip.transpose()
+    };
+    let clip = open(&args.clip, Framing::Crop)?;
+    let hps = open(&args.hps, Framing::Letterbox)?;
+    for (model, flag, here) in [
+        ("CLIP", "--clip", clip.is_some()),
+        ("HPSv2", "--hps", hps.is_some()),
+    ] {
+        if !here {
+            without.push(format!("{model} ({flag} DIR)"));
+        }
+    }
     let judges = Judges {
         dino: dino.as_ref(),
         lpips: lpips.as_ref(),
+        clip: clip.as_ref(),
+        hps: hps.as_ref(),
     };
     let sized: Vec<(&Edited, Picture)> = edits
         .iter()
@@ -583,22 +613,25 @@ fn images(args: &ImagesArgs, common: &Common, output: &Output) -> Result<()> {
         .iter()
         .map(|(e, source)| Sample {
             method: &e.method,
+            user: e.user.as_deref(),
+            instruction: e.instruction.as_deref(),
             source,
             edited: &e.picture,
             mask: None,
         })
         .collect();
-    let table = eval_images::table("Edits against their sources", &samples, judges)?;
+    let scores = eval_images::judge(&samples, judges)?;
     let report = ImageReport {
-        table,
+        tables: eval_images::tables(&samples, &scores),
         users_over_seeds: users_over_seeds(&edits)?,
         without,
     };
-    let mut text = report.table.to_text();
+    let texts: Vec<String> = report.tables.iter().map(|t| t.to_text()).collect();
+    let mut text = texts.join("\n\n");
     for (method, ratio) in &report.users_over_seeds {
         text += &format!("\n{method}: users' pictures differ {ratio:.2} times as much as seeds'");
     }
-    let mut parts = vec![report.table.to_html()];
+    let mut parts: Vec<String> = report.tables.iter().map(|t| t.to_html()).collect();
     for (method, ratio) in &report.users_over_seeds {
         parts.push(format!(
             "<p>{}: users' pictures differ {ratio:.2} times as much as seeds'.</p>",
@@ -634,7 +667,7 @@ fn users_over_seeds(edits: &[Edited]) -> Result<BTreeMap<String, f64>> {
 type Pictures = (BTreeMap<String, Picture>, Vec<Edited>);
 
 fn read_edits(folder: &Path) -> Result<Pictures> {
-    let pngs = |folder: &Path| -> Result<Vec<(String, Picture)>> {
+    let pngs = |folder: &Path| -> Result<Vec<(String, Picture, Option<String>)>> {
         let mut files: Vec<PathBuf> = std::fs::read_dir(folder)
             .with_context(|| folder.display().to_string())?
             .filter_map(|entry| Some(entry.ok()?.path()))
@@ -647,7 +680,13 @@ fn read_edits(folder: &Path) -> Result<Pictures> {
                 .to_string_lossy()
                 .into_owned()
         };
-        let open = |p: PathBuf| Ok((name(&p), Source::open(&p)?.picture));
+        let open = |p: PathBuf| {
+            // Pictures of ours carry what was asked; others may have it in a text beside them.
+            let beside = || std::fs::read_to_string(p.with_extension("txt")).ok();
+            let asked = provenance::read(&p).ok().map(|r| r.instruction);
+            let asked = asked.or_else(beside).map(|text| text.trim().to_string());
+            Ok((name(&p), Source::open(&p)?.picture, asked))
+        };
         files.into_iter().map(open).collect()
     };
     let source = folder.join("source");
@@ -658,7 +697,8 @@ fn read_edits(folder: &Path) -> Result<Pictures> {
             folder.display()
         );
     }
-    let sources: BTreeMap<String, Picture> = pngs(&source)?.into_iter().collect();
+    let sources = pngs(&source)?.into_iter().map(|(name, p, _)| (name, p));
+    let sources: BTreeMap<String, Picture> = sources.collect();
     let mut methods: Vec<PathBuf> = std::fs::read_dir(folder)
         .with_context(|| folder.display().to_string())?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -668,7 +708,7 @@ fn read_edits(folder: &Path) -> Result<Pictures> {
     let mut edits = Vec::new();
     for method in methods {
         let words = method.file_name().unwrap_or_default().to_string_lossy();
-        for (file, picture) in pngs(&method)? {
+        for (file, picture, instruction) in pngs(&method)? {
             let mut parts = file.split("--");
             let name = parts.next().unwrap_or_default().to_string();
             let user = parts.next().map(str::to_string);
@@ -676,6 +716,7 @@ fn read_edits(folder: &Path) -> Result<Pictures> {
                 method: words.to_string(),
                 name,
                 user,
+                instruction,
                 picture,
             });
         }
@@ -715,7 +756,9 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
         let scene = Scene::plain(object, colors[at % colors.len()], common.seed + at as u64);
         let source = Picture::from_rgb(128, 128, scene.render(128));
         let name = format!("{at:02}");
-        save(&folder.join("source").join(format!("{name}.png")), &source)?;
+        let file = folder.join("source").join(format!("{name}.png"));
+        make_folder_of(&file)?;
+        write_whole(&file, &source.to_png(&[])?)?;
         for backend in [Backend::Canny, Backend::Img2img] {
             let method = backend.as_str().to_string();
             for seed in [common.seed, common.seed + 1] {
@@ -742,15 +785,20 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
                 };
                 let made = engine.edit_batch(&store.snapshot(), &requests, &mut hooks)?;
                 for (user, edit) in names.iter().zip(made) {
-                    let Some(picture) = edit.images.into_iter().next() else {
+                    let (images, records) = (edit.images, edit.provenance);
+                    let Some((picture, record)) = images.into_iter().zip(records).next() else {
                         continue;
                     };
-                    let file = format!("{name}--{user}--{seed}.png");
-                    save(&folder.join(&method).join(file), &picture)?;
+                    let file = folder
+                        .join(&method)
+                        .join(format!("{name}--{user}--{seed}.png"));
+                    make_folder_of(&file)?;
+                    provenance::write(&file, &picture, &record)?;
                     edits.push(Edited {
                         method: method.clone(),
                         name: name.clone(),
                         user: Some(user.clone()),
+                        instruction: Some(record.instruction),
                         picture,
                     });
                     bar.inc(1);
@@ -763,11 +811,13 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
     Ok((sources, edits))
 }
 
-fn save(file: &Path, picture: &Picture) -> Result<()> {
-    if let Some(folder) = file.parent() {
-        std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())?;
+fn make_folder_of(file: &Path) -> Result<()> {
+    match file.parent() {
+        Some(folder) => {
+            std::fs::create_dir_all(folder).with_context(|| folder.display().to_string())
+        }
+        None => Ok(()),
     }
-    Ok(write_whole(file, &picture.to_png(&[])?)?)
 }
 
 /// Held-out users whose main tastes differ.

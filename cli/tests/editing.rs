@@ -162,6 +162,64 @@ fn an_edit_is_made_answered_and_made_again_to_the_byte() {
     );
 }
 
+/// A mask was softened at the edit and not at the replay: other bytes at its edge.
+#[test]
+fn an_edit_with_mask_and_two_instructions_is_made_again_to_the_byte() {
+    let bench = Bench::new();
+    if !MODELS.into_iter().all(|model| bench.has(model)) {
+        return;
+    }
+    let teapot = artwork("teapot.png");
+    let size = image::open(&teapot).unwrap();
+    let mask = image::GrayImage::from_fn(size.width(), size.height(), |x, _| {
+        image::Luma([if x > size.width() / 2 { 255 } else { 0 }])
+    });
+    mask.save(bench.path("mask.png")).unwrap();
+    let edit = |soften: &str, out: &str| {
+        bench.answer(&[
+            "edit",
+            "--user",
+            "ada",
+            "--image",
+            &teapot,
+            "--instruction",
+            "make the teapot blue",
+            "--instruction",
+            "put it in a forest",
+            "--mask",
+            "mask.png",
+            "--mask-soften",
+            soften,
+            "--steps",
+            "2",
+            "--out",
+            out,
+        ])
+    };
+    let made = edit("20", "masked.png");
+    assert_eq!(
+        made["instruction"],
+        "make the teapot blue; put it in a forest"
+    );
+    edit("0", "hard.png");
+    let picture = |name: &str| std::fs::read(bench.path(name)).unwrap();
+    assert_ne!(
+        pixels(&picture("masked.png")),
+        pixels(&picture("hard.png")),
+        "the edge matters"
+    );
+    for name in ["masked.png", "hard.png"] {
+        let again = format!("again-{name}");
+        bench.answer(&[
+            "replay", name, "--image", &teapot, "--mask", "mask.png", "--out", &again,
+        ]);
+        assert_eq!(picture(name), picture(&again), "{name}");
+    }
+    let record = String::from_utf8(picture("masked.json")).unwrap();
+    let record: Value = serde_json::from_str(&record).unwrap();
+    assert_eq!(record["instructions"].as_array().unwrap().len(), 2);
+}
+
 fn pixels(png: &[u8]) -> Vec<u8> {
     image::load_from_memory(png)
         .unwrap()
@@ -198,6 +256,12 @@ fn wrong_use_of_pictures_is_met_with_help() {
             &["--out", "o.png", "--size", "0x9"],
             2,
             "WIDTHxHEIGHT",
+        ),
+        (
+            &good,
+            &["--out", "o.png", "--lora", "none.safetensors=0.5"],
+            1,
+            "none.safetensors",
         ),
         (
             &good,

@@ -211,10 +211,70 @@ fn a_folder_of_edits_is_judged() {
         dir,
         &["eval", "images", "--edits", "edits", "--out", "seen"],
     );
-    let row = &seen["report"]["table"]["rows"][0];
+    let tables = seen["report"]["tables"].as_array().unwrap();
+    let kept = |t: &&Value| t["title"].as_str().is_some_and(|t| t.contains("Table 4"));
+    let row = &tables.iter().find(kept).unwrap()["rows"][0];
     assert_eq!(row["method"], "same");
-    assert_eq!(row["edges"].as_f64(), Some(1.0));
+    assert_eq!(row["scores"]["edges"]["mean"].as_f64(), Some(1.0));
     assert!(text(dir.join("seen/images.html")).contains("same"));
+
+    // With a CLIP (a tiny one, in both layouts) there are its columns too.
+    std::fs::write(dir.join("edits/same/a.txt"), "make it red\n").unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/clip");
+    for (folder, case, config, start, end) in [
+        ("clip", "transformers", "config.json", 48, 49),
+        ("hps", "open_clip", "open_clip_config.json", 58, 59),
+    ] {
+        let folder = dir.join(folder);
+        std::fs::create_dir(&folder).unwrap();
+        let copy = |from: String, to: &str| {
+            std::fs::copy(golden.join(from), folder.join(to)).unwrap();
+        };
+        copy(format!("{case}.safetensors"), "model.safetensors");
+        copy(format!("{case}.json"), config);
+        let tokenizer = serde_json::json!({
+            "version": "1.0", "truncation": null, "padding": null, "added_tokens": [],
+            "normalizer": null, "pre_tokenizer": {"type": "Whitespace"}, "decoder": null,
+            "post_processor": {
+                "type": "TemplateProcessing",
+                "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                           {"Sequence": {"id": "A", "type_id": 0}},
+                           {"SpecialToken": {"id": "</s>", "type_id": 0}}],
+                "pair": [{"Sequence": {"id": "A", "type_id": 0}},
+                         {"Sequence": {"id": "B", "type_id": 0}}],
+                "special_tokens": {
+                    "<s>": {"id": "<s>", "ids": [start], "tokens": ["<s>"]},
+                    "</s>": {"id": "</s>", "ids": [end], "tokens": ["</s>"]}
+                }
+            },
+            "model": {
+                "type": "WordLevel", "unk_token": "[UNK]",
+                "vocab": {"[UNK]": 0, "make": 1, "it": 2, "red": 3, "<s>": start, "</s>": end}
+            }
+        });
+        std::fs::write(folder.join("tokenizer.json"), tokenizer.to_string()).unwrap();
+    }
+    let judged = [
+        "eval", "images", "--edits", "edits", "--clip", "clip", "--hps", "hps", "--out", "seen",
+    ];
+    let seen = ask(dir, &judged);
+    let tables = seen["report"]["tables"].as_array().unwrap();
+    let faithful = |t: &&Value| t["title"].as_str().is_some_and(|t| t.contains("Table 3"));
+    let scores = &tables.iter().find(faithful).unwrap()["rows"][0]["scores"];
+    let mean = |column: &str| scores[column]["mean"].as_f64().unwrap();
+    assert!((mean("clip-ref") - 1.0).abs() < 1e-6, "{scores}");
+    assert!(
+        mean("clip-t").abs() <= 1.0 && mean("hps").abs() <= 1.0,
+        "{scores}"
+    );
+    std::fs::remove_file(dir.join("clip/tokenizer.json")).unwrap();
+    let without = run(dir, &judged);
+    assert_eq!(without.status, 1);
+    assert!(
+        without.stderr.contains("tokenizer.json"),
+        "{}",
+        without.stderr
+    );
 
     std::fs::remove_file(dir.join("edits/source/a.png")).unwrap();
     let orphan = run(dir, &["eval", "images", "--edits", "edits"]);

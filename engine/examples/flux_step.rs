@@ -95,6 +95,7 @@ fn main() -> Result<()> {
         Ok(Conditions {
             flux: &flux,
             prompt: prompt(24, 0.1)?,
+            more: Vec::new(),
             negative: None,
             true_cfg: 1.0,
             guidance: 3.5,
@@ -107,6 +108,7 @@ fn main() -> Result<()> {
             rows: side,
             columns: side,
             cache_threshold: 0.0,
+            last_run: false,
         })
     };
     for side in [16, 32] {
@@ -139,6 +141,7 @@ fn main() -> Result<()> {
         let conditions = Conditions {
             flux: &flux,
             prompt: prompt(20, 0.1)?,
+            more: Vec::new(),
             negative: Some(prompt(20, 0.0)?),
             true_cfg: 2.0,
             guidance: 3.5,
@@ -151,6 +154,7 @@ fn main() -> Result<()> {
             rows: 8,
             columns: 8,
             cache_threshold: 0.0,
+            last_run: false,
         };
         let schedule = Schedule::full(&ScheduleConfig::dev(), 20, 64)?;
         let times = least(runs, |_| {

@@ -13,7 +13,7 @@ use simpatico_engine::render::artwork::{self, Artwork};
 use simpatico_engine::render::{Object, Subject};
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
-    Progress, Rhythm, autoencoder, detail, flow, pairs, patches, save_grid,
+    Progress, Rhythm, autoencoder, detail, flow, guidance, pairs, patches, save_grid,
 };
 use simpatico_schema::edit::EditSettings;
 use std::path::Path;
@@ -238,7 +238,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let widths = detail::Options::shipped().widths;
             detail::export(&rhythm.folder, &widths, vae.as_ref())?;
         }
-        "export" => {
+        // FOLDER [STEPS]: after `flow`, the guidance scale as an input.
+        "guidance" => {
+            let mut options = guidance::Options::shipped();
+            options.steps = number(0).unwrap_or(options.steps);
+            options.cooldown = options.cooldown.min(options.steps / 4);
+            let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
+            guidance::run(&options, &pairs, &rhythm, &mut tell)?;
+            let missed = guidance::missed(&rhythm.folder, &options, &pairs, 16)?;
+            println!("of what guidance adds it misses {missed:.3} (mean square)");
+        }
+        // FOLDER OUT; `export-guided` after the stage `guidance`.
+        "export" | "export-guided" => {
             let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);
             let vae = patch_vae(&rhythm.folder)?;
             let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
@@ -251,7 +262,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 vae.config(),
                 "AutoencoderKL",
             )?;
-            flow::export(&rhythm.folder, &flow::config(), out)?;
+            match stage.as_str() {
+                "export" => flow::export(&rhythm.folder, &flow::config(), out)?,
+                _ => guidance::export(&rhythm.folder, &flow::config(), out)?,
+            }
         }
         "sample" => {
             let vae = patch_vae(&rhythm.folder)?;

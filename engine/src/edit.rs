@@ -27,8 +27,10 @@ pub struct EditRequest {
     pub caption: Option<String>,
     /// A wish that comes with the request.
     pub cue: Option<String>,
-    /// The caller's own instructions, all carried out in the same picture. Empty: a personal
-    /// one is written for the user.
+    /// The caller's own instructions, all carried out in the same picture, each read by the
+    /// model for itself ([`crate::sampler::together`]); at most 8, and each costs a run of the
+    /// network a step. What must come after something else is a second edit of the first one's
+    /// result. Empty: a personal one is written for the user.
     pub instructions: Vec<String>,
     /// How to carry it out; what is `None` is the bundle's setting. A `count` of 0 means 1.
     pub settings: EditSettings,
@@ -54,6 +56,8 @@ pub struct MaskInput {
     pub mask: Mask,
     /// SHA-256 of its file.
     pub sha256: String,
+    /// Over how many pixels its edge was softened.
+    pub soften: u32,
 }
 
 impl Source {
@@ -83,6 +87,7 @@ impl MaskInput {
         Ok(Self {
             mask: mask.softened(soften),
             sha256,
+            soften,
         })
     }
 }

@@ -25,12 +25,14 @@
 //! ```
 
 use std::ops::ControlFlow;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::time::Instant;
 
 use candle_core::Device;
 use simpatico_schema::edit::{
-    Backend, ControlKind, EditSettings, InstructRequest, Instruction, ModelDigest, Provenance, Why,
+    Backend, ControlKind, EditSettings, InstructRequest, Instruction, LoraUse, ModelDigest,
+    Provenance, Why,
 };
 use simpatico_storage::Snapshot;
 
@@ -49,6 +51,8 @@ use pictures::{Job, Pictures, Plan, Slot, Start};
 const MAX_PICTURES: usize = 1_024;
 /// The longest words taken, in bytes.
 const MAX_WORDS: usize = 4_096;
+/// The most instructions of one picture: each costs a run of the network a step.
+const MAX_INSTRUCTIONS: usize = 8;
 
 /// A bundle's models, ready when needed.
 pub struct Engine {
@@ -56,6 +60,7 @@ pub struct Engine {
     device: Device,
     pseudonym_key: Option<[u8; 32]>,
     memory_limit: Option<u64>,
+    loras: Vec<(PathBuf, f32)>,
     policy: Slot<Policy>,
     pictures: Slot<Pictures>,
 }
@@ -103,7 +108,8 @@ pub fn device_word(device: &Device) -> String {
 /// A request with the instruction found, its frame planned and every setting filled in.
 struct Ready {
     instruction: Instruction,
-    text: String,
+    /// What the picture model is told, an instruction each.
+    texts: Vec<String>,
     caption: String,
     settings: EditSettings,
     frame: Frame,
@@ -128,6 +134,7 @@ impl Engine {
             device: device.clone(),
             pseudonym_key: None,
             memory_limit: None,
+            loras: Vec::new(),
             policy: Slot::empty(),
             pictures: Slot::empty(),
         }
@@ -144,6 +151,22 @@ impl Engine {
     pub fn with_memory_limit(mut self, bytes: u64) -> Self {
         self.memory_limit = Some(bytes);
         self
+    }
+
+    /// The same, with a LoRA for the picture model, `strength` times what its file says; may
+    /// be called for several. Files are read with the model, when it is first needed.
+    ///
+    /// # Errors
+    /// [`Error::BadRequest`] for a strength that is no number from -4 to 4.
+    pub fn with_lora(mut self, file: &Path, strength: f32) -> Result<Self> {
+        if !(-4.0..=4.0).contains(&strength) {
+            return Err(Error::BadRequest(format!(
+                "LoRA strength: expected -4 to 4, got {strength}"
+            )));
+        }
+        self.loras.push((file.to_path_buf(), strength));
+        self.pictures = Slot::empty();
+        Ok(self)
     }
 
     /// The bundle.
@@ -186,7 +209,7 @@ impl Engine {
 
     fn pictures(&self) -> Result<Arc<Pictures>> {
         self.pictures
-            .get(|| Pictures::open(&self.bundle, &self.device))
+            .get(|| Pictures::open(&self.bundle, &self.loras, &self.device))
     }
 
     /// Edits one picture for one user: writes the instruction unless the request brings its
@@ -323,6 +346,25 @@ impl Engine {
         same("source", &record.source_sha256, source.map(|s| &s.sha256))?;
         same("mask", &record.mask_sha256, mask.map(|m| &m.sha256))?;
         let pictures = self.pictures()?;
+        // Names may change, what is in the files may not.
+        let loras = |uses: &[LoraUse]| -> String {
+            let each = |l: &LoraUse| format!("{} at {}", l.sha256, l.strength);
+            uses.iter().map(each).collect::<Vec<_>>().join(", ")
+        };
+        let (expected, got) = (loras(&record.loras), loras(&self.lora_uses()?));
+        if expected != got {
+            return Err(Error::BadRequest(format!(
+                "replay: expected these LoRAs, by SHA-256 and strength: [{expected}], got [{got}]"
+            )));
+        }
+        if let Some((soften, mask)) = record.mask_soften.zip(mask)
+            && soften != mask.soften
+        {
+            return Err(Error::BadRequest(format!(
+                "replay: expected a mask softened over {soften} pixels, got {}",
+                mask.soften
+            )));
+        }
         let taking_part: Vec<ModelDigest> = self.digests(&record.settings)?;
         for model in taking_part {
             let recorded = record.models.iter().find(|m| m.file == model.file);
@@ -332,12 +374,20 @@ impl Engine {
                 Some(&model.sha256),
             )?;
         }
+        let mut settings = record.settings.clone();
+        if record.version < 2 {
+            // Fine detail did not come back then.
+            settings.fine_detail = Some(0.0);
+        }
         let request = EditRequest {
             source: source.cloned(),
             mask: mask.cloned(),
             caption: record.caption.clone(),
-            instructions: vec![record.instruction.clone()],
-            settings: record.settings.clone(),
+            instructions: match record.instructions.is_empty() {
+                true => vec![record.instruction.clone()],
+                false => record.instructions.clone(),
+            },
+            settings,
             ..EditRequest::default()
         };
         let instruction = Instruction {
@@ -368,7 +418,7 @@ impl Engine {
         hooks: &mut Hooks,
     ) -> Result<Vec<(Instruction, f64)>> {
         let own = |request: &EditRequest| Instruction {
-            instruction: request.instructions.join(" "),
+            instruction: request.instructions.join("; "),
             why: Why {
                 as_of: snapshot.as_of(),
                 ..Why::default()
@@ -443,12 +493,16 @@ impl Engine {
         let multiple = defaults.multiple.next_multiple_of(pictures.token_pixels());
         let frame = Frame::plan(output, defaults.side_for(output), multiple, defaults.fit());
         let caption = self.caption(request);
-        let told = instruction.instruction.trim();
         let backend = settings.backend.unwrap_or_default();
-        let text = match (source, backend) {
+        let text = |told: &String| match (source, backend) {
             // What is made from nothing, and FlowEdit's target, are described whole.
-            (None, _) | (_, Backend::Flowedit) => format!("{caption}. {told}"),
-            _ => told.to_string(),
+            (None, _) | (_, Backend::Flowedit) => format!("{caption}. {}", told.trim()),
+            _ => told.trim().to_string(),
+        };
+        // One that was written is the only one.
+        let texts: Vec<String> = match request.instructions.as_slice() {
+            [] => [&instruction.instruction].into_iter().map(text).collect(),
+            own => own.iter().map(text).collect(),
         };
         let plan = Plan {
             backend,
@@ -463,13 +517,14 @@ impl Engine {
                 (None, strength) => Start::Strength(strength.unwrap_or(1.0)),
             },
             cache_threshold: settings.cache_threshold.unwrap_or(0.0),
+            prompts: texts.len(),
             model: frame.model,
             has_source: source.is_some(),
             has_mask: request.mask.is_some(),
         };
         Ok(Ready {
             instruction,
-            text,
+            texts,
             caption,
             settings,
             frame,
@@ -582,6 +637,15 @@ impl Engine {
             noise_level: noise_level.transpose()?.filter(|_| starts),
             size: Some(size),
             cache_threshold: cache.transpose()?,
+            fine_detail: match source {
+                Some(_) => Some(within(
+                    "fine detail",
+                    asked.fine_detail.unwrap_or(1.0),
+                    0.0,
+                    1.0,
+                )?),
+                None => None,
+            },
             seed: asked.seed,
             count: asked.count.max(1),
         })
@@ -599,6 +663,22 @@ impl Engine {
         let mut locations = flux.locations();
         locations.retain(|l| Some(l) != unused);
         self.bundle.digests(&locations)
+    }
+
+    /// The LoRAs in use.
+    fn lora_uses(&self) -> Result<Vec<LoraUse>> {
+        let each = self.loras.iter().map(|(path, strength)| {
+            Ok(LoraUse {
+                file: path
+                    .file_name()
+                    .unwrap_or_default()
+                    .to_string_lossy()
+                    .into(),
+                sha256: provenance::sha256_file(path)?,
+                strength: *strength,
+            })
+        });
+        each.collect()
     }
 
     /// The files that take part in writing the instruction.
@@ -629,6 +709,7 @@ impl Engine {
             models.dedup();
         }
         let kept_pixels = request.mask.is_some();
+        let loras = self.lora_uses()?;
         let record = |index| {
             with_id(Provenance {
                 version: provenance::VERSION,
@@ -637,6 +718,11 @@ impl Engine {
                     .filter(|_| !request.user.is_empty())
                     .map(|key| provenance::pseudonym(key, &request.user)),
                 instruction: ready.instruction.instruction.clone(),
+                // One says it all in the field above.
+                instructions: match request.instructions.len() {
+                    0 | 1 => Vec::new(),
+                    _ => request.instructions.clone(),
+                },
                 caption: Some(ready.caption.clone()),
                 cue: request.cue.clone(),
                 why: Some(without_names(&ready.instruction.why, key)),
@@ -645,8 +731,10 @@ impl Engine {
                 index,
                 source_sha256: request.source.as_ref().map(|s| s.sha256.clone()),
                 mask_sha256: request.mask.as_ref().map(|m| m.sha256.clone()),
+                mask_soften: request.mask.as_ref().map(|m| m.soften),
                 bundle: self.bundle.manifest.name.clone(),
                 models: models.clone(),
+                loras: loras.clone(),
                 device: device_word(&self.device),
                 digital_source_type: if kept_pixels { COMPOSITE } else { TRAINED }.into(),
                 ..Provenance::default()
@@ -657,6 +745,13 @@ impl Engine {
 }
 
 fn check_words(request: &EditRequest) -> Result<()> {
+    if request.instructions.len() > MAX_INSTRUCTIONS {
+        return Err(Error::BadRequest(format!(
+            "expected at most {MAX_INSTRUCTIONS} instructions for one picture, got {}; carry out \
+             the rest on its result",
+            request.instructions.len()
+        )));
+    }
     let words = request
         .instructions
         .iter()
@@ -676,7 +771,8 @@ fn jobs_of<'a>(request: &'a EditRequest, ready: &'a Ready) -> Vec<Job<'a>> {
         mask: request.mask.as_ref().map(|m| &m.mask),
         frame: ready.frame,
         caption: &ready.caption,
-        text: ready.text.clone(),
+        texts: &ready.texts,
+        fine_detail: ready.settings.fine_detail.unwrap_or(0.0),
         seed: ready.settings.seed,
         index,
     };

@@ -4,6 +4,7 @@ pub mod attributes;
 pub mod bundle;
 pub mod canny;
 pub mod chat;
+pub mod clip;
 pub mod conv;
 pub mod dino;
 pub mod edit;

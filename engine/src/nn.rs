@@ -643,7 +643,8 @@ const SCORES_MAX: usize = 16 << 20;
 /// q [b, heads, t, d], k and v [b, kv_heads, s, d] with heads a multiple of kv_heads (query
 /// head h reads key head h / (heads / kv_heads)); the answer is [b, heads, t, d]. Works
 /// through the queries in chunks, so that never more than `SCORES_MAX` scores exist, and
-/// computes them again in the backward pass instead of keeping them. Softmax in f32.
+/// computes them again in the backward pass instead of keeping them. Softmax in f32. With the
+/// feature `flash-attn`, inference in half precision on a CUDA device uses that instead.
 pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Result<Tensor> {
     let (b, heads, t, _) = q.dims4()?;
     let (kb, kv_heads, s, _) = k.dims4()?;
@@ -660,14 +661,43 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
             "causal attention of {t} queries needs at least as many keys, got {s}"
         )));
     }
+    let learns = q.track_op() || k.track_op() || v.track_op();
+    #[cfg(feature = "flash-attn")]
+    if !learns && let Some(value) = flash_attention(q, k, v, scale, mask)? {
+        return Ok(value);
+    }
     let value = attend(&q.detach(), &k.detach(), &v.detach(), scale, mask)?;
-    if !q.track_op() && !k.track_op() && !v.track_op() {
+    if !learns {
         return Ok(value);
     }
     let mask = mask.clone();
     Ok(attach3(q, k, v, &value, move |q, k, v, y, g| {
         attend_backward(q, k, v, y, g, scale, &mask)
     })?)
+}
+
+/// The same by candle's flash attention, which has no gradient: in half precision on a CUDA
+/// device, with heads of at most 256 and no mask but a causal one; `None` elsewhere.
+#[cfg(feature = "flash-attn")]
+fn flash_attention(
+    q: &Tensor,
+    k: &Tensor,
+    v: &Tensor,
+    scale: f64,
+    mask: &Mask,
+) -> Result<Option<Tensor>> {
+    let half = matches!(q.dtype(), DType::F16 | DType::BF16);
+    let d = q.dim(3)?;
+    let fits = d <= 256 && d % 8 == 0 && v.dim(3)? == d;
+    if !q.device().is_cuda() || !half || !fits || matches!(mask, Mask::Additive(_)) {
+        return Ok(None);
+    }
+    // It takes (b, t, heads, d).
+    let turned = |x: &Tensor| x.transpose(1, 2)?.contiguous();
+    let causal = matches!(mask, Mask::Causal);
+    let y =
+        candle_flash_attn::flash_attn(&turned(q)?, &turned(k)?, &turned(v)?, scale as f32, causal)?;
+    Ok(Some(y.transpose(1, 2)?))
 }
 
 /// The chunks of queries, as (first, count).

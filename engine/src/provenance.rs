@@ -16,8 +16,9 @@ use simpatico_schema::edit::Provenance;
 use crate::picture::{Format, MAX_BYTES, Picture, chunks, hex, write_whole};
 use crate::{Error, Result};
 
-/// The version of the record this program writes and the newest it reads.
-pub const VERSION: u32 = 1;
+/// The version of the record this program writes and the newest it reads. Since 2 it names
+/// several instructions, and LoRAs; a record of version 1 means what it always did.
+pub const VERSION: u32 = 2;
 /// The keyword of the PNG text the record is under.
 pub const KEYWORD: &str = "simpatico";
 /// Made by a model alone (IPTC digital source type).
@@ -212,6 +213,7 @@ pub fn check(record: &Provenance) -> std::result::Result<(), String> {
         ("control_end", settings.control_end, 0.0..=1.0),
         ("strength", settings.strength, 0.0..=1.0),
         ("noise_level", settings.noise_level, 0.0..=1.0),
+        ("fine_detail", settings.fine_detail, 0.0..=1.0),
     ];
     for (name, value, range) in numbers {
         if let Some(value) = value.filter(|v| !range.contains(v)) {
@@ -224,6 +226,7 @@ pub fn check(record: &Provenance) -> std::result::Result<(), String> {
     }
     let is_digest = |d: &String| d.len() == 64 && d.bytes().all(|b| b.is_ascii_hexdigit());
     let digests = record.models.iter().map(|m| &m.sha256);
+    let digests = digests.chain(record.loras.iter().map(|l| &l.sha256));
     if !digests
         .chain(&record.source_sha256)
         .chain(&record.mask_sha256)

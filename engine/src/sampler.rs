@@ -25,7 +25,7 @@ use crate::flux::transformer::{
     Cache, FluxTransformer, Modulation, Modulator, Residuals, Rope, image_ids, text_ids,
 };
 use crate::{Error, Result};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{D, DType, Device, Tensor};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::random::Philox;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -272,9 +272,11 @@ pub struct Conditions<'a> {
     pub flux: &'a FluxTransformer,
     /// What to make.
     pub prompt: Prompt,
-    /// What not to make; used when `true_cfg` is not 1.
+    /// What else to make in the same picture; see [`together`].
+    pub more: Vec<Prompt>,
+    /// What not to make; used when `true_cfg` is not 1 or there is `more` than one prompt.
     pub negative: Option<Prompt>,
-    /// v = v_negative + true_cfg · (v_prompt - v_negative); 1 runs the prompt alone.
+    /// v = v_negative + true_cfg · (v_prompt - v_negative); 1 runs one prompt alone.
     pub true_cfg: f64,
     /// The guidance scale given to the networks that take one.
     pub guidance: f32,
@@ -286,6 +288,9 @@ pub struct Conditions<'a> {
     pub columns: usize,
     /// First-block cache threshold; 0 computes every step in full.
     pub cache_threshold: f64,
+    /// Whether the networks may let go of the weights that only make modulations (a quarter
+    /// of FLUX.1-dev), once this run has what it needs of them: nothing else can run after.
+    pub last_run: bool,
 }
 
 /// Modulations of at most so many (step, picture) pairs are held at a time.
@@ -384,7 +389,7 @@ pub struct Field<'a> {
     flux: &'a FluxTransformer,
     times: Vec<f32>,
     rope: Rope,
-    prompt: Branch,
+    prompts: Vec<Branch>,
     negative: Option<(Branch, f64)>,
     controls: Vec<ControlBranch<'a>>,
     evaluations: usize,
@@ -418,19 +423,23 @@ impl<'a> Field<'a> {
             )
         };
         let rope = rope_for(&c.prompt)?;
-        let negative = match (&c.negative, c.true_cfg) {
-            (_, 1.0) => None,
-            (Some(negative), scale) => {
-                if negative.text.dim(1)? != c.prompt.text.dim(1)? {
-                    return Err(Error::BadRequest(
-                        "prompt and negative prompt must be padded to one length".into(),
-                    ));
-                }
-                Some((Branch::new(c, negative, times, b)?, scale))
+        let length = c.prompt.text.dim(1)?;
+        let beside = |prompt: &Prompt| -> Result<Branch> {
+            if prompt.text.dim(1)? != length {
+                return Err(Error::BadRequest(
+                    "all prompts of a run must be padded to one length".into(),
+                ));
             }
+            Branch::new(c, prompt, times, b)
+        };
+        let negative = match (&c.negative, c.true_cfg) {
+            (_, 1.0) if c.more.is_empty() => None,
+            (Some(negative), scale) => Some((beside(negative)?, scale)),
             (None, scale) => {
                 return Err(Error::BadRequest(format!(
-                    "true guidance of {scale} needs a negative prompt (the empty one will do)"
+                    "{} prompts with true guidance of {scale} need a negative prompt (the empty \
+                     one will do)",
+                    1 + c.more.len()
                 )));
             }
         };
@@ -455,11 +464,17 @@ impl<'a> Field<'a> {
                 input: input.clone(),
             });
         }
+        let prompts = std::iter::once(&c.prompt).chain(&c.more).map(beside);
+        let prompts = prompts.collect::<Result<_>>()?;
+        if c.last_run {
+            c.flux.drop_modulator();
+            c.controls.iter().for_each(|i| i.net.drop_modulator());
+        }
         Ok(Self {
             flux: c.flux,
             times: times.to_vec(),
             rope,
-            prompt: Branch::new(c, &c.prompt, times, b)?,
+            prompts,
             negative,
             controls,
             evaluations: 0,
@@ -501,14 +516,19 @@ impl<'a> Field<'a> {
             let prediction = flux.config().prediction;
             prediction.velocity(latents, v.to_dtype(DType::F32)?, time)
         };
-        let v = run(&mut self.prompt)?;
-        self.evaluations += 1;
+        let mut all = Vec::with_capacity(self.prompts.len());
+        for prompt in &mut self.prompts {
+            all.push(run(prompt)?);
+            self.evaluations += 1;
+        }
         let Some((negative, scale)) = &mut self.negative else {
-            return Ok(v);
+            return Ok(all.swap_remove(0));
         };
         let away = run(negative)?;
         self.evaluations += 1;
-        Ok((&away + ((v - &away)? * *scale)?)?)
+        let asked = all.into_iter().map(|v| Ok((v - &away)?));
+        let asked = together(&asked.collect::<Result<Vec<_>>>()?)?;
+        Ok((&away + (asked * *scale)?)?)
     }
 
     /// How often the transformer was run, counting those the cache cut short.
@@ -519,8 +539,39 @@ impl<'a> Field<'a> {
     /// How many of them the first-block cache cut short.
     pub fn skipped(&self) -> usize {
         let negative = self.negative.as_ref().map_or(0, |(b, _)| b.cache.skipped());
-        self.prompt.cache.skipped() + negative
+        let prompts = self.prompts.iter().map(|b| b.cache.skipped());
+        prompts.sum::<usize>() + negative
     }
+}
+
+/// What several prompts ask for in one picture, each given as its velocity minus that of no
+/// prompt, (b, n, c).
+///
+/// Token by token, what they ask for alike counts once and what they ask for apart adds up:
+/// Σ_k a_k·d_k with a_k = |d_k|² / Σ_j max(0, d_k·d_j). So one prompt is itself, the same one
+/// twice is itself again, and where a prompt asks for nothing the others have their way, as
+/// under the implicit masks of LEDITS++ (arXiv 2311.16711). A plain sum (arXiv 2206.01714)
+/// would move everything that all prompts move, such as what they keep of the source, as many
+/// times too far as there are prompts.
+pub fn together(asked: &[Tensor]) -> Result<Tensor> {
+    let [one] = asked else {
+        let mut sum: Option<Tensor> = None;
+        for d in asked {
+            let own = d.sqr()?.sum_keepdim(D::Minus1)?; // (b, n, 1)
+            // The least positive number keeps 0 / 0 from arising where nothing is asked for.
+            let mut all = own.affine(1.0, f64::from(f32::MIN_POSITIVE))?;
+            for other in asked.iter().filter(|other| !std::ptr::eq(*other, d)) {
+                all = (all + (d * other)?.sum_keepdim(D::Minus1)?.relu()?)?;
+            }
+            let share = d.broadcast_mul(&(own / all)?)?;
+            sum = Some(match sum {
+                Some(sum) => (sum + share)?,
+                None => share,
+            });
+        }
+        return sum.ok_or_else(|| Error::BadRequest("there is no prompt".into()));
+    };
+    Ok(one.clone())
 }
 
 fn stop_if(cancel: Option<&AtomicBool>) -> Result<()> {
@@ -717,6 +768,11 @@ pub fn rf_inversion(
     let rising = schedule.rising();
     let cancel = watch.cancel;
     watch.total += 2 * schedule.steps();
+    // Only the second of the two fields may take the modulation weights with it.
+    let empty = &Conditions {
+        last_run: false,
+        ..empty.clone()
+    };
     let mut up = Field::new(empty, &rising, b)?;
     let x = integrate(source.clone(), &rising, None, watch, |i, sigma, y| {
         let u = up.at(i, y, cancel)?;
@@ -789,6 +845,14 @@ pub fn flowedit(
     let cancel = watch.cancel;
     watch.total += moved.steps() + tail;
     let source = source.to_dtype(DType::F32)?;
+    let origin = &Conditions {
+        last_run: false,
+        ..origin.clone()
+    };
+    let target = &Conditions {
+        last_run: target.last_run && tail == 0,
+        ..target.clone()
+    };
     let mut from = Field::new(origin, &moved, b)?;
     let mut to = Field::new(target, &moved, b)?;
     let mut draws = 0u32;
@@ -900,6 +964,7 @@ mod tests {
             Conditions {
                 flux: &self.flux,
                 prompt: self.prompt(),
+                more: Vec::new(),
                 negative: None,
                 true_cfg: 1.0,
                 guidance: 3.5,
@@ -912,6 +977,7 @@ mod tests {
                 rows: 2,
                 columns: 3,
                 cache_threshold: 0.0,
+                last_run: false,
             }
         }
 
@@ -1067,6 +1133,92 @@ mod tests {
             let alone = run(prompt(x), &noise.narrow(0, i, 1).unwrap());
             let worst = gap(&alone, &batch.narrow(0, i, 1).unwrap());
             assert!(worst < 1e-5, "prompt {i}: {worst}");
+        }
+    }
+
+    #[test]
+    fn what_prompts_ask_for_alike_counts_once_and_what_they_ask_apart_adds_up() {
+        let d = |rows: [[f32; 2]; 3]| Tensor::new(&[rows], &DEV).unwrap();
+        let a = d([[1.0, 0.0], [2.0, 1.0], [0.0, 0.0]]);
+        let b = d([[0.0, 3.0], [0.0, 0.0], [0.0, 0.0]]);
+        let both = together(&[a.clone(), b.clone()]).unwrap();
+        // Apart: both. One silent: the other. Both silent: nothing, and no 0 / 0.
+        assert_eq!(gap(&both, &(&a + &b).unwrap()), 0.0);
+        for all in [vec![a.clone()], vec![a.clone(); 2], vec![a.clone(); 5]] {
+            assert!(gap(&together(&all).unwrap(), &a) < 1e-6);
+        }
+        // Against one another: what is left between them.
+        let against = together(&[a.clone(), a.neg().unwrap()]).unwrap();
+        assert_eq!(gap(&against, &a.zeros_like().unwrap()), 0.0);
+        assert!(together(&[]).is_err());
+    }
+
+    #[test]
+    fn several_prompts_act_in_one_picture_and_the_same_one_twice_is_one() {
+        let world = World::new();
+        let prompt = |x: f64| Prompt {
+            text: (world.prompt().text * x).unwrap(),
+            pooled: (world.prompt().pooled * x).unwrap(),
+        };
+        let run = |prompts: &[f64]| {
+            let conditions = Conditions {
+                prompt: prompt(prompts[0]),
+                more: prompts[1..].iter().map(|x| prompt(*x)).collect(),
+                negative: Some(prompt(0.0)),
+                true_cfg: 2.0,
+                ..world.conditions(0.6)
+            };
+            let watch = &mut Watch::default();
+            generate(&conditions, &schedule(3), &world.noise(), None, watch).unwrap()
+        };
+        assert!(gap(&run(&[1.0, 1.0]), &run(&[1.0])) < 1e-5);
+        let both = run(&[1.0, -0.7]);
+        assert!(gap(&both, &run(&[1.0])) > 1e-3 && gap(&both, &run(&[-0.7])) > 1e-3);
+        let turned = gap(&both, &run(&[-0.7, 1.0]));
+        assert!(
+            turned < 1e-4,
+            "their order changes more than rounding: {turned}"
+        );
+        let without = Conditions {
+            more: vec![prompt(1.0)],
+            ..world.conditions(0.0)
+        };
+        let watch = &mut Watch::default();
+        let said = generate(&without, &schedule(1), &world.noise(), None, watch).unwrap_err();
+        assert!(said.to_string().contains("negative prompt"), "{said}");
+    }
+
+    /// The networks in half precision, as they run on a GPU, against diffusers in f32.
+    #[test]
+    fn whole_pipelines_in_half_precision_stay_within_two_hundredths() {
+        let world = World::new();
+        let nets = Golden::open("networks.safetensors");
+        let expected = |name: &str| world.golden.get(name);
+        let largest = |x: &Tensor| gap(x, &x.zeros_like().unwrap());
+        for dtype in [DType::BF16, DType::F16] {
+            let load = |case: &str| builder(nets.all(&format!("{case}/weights")), dtype, 0);
+            let flux: Config = config("networks.json", "transformer");
+            let union: ControlConfig = config("networks.json", "union");
+            let flux = FluxTransformer::new(&flux, load("transformer")).unwrap();
+            let union = ControlNet::new(&union, load("union")).unwrap();
+            let mut conditions = world.conditions(0.6);
+            conditions.flux = &flux;
+            conditions.controls[0].net = &union;
+            for steps in [4, 20] {
+                let watch = &mut Watch::default();
+                let canny = generate(&conditions, &schedule(steps), &world.noise(), None, watch);
+                let source = world.latents("picture");
+                let cut = schedule(steps).cut(0.6);
+                let img2img = img2img(&conditions, &cut, &source, &world.noise(), None, watch);
+                for (name, ours) in [
+                    (format!("canny_{steps}_1.0/latent"), canny.unwrap()),
+                    (format!("img2img_{steps}/latent"), img2img.unwrap()),
+                ] {
+                    let truth = expected(&name);
+                    let relative = gap(&ours, &truth) / largest(&truth);
+                    assert!(relative < 2e-2, "{dtype:?} {name}: {relative}");
+                }
+            }
         }
     }
 
@@ -1270,5 +1422,54 @@ mod tests {
             0.0
         );
         assert!(Field::new(&conditions, &schedule(2), 1).is_err());
+    }
+
+    #[test]
+    fn the_last_run_of_every_backend_takes_the_modulation_weights_with_it_and_is_the_same() {
+        type Run = fn(&World, &Conditions) -> Result<Tensor>;
+        let backends: [Run; 4] = [
+            |w, c| generate(c, &schedule(2), &w.noise(), None, &mut Watch::default()),
+            |w, c| {
+                let (source, watch) = (w.latents("picture"), &mut Watch::default());
+                img2img(c, &schedule(2).cut(0.6), &source, &w.noise(), None, watch)
+            },
+            |w, c| {
+                let options = RfInversion::paper();
+                let (source, watch) = (w.latents("picture"), &mut Watch::default());
+                let noise = w.noise();
+                rf_inversion(c, c, &schedule(2), &source, &noise, &options, None, watch)
+            },
+            |w, c| {
+                let options = FlowEdit {
+                    n_max: 2,
+                    ..FlowEdit::paper()
+                };
+                let origin = Conditions {
+                    guidance: 1.0,
+                    ..c.clone()
+                };
+                let (source, watch) = (w.latents("picture"), &mut Watch::default());
+                let noise = |draw| packed_noise(3, &[0], draw, (2, 4, 6), &DEV);
+                flowedit(
+                    &origin,
+                    c,
+                    &schedule(2),
+                    &source,
+                    noise,
+                    &options,
+                    None,
+                    watch,
+                )
+            },
+        ];
+        for (i, run) in backends.into_iter().enumerate() {
+            let world = World::new();
+            let mut conditions = world.conditions(0.5);
+            let kept = run(&world, &conditions).unwrap();
+            conditions.last_run = true;
+            assert_eq!(gap(&run(&world, &conditions).unwrap(), &kept), 0.0, "{i}");
+            assert!(world.flux.modulator().is_err(), "{i}: still held");
+            assert!(run(&world, &conditions).is_err(), "{i}");
+        }
     }
 }

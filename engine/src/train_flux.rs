@@ -8,6 +8,8 @@
 //!    edges of the *source* (mode canny) or the source itself (mode tile), the text asks for
 //!    the edit or names the result, and the target is the edited picture.
 //! 4. [`detail`]: the end of the decoder, which brings the source's detail into an edit.
+//! 5. [`guidance`], where wanted: the guidance scale becomes an input, so that a step runs the
+//!    transformer once instead of twice.
 //!
 //! What step n trains on is a pure function of the seed and n, so a checkpoint is weights,
 //! moments and a number. Not here: sampling with the trained model ([`crate::sampler`]).
@@ -15,6 +17,7 @@
 pub mod autoencoder;
 pub mod detail;
 pub mod flow;
+pub mod guidance;
 pub(crate) mod judge_run;
 pub mod pairs;
 pub mod patches;

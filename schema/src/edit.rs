@@ -190,6 +190,10 @@ pub struct EditSettings {
     pub size: Option<(u32, u32)>,
     /// First-block cache threshold; `None` computes every step exactly.
     pub cache_threshold: Option<f32>,
+    /// How much of the source's fine detail comes back where the model, which works on fewer
+    /// pixels, changed nothing; 0 to 1, `None`: all of it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub fine_detail: Option<f32>,
     /// The seed of the first picture; picture i of a call uses (seed, i).
     pub seed: u64,
     /// How many pictures.
@@ -209,8 +213,11 @@ pub struct Provenance {
     pub software: String,
     /// Not the user's name: a keyed digest of it that only the store can resolve.
     pub user_pseudonym: Option<String>,
-    /// The sentence that was carried out.
+    /// What was carried out, in one text.
     pub instruction: String,
+    /// Each instruction, where the caller gave several; they were carried out together.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub instructions: Vec<String>,
     /// The caption given.
     pub caption: Option<String>,
     /// The cue given.
@@ -227,10 +234,16 @@ pub struct Provenance {
     pub source_sha256: Option<String>,
     /// SHA-256 of the mask file, if there was one.
     pub mask_sha256: Option<String>,
+    /// The width of the mask's soft edge in pixels. Records of version 1 do not tell.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mask_soften: Option<u32>,
     /// The bundle's name.
     pub bundle: String,
     /// Every model file that took part: path within the bundle and SHA-256.
     pub models: Vec<ModelDigest>,
+    /// The LoRAs that were added to the picture model.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub loras: Vec<LoraUse>,
     /// The device it ran on.
     pub device: String,
     /// Always `trainedAlgorithmicMedia` or `compositeWithTrainedAlgorithmicMedia` (IPTC).
@@ -244,6 +257,17 @@ pub struct ModelDigest {
     pub file: String,
     /// Lower-case hex.
     pub sha256: String,
+}
+
+/// A LoRA that took part in making a picture.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct LoraUse {
+    /// The file's name.
+    pub file: String,
+    /// Its digest in lower-case hex.
+    pub sha256: String,
+    /// How many times what the file says was added.
+    pub strength: f32,
 }
 
 /// A preference pair: what a user would rather have heard.

@@ -6,7 +6,8 @@
 //! before the next is loaded; where even the transformer alone does not fit, its blocks are
 //! read one by one in every step.
 
-use std::path::Path;
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex};
 use std::time::Instant;
 
@@ -19,6 +20,7 @@ use crate::bundle::{Bundle, Flux, FluxText, Location};
 use crate::canny::Control;
 use crate::edit::{Hooks, Seconds, Stage};
 use crate::flux::controlnet::{self, ControlNet};
+use crate::flux::lora::Lora;
 use crate::flux::names::{self, Kind};
 use crate::flux::text::{self, Clip, ClipConfig, T5, T5Config};
 use crate::flux::transformer::{self, FluxTransformer, pack, unpack};
@@ -152,6 +154,8 @@ pub(super) struct Plan {
     /// Where a backend that starts from the source begins.
     pub start: Start,
     pub cache_threshold: f32,
+    /// How many instructions are carried out in each picture.
+    pub prompts: usize,
     /// Width and height the model works on.
     pub model: (u32, u32),
     pub has_source: bool,
@@ -173,8 +177,10 @@ pub(super) struct Job<'a> {
     pub frame: Frame,
     /// What the source shows.
     pub caption: &'a str,
-    /// What the model is told.
-    pub text: String,
+    /// What the model is told, an instruction each.
+    pub texts: &'a [String],
+    /// The share of the source's fine detail that comes back where the model changed nothing.
+    pub fine_detail: f32,
     pub seed: u64,
     pub index: u32,
 }
@@ -182,6 +188,7 @@ pub(super) struct Job<'a> {
 /// The picture model of a bundle.
 pub(super) struct Pictures {
     bundle: Bundle,
+    loras: Vec<(PathBuf, f32)>,
     roles: Flux,
     pub device: Device,
     dtype: DType,
@@ -190,6 +197,30 @@ pub(super) struct Pictures {
     words: Slot<Words>,
     networks: Slot<Networks>,
     vae: Slot<Vae>,
+}
+
+fn bytes_of(shape: &[usize], dtype: DType) -> u64 {
+    (shape.iter().product::<usize>() * dtype.size_in_bytes()) as u64
+}
+
+/// What stays in memory of a network whose blocks are read one by one (its modulation weights
+/// among it), and what its largest block takes.
+pub(super) fn streamed_bytes(shapes: &[names::NameAndShape], dtype: DType) -> (u64, u64) {
+    let (mut resident, mut blocks) = (0, BTreeMap::<&str, u64>::new());
+    for (name, shape) in shapes {
+        let block = ["double_blocks.", "single_blocks."]
+            .iter()
+            .find_map(|stem| {
+                let index = name.strip_prefix(stem)?.find('.')?;
+                Some(&name[..stem.len() + index])
+            });
+        let modulates = name.contains("mod.lin") || name.contains("modulation.lin");
+        match block.filter(|_| !modulates) {
+            Some(block) => *blocks.entry(block).or_default() += bytes_of(shape, dtype),
+            None => resident += bytes_of(shape, dtype),
+        }
+    }
+    (resident, blocks.into_values().max().unwrap_or(0))
 }
 
 fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
@@ -205,8 +236,9 @@ fn tokenizer(path: &Path) -> Result<Tokenizer> {
 }
 
 impl Pictures {
-    /// Reads configurations only.
-    pub fn open(bundle: &Bundle, device: &Device) -> Result<Self> {
+    /// Reads configurations only. `loras` are added to the transformer when it is loaded,
+    /// each with its strength.
+    pub fn open(bundle: &Bundle, loras: &[(PathBuf, f32)], device: &Device) -> Result<Self> {
         let roles = bundle.manifest.roles.flux.clone().ok_or_else(|| {
             let name = &bundle.manifest.name;
             Error::BadRequest(format!(
@@ -225,6 +257,7 @@ impl Pictures {
         Ok(Self {
             vae_config: read_json(&bundle.path(&roles.vae)?.join("config.json"))?,
             bundle: bundle.clone(),
+            loras: loras.to_vec(),
             roles,
             device: device.clone(),
             dtype,
@@ -287,7 +320,12 @@ impl Pictures {
             let folder = self.bundle.path(&self.roles.transformer)?;
             let config: transformer::Config = read_json(&folder.join("config.json"))?;
             let weights = Weights::open(&folder)?;
-            let vb = names::open(&weights, Kind::Transformer, 0, self.dtype, &self.device)?;
+            let mut vb = names::open(&weights, Kind::Transformer, 0, self.dtype, &self.device)?;
+            let shapes = names::transformer_shapes(&config);
+            for (file, strength) in &self.loras {
+                let lora = Lora::new(&Weights::open(file)?, &shapes)?;
+                vb = lora.added_to(vb, f64::from(*strength));
+            }
             let flux = match streamed {
                 false => FluxTransformer::new(&config, vb)?,
                 true => FluxTransformer::streamed(&config, vb)?,
@@ -321,29 +359,29 @@ impl Pictures {
 
     /// What a run of `pictures` at this size takes, from the files' headers.
     pub fn need(&self, (width, height): (u32, u32), pictures: usize) -> Result<Need> {
-        let bytes = |location: &Location, dtype: DType| -> Result<(u64, u64)> {
+        let bytes = |location: &Location, dtype: DType| -> Result<u64> {
             let weights = Weights::open(&self.bundle.path(location)?)?;
-            let sizes = weights.names().map(|n| {
-                let shape = weights.shape(n).unwrap_or_default();
-                shape.iter().product::<usize>() as u64 * dtype.size_in_bytes() as u64
-            });
-            let sizes: Vec<u64> = sizes.collect();
-            Ok((sizes.iter().sum(), sizes.iter().max().copied().unwrap_or(0)))
+            let sizes = weights
+                .names()
+                .map(|n| bytes_of(weights.shape(n).unwrap_or_default(), dtype));
+            Ok(sizes.sum())
         };
         let words = match &self.roles.text {
-            FluxText::Minilm { model, .. } => bytes(model, DType::F32)?.0,
-            FluxText::T5Clip { t5, clip, .. } => {
-                bytes(t5, self.dtype)?.0 + bytes(clip, self.dtype)?.0
-            }
+            FluxText::Minilm { model, .. } => bytes(model, DType::F32)?,
+            FluxText::T5Clip { t5, clip, .. } => bytes(t5, self.dtype)? + bytes(clip, self.dtype)?,
         };
-        let (flux, largest) = bytes(&self.roles.transformer, self.dtype)?;
-        let control = self.roles.controlnet.as_ref();
-        let control = control
-            .map(|l| bytes(l, self.dtype))
-            .transpose()?
-            .unwrap_or((0, 0));
+        let flux = bytes(&self.roles.transformer, self.dtype)?;
         let folder = self.bundle.path(&self.roles.transformer)?;
         let config: transformer::Config = read_json(&folder.join("config.json"))?;
+        let mut streamed = streamed_bytes(&names::transformer_shapes(&config), self.dtype);
+        let mut control = 0;
+        if let Some(location) = &self.roles.controlnet {
+            control = bytes(location, self.dtype)?;
+            let folder = self.bundle.path(location)?;
+            let config: controlnet::Config = read_json(&folder.join("config.json"))?;
+            let own = streamed_bytes(&names::controlnet_shapes(&config), self.dtype);
+            streamed = (streamed.0 + own.0, streamed.1.max(own.1));
+        }
         let pixels = u64::from(width) * u64::from(height);
         let side = u64::from(self.token_pixels());
         let at_once = pictures.min(self.batch((width, height))) as u64;
@@ -356,13 +394,17 @@ impl Pictures {
             .unwrap_or(128) as u64;
         Ok(Need {
             words,
-            networks: flux + control.0,
-            // a double block has about ten matrices, the largest of them a fourth of it
-            streamed: 4 * largest.max(control.1),
-            vae: bytes(&self.roles.vae, DType::F32)?.0,
+            networks: flux + control,
+            streamed: streamed.0 + streamed.1,
+            vae: bytes(&self.roles.vae, DType::F32)?,
             // input, normed, qkv, attention, the four-fold hidden layer and its result
             sampling: tokens * config.hidden() as u64 * 16 * 4,
-            decoding: at_once.min(BATCH_DECODE as u64) * pixels * channels * 4 * 5,
+            // beyond a tile's pixels the autoencoder works in tiles
+            decoding: at_once.min(BATCH_DECODE as u64)
+                * pixels.min((vae::TILE_ABOVE * vae::TILE_ABOVE) as u64)
+                * channels
+                * 4
+                * 5,
         })
     }
 
@@ -497,6 +539,12 @@ impl Pictures {
             let first = i * batch;
             let texts = texts.rows(first, chunk.len())?;
             let encoded = encoded.rows(first, chunk.len())?;
+            // Once out of the slot nobody new gets them: if nobody else has, this is their end.
+            let mut last = false;
+            if !keep_loaded && i + 1 == chunks {
+                self.networks.release();
+                last = Arc::strong_count(&networks) == 1;
+            }
             let part = Part {
                 pictures: self,
                 plan,
@@ -504,13 +552,11 @@ impl Pictures {
                 jobs: chunk,
                 texts: &texts,
                 encoded: &encoded,
+                last,
             };
             latents.push(part.sample((i, chunks), hooks)?);
         }
         drop(networks);
-        if !keep_loaded {
-            self.networks.release();
-        }
         seconds.sample = begin.elapsed().as_secs_f64();
 
         let begin = Instant::now();
@@ -532,15 +578,16 @@ impl Pictures {
         let read = |texts: Vec<&str>| self.read(&words, &texts);
         let captions = || jobs.iter().map(|j| j.caption).collect();
         let empty = || vec![""; jobs.len()];
+        let told = |i: usize| read(jobs.iter().map(|j| j.texts[i].as_str()).collect());
         Ok(Texts {
-            prompt: read(jobs.iter().map(|j| j.text.as_str()).collect())?,
+            prompts: (0..plan.prompts).map(told).collect::<Result<_>>()?,
             origin: match plan.backend {
                 Backend::Flowedit => Some(read(captions())?),
                 Backend::RfInversion => Some(read(empty())?),
                 _ => None,
             },
             negative: match plan.true_cfg {
-                1.0 => None,
+                1.0 if plan.prompts == 1 => None,
                 _ => Some(read(empty())?),
             },
         })
@@ -654,22 +701,25 @@ impl Pictures {
 impl Job<'_> {
     /// The model's picture at the output size, with what must stay from the source.
     fn finish(&self, picture: &Picture) -> Picture {
-        let mut out = self.frame.from_model(picture);
-        if let Some(source) = self.source {
-            if (source.width, source.height) == self.frame.output {
-                if let Some(mask) = self.mask {
-                    out = mask.blend(source, &out);
-                }
-                out.alpha.clone_from(&source.alpha);
+        let Some(source) = self.source else {
+            return self.frame.from_model(picture);
+        };
+        let frame = &self.frame;
+        let mut out = frame.from_model_with_fine_detail(picture, source, self.fine_detail);
+        if (source.width, source.height) == frame.output {
+            if let Some(mask) = self.mask {
+                out = mask.blend(source, &out);
             }
-            out.icc.clone_from(&source.icc);
+            out.alpha.clone_from(&source.alpha);
         }
+        out.icc.clone_from(&source.icc);
         out
     }
 }
 
 struct Texts {
-    prompt: Prompt,
+    /// An instruction each; at least one.
+    prompts: Vec<Prompt>,
     /// What the source is described by: its caption, or nothing.
     origin: Option<Prompt>,
     negative: Option<Prompt>,
@@ -686,7 +736,11 @@ impl Texts {
     fn rows(&self, first: usize, n: usize) -> Result<Self> {
         let rows = |p: &Option<Prompt>| p.as_ref().map(|p| prompt_rows(p, first, n)).transpose();
         Ok(Self {
-            prompt: prompt_rows(&self.prompt, first, n)?,
+            prompts: self
+                .prompts
+                .iter()
+                .map(|p| prompt_rows(p, first, n))
+                .collect::<Result<_>>()?,
             origin: rows(&self.origin)?,
             negative: rows(&self.negative)?,
         })
@@ -723,6 +777,8 @@ struct Part<'a> {
     jobs: &'a [Job<'a>],
     texts: &'a Texts,
     encoded: &'a Encoded,
+    /// Whether the networks are let go after it.
+    last: bool,
 }
 
 impl<'a> Part<'a> {
@@ -742,7 +798,7 @@ impl<'a> Part<'a> {
         Ok(Tensor::cat(&each.collect::<Result<Vec<_>>>()?, 0)?)
     }
 
-    fn conditions(&self, prompt: &Prompt, guidance: f32, true_cfg: f32) -> Conditions<'a> {
+    fn conditions(&self, prompts: &[Prompt], guidance: f32, true_cfg: f32) -> Conditions<'a> {
         let (rows, columns) = self.grid();
         let control = self
             .networks
@@ -763,14 +819,16 @@ impl<'a> Part<'a> {
         });
         Conditions {
             flux: &self.networks.flux,
-            prompt: prompt.clone(),
-            negative: self.texts.negative.clone().filter(|_| true_cfg != 1.0),
+            prompt: prompts[0].clone(),
+            more: prompts[1..].to_vec(),
+            negative: self.texts.negative.clone(),
             true_cfg: f64::from(true_cfg),
             guidance,
             controls: input.into_iter().collect(),
             rows,
             columns,
             cache_threshold: f64::from(self.plan.cache_threshold),
+            last_run: self.last,
         }
     }
 
@@ -787,7 +845,10 @@ impl<'a> Part<'a> {
         let (rows, columns) = self.grid();
         let tokens = rows * columns;
         let noise = self.noise(0)?;
-        let conditions = self.conditions(&self.texts.prompt, plan.guidance, plan.true_cfg);
+        let prompts = &self.texts.prompts;
+        let conditions = self.conditions(prompts, plan.guidance, plan.true_cfg);
+        let origin = self.texts.origin.as_ref().map(std::slice::from_ref);
+        let origin = origin.unwrap_or(&prompts[..1]);
         let keep = match (&self.encoded.mask, &self.encoded.source) {
             (Some(mask), Some(source)) => Some(Keep {
                 mask,
@@ -836,8 +897,7 @@ impl<'a> Part<'a> {
             }
             Backend::RfInversion => {
                 let schedule = Schedule::full(schedule, plan.steps, tokens)?;
-                let nothing = self.texts.origin.as_ref().unwrap_or(&self.texts.prompt);
-                let mut empty = self.conditions(nothing, 0.0, 1.0);
+                let mut empty = self.conditions(origin, 0.0, 1.0);
                 empty.controls.clear();
                 let source = self.source()?;
                 let options = RfInversion {
@@ -857,8 +917,7 @@ impl<'a> Part<'a> {
             }
             Backend::Flowedit => {
                 let schedule = Schedule::full(schedule, plan.steps, tokens)?;
-                let caption = self.texts.origin.as_ref().unwrap_or(&self.texts.prompt);
-                let origin = self.conditions(caption, plan.guidance.min(1.5), 1.0);
+                let origin = self.conditions(origin, plan.guidance.min(1.5), 1.0);
                 let steps = (plan.steps as f32 * strength_of(plan)).round() as usize;
                 let options = FlowEdit {
                     n_max: steps.clamp(1, plan.steps),
@@ -889,6 +948,12 @@ fn strength_of(plan: &Plan) -> f32 {
 
 /// Bytes of memory that can still be taken on a device, where that can be known.
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
+    #[cfg(feature = "cuda")]
+    if let Device::Cuda(cuda) = device {
+        use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
+        cuda.cuda_stream().context().bind_to_thread().ok()?;
+        return mem_get_info().ok().map(|(free, _)| free as u64);
+    }
     if !device.is_cpu() {
         return None;
     }

@@ -277,6 +277,112 @@ fn provenance_makes_the_same_bytes_again_and_refuses_another_source() {
 }
 
 #[test]
+fn several_instructions_are_carried_out_together_and_recorded_each() {
+    let b = bench();
+    let mut r = request("make it red", 1);
+    let red = b.one(&r);
+    r.instructions = vec!["make it red".into(), "make it red".into()];
+    let twice = b.one(&r);
+    // The same one twice is that one, with guidance from the empty prompt as before.
+    r.instructions = vec!["make it red".into(), "make it wood".into()];
+    for backend in [
+        Backend::Canny,
+        Backend::Img2img,
+        Backend::RfInversion,
+        Backend::Flowedit,
+    ] {
+        r.settings.backend = Some(backend);
+        let edit = b.edit(&r).unwrap();
+        let record = &edit.provenance[0];
+        assert_eq!(record.instructions, r.instructions);
+        assert_eq!(record.instruction, "make it red; make it wood");
+        let again = b
+            .engine
+            .replay(record, r.source.as_ref(), None, &mut Hooks::default());
+        assert_eq!(again.unwrap().0, edit.images[0], "{backend:?}");
+        // Not the two read as one sentence, nor either of them alone.
+        for words in ["make it red make it wood", "make it red", "make it wood"] {
+            let mut other = request(words, 1);
+            other.settings.backend = Some(backend);
+            assert_ne!(b.one(&other), edit.images[0], "{backend:?} {words}");
+        }
+    }
+    assert!(worst(&twice, &red) <= 1, "{}", worst(&twice, &red));
+    // Calls of one and of two instructions may share a batch.
+    let requests = [request("make it blue", 2), r.clone()];
+    let edits = b
+        .engine
+        .edit_batch(&b.snapshot, &requests, &mut Hooks::default())
+        .unwrap();
+    for (request, edit) in requests.iter().zip(edits) {
+        assert!(worst(&edit.images[0], &b.one(request)) <= 1);
+    }
+    r.instructions = vec!["make it red".into(); 9];
+    let said = b.edit(&r).unwrap_err().to_string();
+    assert!(said.contains("at most 8"), "{said}");
+}
+
+#[test]
+fn a_lora_changes_the_picture_and_is_named_in_its_record() {
+    let b = bench();
+    let folder = tempfile::tempdir().unwrap();
+    let file = |name: &str, key: &str| {
+        let normals = |stream, rows: usize, columns: usize| {
+            let values = Philox::new(4, stream).normals(rows * columns);
+            Tensor::from_vec(values, (rows, columns), &Device::Cpu).unwrap()
+        };
+        let tensors = BTreeMap::from([
+            (format!("{key}.lora_A.weight"), normals(0, 2, 32)),
+            (format!("{key}.lora_B.weight"), normals(1, 32, 2)),
+        ]);
+        let path = folder.path().join(name);
+        crate::weights::save_safetensors(&path, &tensors, &BTreeMap::new()).unwrap();
+        path
+    };
+    let fits = file(
+        "style.safetensors",
+        "transformer.transformer_blocks.0.attn.to_q",
+    );
+    let stranger = file(
+        "other.safetensors",
+        "transformer.transformer_blocks.7.attn.to_q",
+    );
+    let with = |loras: &[(&Path, f32)]| {
+        let engine = Engine::new(b.engine.bundle().clone(), &Device::Cpu);
+        let mut loras = loras.iter();
+        loras.try_fold(engine, |e, (file, strength)| e.with_lora(file, *strength))
+    };
+    let r = request("make it red", 1);
+    let edit = |engine: &Engine| engine.edit(&b.snapshot, &r, &mut Hooks::default());
+    let styled = with(&[(&fits, 0.8)]).unwrap();
+    let made = edit(&styled).unwrap();
+    assert_ne!(made.images[0], b.one(&r));
+    let silent = edit(&with(&[(&fits, 0.0)]).unwrap()).unwrap();
+    assert_eq!(silent.images[0], b.one(&r));
+    let record = &made.provenance[0];
+    let used = &record.loras[0];
+    assert_eq!(
+        (used.file.as_str(), used.strength),
+        ("style.safetensors", 0.8)
+    );
+    // Made again with it; refused without, and with another strength.
+    let replay =
+        |engine: &Engine| engine.replay(record, r.source.as_ref(), None, &mut Hooks::default());
+    assert_eq!(replay(&styled).unwrap().0, made.images[0]);
+    for other in [with(&[]), with(&[(&fits, 0.7)])] {
+        let said = replay(&other.unwrap()).unwrap_err().to_string();
+        assert!(
+            said.contains("LoRA") && said.contains(&used.sha256),
+            "{said}"
+        );
+    }
+    // One that fits nothing is an error, not a picture.
+    let said = edit(&with(&[(&stranger, 1.0)]).unwrap()).unwrap_err();
+    assert!(said.to_string().contains("transformer_blocks.7"), "{said}");
+    assert!(with(&[(&fits, f32::NAN)]).is_err());
+}
+
+#[test]
 fn a_batch_over_users_sources_and_seeds_gives_what_each_gives_alone() {
     let b = bench();
     let mut requests: Vec<EditRequest> = (0..4)
@@ -348,6 +454,7 @@ fn outside_the_mask_the_source_stays_bit_for_bit() {
         r.mask = Some(MaskInput {
             mask: mask.softened(2),
             sha256: provenance::sha256(b"mask"),
+            soften: 2,
         });
         let edit = b.edit(&r).unwrap();
         let out = &edit.images[0];
@@ -369,31 +476,54 @@ fn outside_the_mask_the_source_stays_bit_for_bit() {
 }
 
 #[test]
-fn cancelling_at_any_step_ends_the_edit_and_leaves_the_engine_whole() {
+fn cancelling_at_any_step_of_any_backend_ends_the_edit_and_leaves_the_engine_whole() {
     let b = bench();
-    let r = request("make it red", 1);
-    let whole = b.one(&r);
-    for stop_at in 1..3 {
-        let cancel = AtomicBool::new(false);
-        let mut after = 0;
+    for backend in [
+        Backend::Canny,
+        Backend::Img2img,
+        Backend::RfInversion,
+        Backend::Flowedit,
+    ] {
+        let mut r = request("make it red", 1);
+        r.settings.backend = Some(backend);
+        let mut total = 0;
         let mut progress = |p: crate::edit::Progress| {
             if p.stage == Stage::Sample {
-                after = p.done;
-                if p.done == stop_at {
-                    cancel.store(true, Ordering::Relaxed);
-                }
+                total = p.total;
             }
         };
         let mut hooks = Hooks {
             progress: Some(&mut progress),
-            cancel: Some(&cancel),
             ..Hooks::default()
         };
-        let ended = b.engine.edit(&b.snapshot, &r, &mut hooks);
-        assert!(matches!(ended, Err(Error::Cancelled)));
-        assert_eq!(after, stop_at);
+        let whole = b.engine.edit(&b.snapshot, &r, &mut hooks).unwrap();
+        assert!(total >= 2, "{backend:?}: {total}");
+        for stop_at in 0..=total {
+            let cancel = AtomicBool::new(false);
+            let mut after = 0;
+            let mut progress = |p: crate::edit::Progress| {
+                let begins = stop_at == 0 && p.stage == Stage::Encode;
+                if p.stage == Stage::Sample {
+                    after = p.done;
+                }
+                if begins || (p.stage == Stage::Sample && p.done == stop_at) {
+                    cancel.store(true, Ordering::Relaxed);
+                }
+            };
+            let mut hooks = Hooks {
+                progress: Some(&mut progress),
+                cancel: Some(&cancel),
+                ..Hooks::default()
+            };
+            let ended = b.engine.edit(&b.snapshot, &r, &mut hooks);
+            assert!(
+                matches!(ended, Err(Error::Cancelled)),
+                "{backend:?} {stop_at}"
+            );
+            assert_eq!(after, stop_at, "{backend:?}");
+        }
+        assert_eq!(b.edit(&r).unwrap().images, whole.images);
     }
-    assert_eq!(b.one(&r), whole);
 }
 
 #[test]
@@ -429,6 +559,15 @@ fn with_little_memory_parts_take_turns_and_with_too_little_the_figures_are_named
     assert!(sequential < need.words + need.networks + need.vae + need.sampling);
     let sequential = sequential.max(need.vae + need.decoding).max(need.words);
     assert_eq!(limited(sequential).unwrap().images[0], whole);
+    // Where not even the networks fit whole, their blocks are read one by one.
+    let streamed = need.streamed + need.sampling;
+    let streamed = streamed.max(need.vae + need.decoding).max(need.words);
+    assert!(need.streamed < need.networks, "{need:?}");
+    let blockwise = need.residency(Some(streamed), "cpu").unwrap();
+    if streamed < need.networks + need.sampling {
+        assert_eq!(blockwise, pictures::Residency::Streamed);
+    }
+    assert_eq!(limited(streamed).unwrap().images[0], whole);
     match limited(1_000) {
         Err(Error::NotEnoughMemory {
             need_bytes,
@@ -440,6 +579,30 @@ fn with_little_memory_parts_take_turns_and_with_too_little_the_figures_are_named
         }
         other => panic!("{other:?}"),
     }
+}
+
+#[test]
+fn flux_at_its_true_size_needs_what_its_shapes_say() {
+    let need = pictures::Need {
+        words: 10 << 30,
+        networks: 30 << 30,
+        streamed: 10 << 30,
+        vae: 1 << 28,
+        sampling: 1 << 30,
+        decoding: 3 << 30,
+    };
+    let way = |free: u64| need.residency(Some(free << 30), "cuda:0");
+    assert_eq!(way(48).unwrap(), pictures::Residency::Together);
+    assert_eq!(way(32).unwrap(), pictures::Residency::Sequential);
+    assert_eq!(way(16).unwrap(), pictures::Residency::Streamed);
+    let said = way(8).unwrap_err().to_string();
+    assert!(said.contains("cuda:0") && said.contains("--size"), "{said}");
+    // 11.9 B parameters: a resident part of 3.3 B (the modulations), blocks of 226 M at most.
+    let shapes = names::transformer_shapes(&transformer::Config::dev());
+    let (resident, block) = pictures::streamed_bytes(&shapes, candle_core::DType::BF16);
+    let (resident, block) = (resident as f64 / 2e9, block as f64 / 2e6);
+    assert!((3.0..3.6).contains(&resident), "{resident}");
+    assert!((200.0..240.0).contains(&block), "{block}");
 }
 
 #[test]
@@ -499,6 +662,7 @@ fn requests_that_make_no_sense_are_refused_by_name() {
                 r.mask = Some(MaskInput {
                     mask,
                     sha256: String::new(),
+                    soften: 0,
                 });
             }),
         ),

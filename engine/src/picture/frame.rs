@@ -2,6 +2,9 @@
 
 use super::Picture;
 
+/// How many steps of 255 a pixel may have changed for about a third of its detail to return.
+const CALM: f32 = 24.0;
+
 /// How a source is brought to the shape a model works on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fit {
@@ -71,6 +74,44 @@ impl Frame {
         let (x, y, w, h) = self.inner;
         let inner = picture.cropped(x, y, w, h);
         inner.resized(self.output.0, self.output.1)
+    }
+
+    /// As [`Frame::from_model`], with `share` (0 to 1) of the source's fine detail that the model's
+    /// size has no room for, where the model left the picture as it was.
+    ///
+    /// Detail is the source minus itself scaled down and up again. It fades as
+    /// exp(-(change / 24)²) with the change of the model's pixel in steps of 255, so what was
+    /// edited shows none of what it was. A picture of the model's own size has no such detail.
+    pub fn from_model_with_fine_detail(
+        &self,
+        picture: &Picture,
+        source: &Picture,
+        share: f32,
+    ) -> Picture {
+        let (x, y, w, h) = self.inner;
+        let edited = self.from_model(picture);
+        if share <= 0.0 || (w, h) == self.output {
+            return edited;
+        }
+        let (width, height) = self.output;
+        let opaque = source.on([255; 3]);
+        let small = opaque.resized(w, h);
+        let inner = picture.cropped(x, y, w, h);
+        let pixels = inner.rgb.chunks_exact(3).zip(small.rgb.chunks_exact(3));
+        let calm = pixels.flat_map(|(a, b)| {
+            let change = a.iter().zip(b).map(|(a, b)| a.abs_diff(*b)).max();
+            let change = f32::from(change.unwrap_or(0)) / CALM;
+            [(255.0 * (-change * change).exp()).round() as u8; 3]
+        });
+        let calm = Picture::from_rgb(w, h, calm.collect()).resized(width, height);
+        let (full, rough) = (opaque.resized(width, height), small.resized(width, height));
+        let detail = full.rgb.iter().zip(&rough.rgb).zip(&calm.rgb);
+        let rgb = edited.rgb.iter().zip(detail).map(|(e, ((f, r), c))| {
+            let detail = f32::from(*f) - f32::from(*r);
+            let value = f32::from(*e) + share * f32::from(*c) / 255.0 * detail;
+            value.round().clamp(0.0, 255.0) as u8
+        });
+        Picture::from_rgb(width, height, rgb.collect())
     }
 }
 

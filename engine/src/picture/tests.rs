@@ -290,3 +290,49 @@ fn a_file_is_written_whole_or_not_at_all() {
     assert!(write_whole(&folder.path().join("no/such/out.png"), b"x").is_err());
     assert_eq!(std::fs::read_dir(folder.path()).unwrap().count(), 1);
 }
+
+#[test]
+fn detail_comes_back_where_nothing_changed_and_nowhere_else() {
+    // A fine pattern that four times fewer pixels cannot hold.
+    let pixel = |i: u32| {
+        let (x, y) = (i % 64, i / 64);
+        [if (x + y) % 2 == 0 { 160 } else { 96 }, 128, 128]
+    };
+    let source = Picture::from_rgb(64, 64, (0..64 * 64).flat_map(pixel).collect());
+    let frame = Frame::plan((64, 64), 16, 16, Fit::Square);
+    let model = frame.to_model(&source);
+    let near = |a: &Picture, b: &Picture, columns: std::ops::Range<u32>| {
+        let places = (8..56).flat_map(|y| columns.clone().map(move |x| (x, y)));
+        let gaps = places.map(|(x, y)| {
+            let (p, q) = (a.at(x, y), b.at(x, y));
+            (0..3).map(|c| p[c].abs_diff(q[c])).max().unwrap()
+        });
+        gaps.max().unwrap()
+    };
+    // Left alone it is the source again; without detail it is flat.
+    assert!(
+        near(
+            &frame.from_model_with_fine_detail(&model, &source, 1.0),
+            &source,
+            0..64
+        ) <= 2
+    );
+    let flat = frame.from_model_with_fine_detail(&model, &source, 0.0);
+    assert_eq!(flat, frame.from_model(&model));
+    assert!(near(&flat, &source, 0..64) > 20);
+    // Its right half painted over: no trace of the pattern there, all of it on the left.
+    let mut painted = model.clone();
+    for (i, pixel) in painted.rgb.chunks_exact_mut(3).enumerate() {
+        if i % 16 >= 8 {
+            pixel.copy_from_slice(&[10, 200, 30]);
+        }
+    }
+    let out = frame.from_model_with_fine_detail(&painted, &source, 1.0);
+    assert!(near(&out, &source, 0..24) <= 2);
+    assert!(near(&out, &frame.from_model(&painted), 44..64) <= 1);
+    // A picture of the model's own size has nothing to give back.
+    let same = Frame::plan((16, 16), 16, 16, Fit::Square);
+    let small = Picture::filled(16, 16, [3; 3]);
+    let other = Picture::filled(16, 16, [9; 3]);
+    assert_eq!(same.from_model_with_fine_detail(&small, &other, 1.0), small);
+}

@@ -421,6 +421,7 @@ pub fn edit(
     let conditions = Conditions {
         flux: &flux,
         prompt,
+        more: Vec::new(),
         negative: Some(negative),
         true_cfg,
         guidance: 1.0,
@@ -433,6 +434,7 @@ pub fn edit(
         rows: h / 2,
         columns: w / 2,
         cache_threshold: 0.0,
+        last_run: false,
     };
     let schedule = Schedule::from_level(&ScheduleConfig::dev(), steps, h * w / 4, start)?;
     let pictures: Vec<u32> = (0..b as u32).collect();

@@ -312,6 +312,37 @@ mod tests {
     }
 
     #[test]
+    fn an_events_names_are_checked_and_its_id_may_be_missing() {
+        let mut event = Event::new("u", "a", Polarity::Pass);
+        assert_eq!(event.check_names(), Ok(()));
+        for (id, good) in [("", true), ("x", true), ("a\nb", false)] {
+            event.id = Some(id.into());
+            assert_eq!(event.check_names().is_ok(), good, "{id:?}");
+        }
+        event.id = Some("x".repeat(257));
+        assert!(event.check_names().is_err());
+        assert!(Event::new("", "a", Polarity::Pass).check_names().is_err());
+        assert!(Event::new("u", "", Polarity::Pass).check_names().is_err());
+    }
+
+    #[test]
+    fn signs_and_polarities_belong_together() {
+        for (place, sign) in [Sign::Dislike, Sign::Like].into_iter().enumerate() {
+            assert_eq!(sign.index(), place);
+            assert_eq!(sign.polarity().sign(), Some(sign));
+        }
+        assert_eq!(Polarity::Pass.sign(), None);
+        assert_eq!(Polarity::Clear.sign(), None);
+        let got = "l".repeat(41);
+        let clipped = format!("{}…", "l".repeat(40));
+        let error = got.parse::<Polarity>();
+        assert_eq!(error, Err(EventError::Polarity { got: clipped }));
+        let got = "l".repeat(40);
+        let error = got.parse::<Polarity>();
+        assert_eq!(error, Err(EventError::Polarity { got }));
+    }
+
+    #[test]
     fn stored_codes_are_stable() {
         for p in Polarity::ALL {
             assert_eq!(Polarity::from_code(p.code()), Some(p));

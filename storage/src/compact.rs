@@ -453,11 +453,21 @@ fn write_snapshot_file(path: &Path, state: &State, places: &Places) -> Result<u6
 /// Reads a snapshot file's chunks, each checked, and the whole at the end.
 fn read_snapshot_file(
     path: &Path,
-    mut visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
+    visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
 ) -> Result<()> {
     let file = File::open(path).map_err(StoreError::io("open", path))?;
     let length = file.metadata().map_err(StoreError::io("read", path))?.len();
-    let mut input = BufReader::with_capacity(1 << 20, file);
+    let input = BufReader::with_capacity(1 << 20, file);
+    read_chunks(path, input, length, visit)
+}
+
+/// [`read_snapshot_file`] of the `length` bytes of `input`.
+fn read_chunks(
+    path: &Path,
+    mut input: impl Read,
+    length: u64,
+    mut visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
+) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
     let mut offset = 0u64;
     let mut buffer = Vec::new();
@@ -533,28 +543,61 @@ fn check_snapshot_file(path: &Path) -> Result<()> {
     })
 }
 
+/// Takes a snapshot file's chunks in: the state, and the bytes of its encoder.
+struct Restored<'a> {
+    file: &'a Path,
+    state: State,
+    encoder: Vec<u8>,
+}
+
+impl<'a> Restored<'a> {
+    fn new(file: &'a Path) -> Self {
+        Self {
+            file,
+            state: State::default(),
+            encoder: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, seq: u64, kind: u8, body: &[u8], offset: u64) -> Result<()> {
+        if kind == CHUNK_ENCODER {
+            self.encoder.extend_from_slice(body);
+            return Ok(());
+        }
+        self.state.apply_frame(&log::Frame {
+            first_seq: seq.saturating_add(1),
+            count: 0,
+            previous: 0,
+            payload: body,
+            path: self.file,
+            payload_offset: offset,
+        })
+    }
+}
+
+/// The state of a snapshot file in memory.
+pub(crate) fn state_of(bytes: &[u8]) -> Result<State> {
+    let path = Path::new("memory");
+    let mut restored = Restored::new(path);
+    read_chunks(
+        path,
+        bytes,
+        bytes.len() as u64,
+        |seq, kind, body, offset| restored.take(seq, kind, body, offset),
+    )?;
+    Ok(restored.state)
+}
+
 fn restore_into(file: &Path, dir: &Path) -> Result<RestoreReport> {
     let places = Places::of(dir);
     for dir in [dir, &places.log, &places.encoders] {
         std::fs::create_dir_all(dir).map_err(StoreError::io("create", dir))?;
     }
-    let mut encoder = Vec::new();
-    let mut state = State::default();
+    let mut restored = Restored::new(file);
     read_snapshot_file(file, |seq, kind, body, offset| {
-        if kind == CHUNK_ENCODER {
-            encoder.extend_from_slice(body);
-            return Ok(());
-        }
-        let frame = log::Frame {
-            first_seq: seq.saturating_add(1),
-            count: 0,
-            previous: 0,
-            payload: body,
-            path: file,
-            payload_offset: offset,
-        };
-        state.apply_frame(&frame)
+        restored.take(seq, kind, body, offset)
     })?;
+    let Restored { state, encoder, .. } = restored;
     if let Some(digest) = state.encoder.clone() {
         let found = blake3::hash(&encoder).to_hex();
         if found.as_str() != digest.as_ref() {

@@ -39,6 +39,8 @@ mod compact;
 mod embed;
 mod error;
 mod export;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 mod log;
 mod mark;
@@ -49,6 +51,7 @@ mod snapshot;
 mod state;
 mod store;
 mod stream;
+mod sync;
 pub mod workload;
 
 pub use check::CheckReport;

@@ -26,8 +26,13 @@ const SEGMENT_MAGIC: &[u8; 8] = b"SIMPSLOG";
 pub(crate) const SEGMENT_HEADER: usize = 64;
 /// Bytes of a frame before its payload: length, checksum, first sequence number, digest.
 pub(crate) const FRAME_HEADER: usize = 24;
-/// A payload is closed when it has this many bytes; the next record starts another.
-pub(crate) const PAYLOAD_FULL: usize = 4 << 20;
+/// A payload is closed when it has this many bytes; the next record starts another. (Tests
+/// of schedules are of few events, and some are to fill one.)
+pub(crate) const PAYLOAD_FULL: usize = if cfg!(feature = "schedules") {
+    80
+} else {
+    4 << 20
+};
 /// The longest payload a reader takes. One record never has more than [`RECORD_MAX`].
 const PAYLOAD_MAX: usize = PAYLOAD_FULL + RECORD_MAX + 1024;
 /// The longest record.
@@ -741,6 +746,22 @@ pub(crate) struct LogEnd {
     pub damage: Option<String>,
 }
 
+impl LogEnd {
+    /// Before the first byte of a log's first segment.
+    fn before(path: &Path, number: u64) -> Self {
+        Self {
+            path: path.into(),
+            number,
+            offset: 0,
+            unsure_from: 0,
+            at: Mark::default(),
+            earlier_bytes: 0,
+            torn_bytes: 0,
+            damage: None,
+        }
+    }
+}
+
 /// What a replay does at damage.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Strictness {
@@ -804,16 +825,7 @@ pub(crate) fn replay(
             "expected a log segment, got no file",
         ));
     };
-    let mut end = LogEnd {
-        path: first_path.clone(),
-        number: *first_number,
-        offset: 0,
-        unsure_from: 0,
-        at: Mark::default(),
-        earlier_bytes: 0,
-        torn_bytes: 0,
-        damage: None,
-    };
+    let mut end = LogEnd::before(first_path, *first_number);
     let mut buffer = Vec::new();
     for (place, (_, number, path)) in segments.iter().enumerate() {
         let last = place + 1 == segments.len();
@@ -833,7 +845,17 @@ pub(crate) fn replay(
                 strictness,
                 until_frames,
             };
-            replay_segment(&context, &mut end, &mut buffer, &mut visit)?
+            let file = File::open(path).map_err(StoreError::io("open", path))?;
+            let length = file.metadata().map_err(StoreError::io("read", path))?.len();
+            let mut input = BufReader::with_capacity(1 << 18, file);
+            replay_segment(
+                &context,
+                &mut input,
+                length,
+                &mut end,
+                &mut buffer,
+                &mut visit,
+            )?
         };
         if until_frames.is_some_and(|until| end.at.frames >= until) {
             break;
@@ -871,6 +893,34 @@ pub(crate) fn replay(
     }
 }
 
+/// [`replay`] of a log that is one segment in memory, without a mark. Whether it is whole.
+pub(crate) fn replay_bytes(
+    bytes: &[u8],
+    mut visit: impl FnMut(&Frame<'_>) -> Result<()>,
+) -> Result<bool> {
+    let path = Path::new("memory");
+    let context = Context {
+        until_frames: None,
+        path,
+        number: 1,
+        generation: 1,
+        mark: None,
+        strictness: Strictness::Exact,
+    };
+    let (mut end, mut buffer) = (LogEnd::before(path, 1), Vec::new());
+    let length = bytes.len() as u64;
+    let mut input = bytes;
+    let damage = replay_segment(
+        &context,
+        &mut input,
+        length,
+        &mut end,
+        &mut buffer,
+        &mut visit,
+    )?;
+    Ok(damage.is_none())
+}
+
 #[derive(Clone, Copy)]
 struct Context<'a> {
     until_frames: Option<u64>,
@@ -887,9 +937,11 @@ struct Damage {
     reason: String,
 }
 
-/// Reads one segment up to its end or the first damage.
+/// Reads one segment up to its end or the first damage. Of `input` there are `length` bytes.
 fn replay_segment(
     context: &Context<'_>,
+    input: &mut impl Read,
+    length: u64,
     end: &mut LogEnd,
     buffer: &mut Vec<u8>,
     visit: &mut impl FnMut(&Frame<'_>) -> Result<()>,
@@ -902,9 +954,6 @@ fn replay_segment(
             reason,
         }))
     };
-    let file = File::open(path).map_err(StoreError::io("open", path))?;
-    let length = file.metadata().map_err(StoreError::io("read", path))?.len();
-    let mut input = BufReader::with_capacity(1 << 18, file);
     let mut header = [0u8; SEGMENT_HEADER];
     if length < SEGMENT_HEADER as u64 {
         return damage(0, format!("expected a segment header, got {length} bytes"));
@@ -924,7 +973,7 @@ fn replay_segment(
     end.unsure_from = end.offset;
     while end.offset < length && context.until_frames != Some(end.at.frames) {
         let left = length - end.offset;
-        let frame = match read_frame(&mut input, left, end, buffer) {
+        let frame = match read_frame(input, left, end, buffer) {
             Ok(frame) => frame,
             Err(FrameError::Io(e)) => return Err(StoreError::io("read", path)(e)),
             Err(FrameError::Damaged(reason)) => return damage(end.offset, reason),
@@ -1068,3 +1117,6 @@ fn check_segment_header(
     }
     Ok(Ok(()))
 }
+
+#[cfg(test)]
+mod tests;

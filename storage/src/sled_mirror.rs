@@ -873,3 +873,39 @@ impl Shared {
         (count, problems)
     }
 }
+
+/// A closed store's rows, kept open so that many values can be tried in them.
+pub(crate) struct Rows(OpenMirror);
+
+impl Rows {
+    pub(crate) fn open(store: &Path) -> Result<Self> {
+        Mirror::open(&Places::of(store).sled, 16 << 20).map(Self)
+    }
+
+    fn tree(&self, number: usize) -> &sled::Tree {
+        let trees = &self.0.trees;
+        match number % 5 {
+            0 => &trees.users,
+            1 => &trees.attributes,
+            2 => &trees.learned,
+            3 => &trees.pairs,
+            _ => &trees.edits,
+        }
+    }
+
+    /// A row of a tree, both counted round.
+    pub(crate) fn get(&self, tree: usize, row: usize) -> Option<(sled::IVec, sled::IVec)> {
+        let rows: Vec<_> = self.tree(tree).iter().flatten().collect();
+        rows.get(row % rows.len().max(1)).cloned()
+    }
+
+    /// The state with another value in a row.
+    pub(crate) fn with(&self, tree: usize, row: usize, value: &[u8]) -> Result<State, String> {
+        let (key, before) = self.get(tree, row).ok_or("no row")?;
+        let text = |e: sled::Error| e.to_string();
+        self.tree(tree).insert(&key, value).map_err(text)?;
+        let state = read_rows(&self.0);
+        self.tree(tree).insert(&key, before).map_err(text)?;
+        state
+    }
+}

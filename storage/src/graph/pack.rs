@@ -133,7 +133,10 @@ mod tests {
         for n in 0..9_900 {
             pack.splice(n % STRINGS, (0, entry.len()), &[]);
             let (capacity, len) = (pack.bytes.capacity(), pack.bytes.len());
-            assert!(capacity <= 64 || capacity <= 2 * len, "{capacity} for {len}");
+            assert!(
+                capacity <= 64 || capacity <= 2 * len,
+                "{capacity} for {len}"
+            );
         }
     }
 

@@ -2,8 +2,8 @@
 //! bug of few ordered steps with a known chance. shuttle sees every deadlock by itself.
 //!
 //! `cargo test --release -p simpatico-storage --features schedules --test schedules`; with
-//! SCHEDULES=N, N of each kind in place of 20,000, shared out among the scenarios. A failure
-//! prints its schedule, which `shuttle::replay` runs again.
+//! SCHEDULES=N, N of each kind in place of 20,000, shared out among the scenarios; SCHEDULES_SEED
+//! picks others. A failure prints its schedule, which `shuttle::replay` runs again.
 
 use shuttle::scheduler::{DfsScheduler, PctScheduler, RandomScheduler, Scheduler};
 use shuttle::{Config, Runner, thread};
@@ -15,7 +15,6 @@ use simpatico_storage::{
 use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
-const SEED: u64 = 71;
 /// Scenarios that take a share of the schedules.
 const SCENARIOS: usize = 6;
 /// How many ordered steps a bug may need that PCT is sure to meet in the end.
@@ -33,10 +32,11 @@ fn under(schedules: impl Scheduler + 'static, scenario: fn()) -> usize {
 
 /// Runs a scenario under its share of both kinds of schedules.
 fn explore(scenario: fn()) {
-    let all = std::env::var("SCHEDULES").ok().and_then(|n| n.parse().ok());
-    let share = all.unwrap_or(20_000_usize).div_ceil(SCENARIOS);
-    let random = under(RandomScheduler::new_from_seed(SEED, share), scenario);
-    let pct = PctScheduler::new_from_seed(SEED, PCT_DEPTH, share);
+    let number = |name: &str| std::env::var(name).ok()?.parse::<u64>().ok();
+    let seed = number("SCHEDULES_SEED").unwrap_or(71);
+    let share = number("SCHEDULES").unwrap_or(20_000).div_ceil(SCENARIOS) as usize;
+    let random = under(RandomScheduler::new_from_seed(seed, share), scenario);
+    let pct = PctScheduler::new_from_seed(seed, PCT_DEPTH, share);
     let pct = under(pct, scenario);
     assert_eq!((random, pct), (share, share));
 }

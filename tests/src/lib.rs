@@ -16,6 +16,7 @@ pub mod planted;
 pub mod poison;
 pub mod power_cut;
 pub mod processes;
+pub mod schedules;
 pub mod suite;
 pub mod threads;
 pub mod volume;

@@ -1,7 +1,8 @@
 //! The rows of the fault table: what each does, how often, and how the table is written.
 
 use crate::{
-    commands, damage, forgetting, histories, linearizable, poison, processes, threads, volume,
+    commands, damage, forgetting, histories, linearizable, poison, processes, schedules, threads,
+    volume,
 };
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
@@ -138,6 +139,14 @@ pub const ROWS: &[Row] = &[
         small: 10,
         full: 3_600,
         run: threads::row,
+    },
+    Row {
+        name: "schedules",
+        what: "group commit, snapshots, long operations, compaction, streams and a failing log under so many random and so many PCT schedules (shuttle), shared out among six scenarios; the cell of the cache under all there are",
+        seed: 71,
+        small: 20_000,
+        full: 1_000_000,
+        run: schedules::row,
     },
     Row {
         name: "linearizable",

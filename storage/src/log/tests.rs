@@ -203,6 +203,19 @@ fn a_payload_closes_at_its_limit_and_refuses_a_record_beyond_its_own() {
     };
     assert!(payload.push(&more).is_err());
     assert_eq!(decoded(payload.body()).unwrap().len(), 2);
+
+    // As many strings as fit: 24 bytes each in memory.
+    let mut payload = Payload::new(1, Vec::new());
+    let edit = StoredEdit {
+        id: "e".into(),
+        caption: "".into(),
+        instruction: "".into(),
+        attributes: vec!["".into(); RECORD_MAX - 20],
+        at: 0,
+        accepted: None,
+    };
+    payload.push(&Record::Edit { user: 1, edit }).unwrap();
+    assert_eq!(decoded(payload.body()).unwrap().len(), 1);
 }
 
 #[test]
@@ -464,7 +477,10 @@ fn a_header_or_frame_of_another_log_or_place_is_no_part_of_this_one() {
         },
     ] {
         let error = log.read(Some(&wrong), Strictness::Exact, None);
-        assert!(matches!(error, Err(StoreError::Corrupt { .. })));
+        assert!(matches!(error, Err(StoreError::Corrupt { offset: 64, .. })));
+        let (users, end) = log.read(Some(&wrong), Strictness::Repair, None).unwrap();
+        assert_eq!(users, [1, 2]);
+        assert!(end.damage.is_some());
     }
 }
 

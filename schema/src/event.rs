@@ -27,6 +27,7 @@ impl Polarity {
     pub const ALL: [Self; 4] = [Self::Clear, Self::Pass, Self::Dislike, Self::Like];
 
     /// The sign of the edge this polarity stands for, if it stands for one.
+    #[inline]
     pub fn sign(self) -> Option<Sign> {
         match self {
             Self::Like => Some(Sign::Like),
@@ -36,11 +37,13 @@ impl Polarity {
     }
 
     /// The polarity with this stored number.
+    #[inline]
     pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.get(usize::from(code)).copied()
     }
 
     /// The stored number, 0 to 3.
+    #[inline]
     pub fn code(self) -> u8 {
         self as u8
     }
@@ -79,6 +82,7 @@ pub enum Sign {
 
 impl Sign {
     /// 0 for dislike, 1 for like.
+    #[inline]
     pub fn index(self) -> usize {
         self as usize
     }

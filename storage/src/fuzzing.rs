@@ -3,14 +3,15 @@
 
 use crate::sled_mirror;
 use crate::snapshot::Snapshot;
-use crate::state::State;
+use crate::state::Replay;
 use crate::{Result, compact, log};
 use std::path::Path;
 
 /// The state that a log of this one segment leads to, and whether the segment is whole.
 pub fn log_segment(bytes: &[u8]) -> Result<(Snapshot, bool)> {
-    let mut state = State::default();
-    let whole = log::replay_bytes(bytes, |frame| state.apply_frame(frame))?;
+    let mut replay = Replay::default();
+    let whole = log::replay_bytes(bytes, |frame| replay.apply_frame(frame))?;
+    let state = replay.finish();
     Ok((Snapshot { state }, whole))
 }
 

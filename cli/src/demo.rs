@@ -39,7 +39,8 @@ const COLD_START: [usize; 6] = [0, 1, 2, 4, 8, 16];
 
 #[derive(Args)]
 pub struct DemoArgs {
-    /// Where the store, the pictures and the page go; must not hold a demo already
+    /// Where the pictures, the page and (unless --store names another) the store go; must not
+    /// hold a demo already
     #[arg(long, default_value = "simpatico.demo", value_name = "DIR")]
     out: PathBuf,
     /// Edit the pictures in this folder instead of drawn ones
@@ -54,11 +55,14 @@ struct Subject {
 }
 
 pub fn run(args: &DemoArgs, common: &Common, output: &Output) -> Result<Outcome> {
-    let folder = args.out.join("store");
+    let folder = match common.store_given {
+        true => common.store.clone(),
+        false => args.out.join("store"),
+    };
     if Store::exists(&folder) {
         bail!(
-            "{}: a demo is there already; remove it or give another --out",
-            args.out.display()
+            "{}: a store is there already; remove it or give another --out or --store",
+            folder.display()
         );
     }
     let mut page = Page::default();

@@ -12,7 +12,8 @@ mod output;
 mod store_commands;
 mod train_commands;
 
-use clap::{Parser, Subcommand};
+use clap::parser::ValueSource;
+use clap::{CommandFactory, FromArgMatches, Parser, Subcommand};
 use output::Output;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -40,6 +41,9 @@ struct Common {
         value_name = "DIR"
     )]
     store: PathBuf,
+    /// Whether the command line itself names the store
+    #[arg(skip)]
+    store_given: bool,
     /// The bundle of models: a name or a folder
     #[arg(
         long,
@@ -104,7 +108,9 @@ fn cancelled() -> bool {
 }
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let matches = Cli::command().get_matches();
+    let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
+    cli.common.store_given = matches.value_source("store") == Some(ValueSource::CommandLine);
     // A second Ctrl-C ends the program at once; the log makes even that safe.
     let _ = ctrlc::set_handler(|| {
         if CANCELLED.swap(true, Ordering::Relaxed) {
@@ -127,7 +133,7 @@ fn main() -> ExitCode {
         Ok(Outcome::SomeRejected) => ExitCode::from(3),
         Err(error) if output::is_broken_pipe(&error) => ExitCode::SUCCESS,
         Err(error) => {
-            eprintln!("error: {error:#}");
+            eprintln!("error: {}", output::in_words(&error));
             ExitCode::from(if error.is::<output::Usage>() { 2 } else { 1 })
         }
     }

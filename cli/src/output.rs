@@ -91,6 +91,20 @@ impl Output {
     }
 }
 
+/// An error and its causes, each said once: many an error says its cause itself.
+pub fn in_words(error: &anyhow::Error) -> String {
+    let mut words = String::new();
+    for cause in error.chain().map(ToString::to_string) {
+        if words.is_empty() {
+            words = cause;
+        } else if !words.ends_with(&cause) {
+            words += ": ";
+            words += &cause;
+        }
+    }
+    words
+}
+
 /// Whether the reader of our output went away (`| head`): no failure of ours.
 pub fn is_broken_pipe(error: &anyhow::Error) -> bool {
     error

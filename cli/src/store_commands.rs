@@ -31,7 +31,7 @@ pub enum StoreCommand {
         /// The user
         user: String,
         /// How many neighbours to ask
-        #[arg(short, default_value_t = 3)]
+        #[arg(short, default_value_t = 3, allow_negative_numbers = true)]
         k: usize,
     },
     /// Counts and sizes
@@ -134,7 +134,7 @@ pub struct Similar {
     #[arg(required_unless_present_any = ["users", "all"])]
     user: Option<String>,
     /// How many
-    #[arg(short, default_value_t = 10)]
+    #[arg(short, default_value_t = 10, allow_negative_numbers = true)]
     k: usize,
     /// What to compare
     #[arg(long, value_enum, default_value_t = By::Overlap)]
@@ -203,12 +203,24 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
             stdout.flush()?;
         }
         StoreCommand::Snapshot { file } => {
+            if file.exists() {
+                bail!(
+                    "{}: it is there already; remove it or give another name",
+                    file.display()
+                );
+            }
             let report = open_existing(common)?.export_snapshot(&file)?;
             output.answer(&report, || {
                 format!("{}: written, {} bytes", file.display(), report.bytes)
             })?;
         }
         StoreCommand::Restore { file } => {
+            if Store::exists(&common.store) {
+                bail!(
+                    "{}: a store is there already; name another place with --store",
+                    common.store.display()
+                );
+            }
             let report = Store::restore(&file, &common.store)?;
             output.answer(&report, || {
                 format!(
@@ -432,6 +444,8 @@ struct Reject {
 /// Events appended together: large enough that one sync is shared by many, small enough
 /// that memory stays in the tens of MB.
 const BATCH: usize = 32_768;
+/// Rejected lines that are shown; all of them are kept.
+const REJECTS_SHOWN: u64 = 5;
 
 fn ingest(args: &Ingest, common: &Common, output: &Output) -> Result<Outcome> {
     let format = input_format(args)?;
@@ -450,10 +464,10 @@ fn ingest(args: &Ingest, common: &Common, output: &Output) -> Result<Outcome> {
         scope.spawn(move || parse(input, format, strict, &sender));
         for parsed in receiver {
             report.read += (parsed.events.len() + parsed.rejects.len()) as u64;
-            report.rejected += parsed.rejects.len() as u64;
             for reject in &parsed.rejects {
                 store.reject(&name, reject.line, &reject.reason, &reject.raw)?;
-                if report.rejected <= 5 {
+                report.rejected += 1;
+                if report.rejected <= REJECTS_SHOWN {
                     output.note(format_args!("{name}:{}: {}", reject.line, reject.reason));
                 }
             }
@@ -487,7 +501,7 @@ fn ingest(args: &Ingest, common: &Common, output: &Output) -> Result<Outcome> {
             report.events_per_second
         )
     })?;
-    if report.rejected > 5 {
+    if report.rejected > REJECTS_SHOWN {
         output.note(format_args!(
             "{} lines rejected in all; see {}",
             report.rejected,

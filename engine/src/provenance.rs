@@ -165,9 +165,16 @@ pub fn read(path: &Path) -> Result<Provenance> {
     file.take(MAX_BYTES + 1)
         .read_to_end(&mut bytes)
         .map_err(Error::io(path))?;
-    let name = path.display();
-    let json = match Format::of(&bytes) {
-        Some(Format::Png) => chunks::text_of(&bytes, KEYWORD).ok_or_else(|| {
+    from_bytes(&path.display().to_string(), &bytes)
+}
+
+/// [`read`] of a file's bytes; `name` is what errors call it.
+///
+/// # Errors
+/// [`Error::BadRequest`] where there is no record or one that makes no sense.
+pub fn from_bytes(name: &str, bytes: &[u8]) -> Result<Provenance> {
+    let json = match Format::of(bytes) {
+        Some(Format::Png) => chunks::text_of(bytes, KEYWORD).ok_or_else(|| {
             Error::BadRequest(format!(
                 "{name}: no provenance in this PNG; give the JSON that was written beside it"
             ))
@@ -176,7 +183,8 @@ pub fn read(path: &Path) -> Result<Provenance> {
             let message = format!("{name}: expected a PNG or JSON with provenance");
             return Err(Error::BadRequest(message));
         }
-        None => String::from_utf8(bytes)
+        None => std::str::from_utf8(bytes)
+            .map(str::to_owned)
             .map_err(|_| Error::BadRequest(format!("{name}: expected a PNG or JSON text")))?,
     };
     parse(&json).map_err(|reason| Error::BadRequest(format!("{name}: {reason}")))

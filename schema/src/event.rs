@@ -27,6 +27,7 @@ impl Polarity {
     pub const ALL: [Self; 4] = [Self::Clear, Self::Pass, Self::Dislike, Self::Like];
 
     /// The sign of the edge this polarity stands for, if it stands for one.
+    #[inline]
     pub fn sign(self) -> Option<Sign> {
         match self {
             Self::Like => Some(Sign::Like),
@@ -36,11 +37,13 @@ impl Polarity {
     }
 
     /// The polarity with this stored number.
+    #[inline]
     pub fn from_code(code: u8) -> Option<Self> {
         Self::ALL.get(usize::from(code)).copied()
     }
 
     /// The stored number, 0 to 3.
+    #[inline]
     pub fn code(self) -> u8 {
         self as u8
     }
@@ -79,6 +82,7 @@ pub enum Sign {
 
 impl Sign {
     /// 0 for dislike, 1 for like.
+    #[inline]
     pub fn index(self) -> usize {
         self as usize
     }
@@ -309,6 +313,37 @@ mod tests {
         assert_eq!(like.register_cmp(&dislike, 0), Ordering::Greater);
         let now = Event::new("u", "a", Polarity::Clear);
         assert_eq!(now.register_cmp(&like, 9), Ordering::Greater);
+    }
+
+    #[test]
+    fn an_events_names_are_checked_and_its_id_may_be_missing() {
+        let mut event = Event::new("u", "a", Polarity::Pass);
+        assert_eq!(event.check_names(), Ok(()));
+        for (id, good) in [("", true), ("x", true), ("a\nb", false)] {
+            event.id = Some(id.into());
+            assert_eq!(event.check_names().is_ok(), good, "{id:?}");
+        }
+        event.id = Some("x".repeat(257));
+        assert!(event.check_names().is_err());
+        assert!(Event::new("", "a", Polarity::Pass).check_names().is_err());
+        assert!(Event::new("u", "", Polarity::Pass).check_names().is_err());
+    }
+
+    #[test]
+    fn signs_and_polarities_belong_together() {
+        for (place, sign) in [Sign::Dislike, Sign::Like].into_iter().enumerate() {
+            assert_eq!(sign.index(), place);
+            assert_eq!(sign.polarity().sign(), Some(sign));
+        }
+        assert_eq!(Polarity::Pass.sign(), None);
+        assert_eq!(Polarity::Clear.sign(), None);
+        let got = "l".repeat(41);
+        let clipped = format!("{}…", "l".repeat(40));
+        let error = got.parse::<Polarity>();
+        assert_eq!(error, Err(EventError::Polarity { got: clipped }));
+        let got = "l".repeat(40);
+        let error = got.parse::<Polarity>();
+        assert_eq!(error, Err(EventError::Polarity { got }));
     }
 
     #[test]

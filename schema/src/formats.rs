@@ -364,6 +364,116 @@ mod tests {
     }
 
     #[test]
+    fn one_threshold_leaves_the_other_side_open_and_none_wants_words() {
+        let polarity = |value: &str, like_at, dislike_at| {
+            let format = Delimited {
+                like_at,
+                dislike_at,
+                ..Delimited::default()
+            };
+            let line = format!("u,a,{value}");
+            read_delimited_event(line.as_bytes(), &format).map(|e| e.polarity)
+        };
+        assert_eq!(polarity("-9", Some(3.0), None), Ok(Polarity::Pass));
+        assert_eq!(polarity("3", Some(3.0), None), Ok(Polarity::Like));
+        assert_eq!(polarity("9", None, Some(2.0)), Ok(Polarity::Pass));
+        assert_eq!(polarity("2", None, Some(2.0)), Ok(Polarity::Dislike));
+        assert_eq!(polarity("1", None, None), Ok(Polarity::Like));
+        assert_eq!(polarity("0", None, None), Ok(Polarity::Pass));
+        assert_eq!(polarity("-1.0", None, None), Ok(Polarity::Dislike));
+        assert_eq!(polarity(" clear ", None, None), Ok(Polarity::Clear));
+        for bad in ["2", "inf", "", "x"] {
+            assert!(polarity(bad, None, None).is_err(), "{bad:?}");
+        }
+        assert!(polarity("inf", Some(3.0), Some(2.0)).is_err());
+    }
+
+    #[test]
+    fn times_are_whole_and_seconds_become_milliseconds() {
+        assert_eq!(read_time(" -5 ", TimeUnit::Milliseconds), Ok(-5));
+        assert_eq!(read_time("5", TimeUnit::Seconds), Ok(5_000));
+        assert!(read_time("9223372036854775807", TimeUnit::Milliseconds).is_ok());
+        assert!(read_time("9223372036854775807", TimeUnit::Seconds).is_err());
+        assert!(read_time("1.5", TimeUnit::Seconds).is_err());
+        let event = read_delimited_event(b"u,a,like,  ", &Delimited::default());
+        assert_eq!(event.unwrap().at, None);
+    }
+
+    #[test]
+    fn columns_are_named_counted_and_may_be_skipped() {
+        let words = ["user", "attribute", "value", "polarity", " at ", "id"];
+        let columns = words.map(|w| w.parse::<Column>());
+        use Column::{At, Attribute, Id, Skip, User, Value};
+        let expected = [User, Attribute, Value, Value, At, Id].map(Ok);
+        assert_eq!(columns, expected);
+        for word in ["-", "_", "skip"] {
+            assert_eq!(word.parse(), Ok(Skip));
+        }
+        assert!("User".parse::<Column>().is_err());
+        let format = Delimited {
+            columns: vec![Skip, User, Value, Attribute, Id, At],
+            ..Delimited::default()
+        };
+        let read = |line: &str| read_delimited_event(line.as_bytes(), &format);
+        // Times and ids may be left out at the end, the rest may not.
+        let event = read("7,ada,like,wood").unwrap();
+        assert_eq!(
+            (event.user.as_str(), event.attribute.as_str()),
+            ("ada", "wood")
+        );
+        assert_eq!((event.id, event.at), (None, None));
+        let event = read("7,ada,like,wood,x,5").unwrap();
+        assert_eq!((event.id.as_deref(), event.at), (Some("x"), Some(5)));
+        assert!(read("7,ada,like").is_err());
+        assert!(read("7,ada,like,wood,x,5,").is_err());
+        assert!(read("7,ada,like,\"wood").is_ok_and(|e| e.attribute == "wood"));
+        assert!(read_delimited_event(b"\xff,a,like", &Delimited::default()).is_err());
+    }
+
+    #[test]
+    fn only_a_first_line_that_names_the_columns_is_a_header() {
+        let csv = Format::Delimited(Delimited::default());
+        let skipped = |line: &str, number| read_event(line.as_bytes(), number, &csv) == Ok(None);
+        assert!(skipped("user,attribute,value,at", 1));
+        assert!(skipped("\"user\",\"attribute\",polarity", 1));
+        assert!(!skipped("user,attribute,value,at", 2));
+        assert!(!skipped("user,attribute,like", 1));
+        assert!(!skipped("attribute,user,value", 1));
+        assert!(!skipped("user", 1));
+        assert!(read_event(b"\xff,a,like", 1, &csv).is_err());
+        let json = read_event(
+            br#"{"user":"u","attribute":"a","polarity":"like"}"#,
+            1,
+            &Format::Jsonl,
+        );
+        assert_eq!(json.unwrap().unwrap().user, "u");
+    }
+
+    #[test]
+    fn the_longest_line_is_read_and_marks_and_blanks_are_passed_over() {
+        let mut text = b"\xef\xbb\xbfone  \r\n  \n".to_vec();
+        text.extend(vec![b'x'; MAX_LINE_BYTES]);
+        text.extend(b"\n\xef\xbb\xbf\n");
+        text.extend(vec![b'y'; 3 * MAX_LINE_BYTES]);
+        let mut lines = Lines::new(&text[..]).unwrap();
+        let mut next = || {
+            let line = lines.next_line().unwrap()?;
+            Some(match line {
+                (number, Line::Text(text)) => (number, text.len(), text[0]),
+                (number, Line::TooLong(text)) => (number + 100, text.len(), text[0]),
+            })
+        };
+        assert_eq!(next(), Some((1, 3, b'o')));
+        assert_eq!(next(), Some((3, MAX_LINE_BYTES, b'x')));
+        // A byte order mark is one at the very beginning only.
+        assert_eq!(next(), Some((4, 3, 0xef)));
+        assert_eq!(next(), Some((105, 256, b'y')));
+        assert_eq!(next(), None);
+        let mut empty = Lines::new(&b""[..]).unwrap();
+        assert!(empty.next_line().unwrap().is_none());
+    }
+
+    #[test]
     fn quotes_hold_delimiters_and_headers_are_skipped() {
         let csv = Format::Delimited(Delimited::default());
         assert_eq!(read_event(b"user,attribute,value,at", 1, &csv), Ok(None));

@@ -1,8 +1,8 @@
-//! The whole store: `cargo bench -p simpatico-storage --bench store [-- w1 w2 w3 jsonl threads]`
+//! The whole store: `cargo bench -p simpatico-storage --bench store [-- w1 w2 w3 jsonl threads upkeep]`
 //!
 //! Bulk loads (appends of 8,192 events, all on disk at the end), opening, memory, questions through the
-//! public API while another thread appends, JSONL from a file, and 64 threads that append
-//! one durable event at a time. Figures go to `target/bench/store.json` (`--out DIR`
+//! public API while another thread appends, JSONL from a file, 64 threads that append one
+//! durable event at a time, and how long readers and writers wait for batches and a compaction. Figures go to `target/bench/store.json` (`--out DIR`
 //! elsewhere). tests/peers measures other systems on the same data.
 
 mod measure;
@@ -42,6 +42,9 @@ fn main() -> Outcome {
     }
     if wanted.has("threads") {
         threads(folder.path(), &mut report)?;
+    }
+    if wanted.has("upkeep") {
+        upkeep(folder.path(), &mut report)?;
     }
     report.save(&wanted)
 }
@@ -230,6 +233,59 @@ fn jsonl(folder: &Path, report: &mut Report) -> Outcome {
     outcome?;
     let speed = workload.edge_count() as f64 / taken;
     report.add("JSONL file (W2), durable, events/s", json!(speed.round()));
+    Ok(())
+}
+
+/// Snapshots while another thread appends batches, and appends while the store is compacted.
+fn upkeep(folder: &Path, report: &mut Report) -> Outcome {
+    let workload = Workload::w2(SEED);
+    let store = Store::open(folder.join("upkeep"), Options::default())?;
+    let events: Vec<_> = workload.events().collect();
+    let loading = AtomicBool::new(true);
+    let snapshots = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for events in events.chunks(APPEND) {
+                if store.append_with(events, Ack::Accepted).is_err() {
+                    break;
+                }
+            }
+            loading.store(false, Ordering::Relaxed);
+        });
+        let mut taken = Vec::new();
+        while loading.load(Ordering::Relaxed) {
+            taken.push(seconds(|| drop(store.snapshot())).0);
+            std::thread::sleep(std::time::Duration::from_micros(200));
+        }
+        taken
+    });
+    let waits = |mut times: Vec<f64>| {
+        times.sort_by(f64::total_cmp);
+        let at = |share: f64| times.get((times.len() as f64 * share) as usize);
+        let us = |t: Option<&f64>| round(t.unwrap_or(&0.0) * 1e6);
+        json!([us(at(0.5)), us(at(0.99)), us(times.last())])
+    };
+    let figure = "a snapshot while batches of 8,192 are appended, us (median, p99, most)";
+    report.add(figure, waits(snapshots));
+    drop(events);
+    store.flush()?;
+    let compacting = AtomicBool::new(true);
+    let (taken, appends) = std::thread::scope(|scope| {
+        let appends = scope.spawn(|| {
+            let mut random = Philox::new(SEED, 1 << 59);
+            let mut taken = Vec::new();
+            while compacting.load(Ordering::Relaxed) {
+                let event = [random_event(&workload, &mut random)];
+                taken.push(seconds(|| drop(store.append(&event))).0);
+            }
+            taken
+        });
+        let (taken, compacted) = seconds(|| store.compact());
+        compacting.store(false, Ordering::Relaxed);
+        compacted.map(|_| (taken, appends.join().unwrap_or_default()))
+    })?;
+    report.add("w2 compaction, s", json!(round(taken)));
+    let figure = "a durable event while w2 is compacted, us (median, p99, most)";
+    report.add(figure, waits(appends));
     Ok(())
 }
 

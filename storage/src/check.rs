@@ -5,7 +5,7 @@ use crate::embed::Embedder;
 use crate::error::Result;
 use crate::graph::{AttributeId, UserId};
 use crate::log::{self, Strictness};
-use crate::state::State;
+use crate::state::{Replay, State};
 use crate::store::{Options, Places, Store, lock};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::{OverlapMode, Sign};
@@ -40,11 +40,21 @@ pub struct CheckReport {
     pub problems: Vec<String>,
     /// Whether there are none.
     pub identical: bool,
+    /// What was wrong with the log, and what a repair made of it; `None` where it was whole.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mended: Option<String>,
+    /// Damaged places of the log that a repair went past.
+    #[serde(default, skip_serializing_if = "is_zero")]
+    pub passed_over: u64,
     /// What a repair had to give up; `None` where nothing was, or nothing was repaired.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub given_up: Option<String>,
     /// How long it took.
     pub seconds: f64,
+}
+
+fn is_zero(n: &u64) -> bool {
+    *n == 0
 }
 
 impl CheckReport {
@@ -72,7 +82,7 @@ impl Store {
             let at = shared.commit_all(inner)?.at;
             Ok((inner.state.clone(), at))
         })?;
-        let mut fresh = State::default();
+        let mut replay = Replay::default();
         log::replay(
             &shared.path,
             &Places::of(&shared.path).log,
@@ -80,8 +90,9 @@ impl Store {
             Some(&at),
             Strictness::Exact,
             Some(at.frames),
-            |frame| fresh.apply_frame(frame),
+            |frame| replay.apply_frame(frame),
         )?;
+        let mut fresh = replay.finish();
         fresh.seq = at.seq;
         let mut report = CheckReport {
             as_of: live.seq,
@@ -100,8 +111,10 @@ impl Store {
         Ok(report)
     }
 
-    /// Makes a store that does not open usable again: its log up to the first damage, its
-    /// mirror anew; then checks it. Says what was given up. The store must not be open.
+    /// Makes a store that does not open usable again, and then checks it: its log as far as it
+    /// can be believed, its mirror anew. Where sled's rows are whole and of a moment behind
+    /// the damage nothing is lost; else the frames behind the damage are kept if the chain of
+    /// digests proves them; what is lost is said. The store must not be open.
     pub fn repair(path: impl AsRef<Path>) -> Result<CheckReport> {
         let path = path.as_ref();
         let mark = crate::mark::read(&Places::of(path).mark).ok().flatten();
@@ -111,13 +124,14 @@ impl Store {
         };
         let (store, damage) = Self::open_with(path, options, Strictness::Repair)?;
         let as_of = store.snapshot().as_of();
-        let lost = mark.map_or(0, |m| m.seq.saturating_sub(as_of));
+        let after = mark.map_or(0, |m| m.seq.saturating_sub(as_of));
         let mut report = store.check()?;
-        if damage.is_some() || lost > 0 {
-            report.given_up = Some(format!(
-                "{lost} acknowledged operations after {as_of}: {}",
-                damage.as_deref().unwrap_or("the log ended early")
-            ));
+        let lost = damage.as_ref().map_or(0, |d| d.lost).max(after);
+        report.passed_over = damage.as_ref().map_or(0, |d| d.passed_over);
+        report.mended = damage.map(|d| d.what);
+        if lost > 0 || (report.mended.is_some() && report.passed_over == 0) {
+            let what = report.mended.as_deref().unwrap_or("the log ended early");
+            report.given_up = Some(format!("{lost} acknowledged operations: {what}"));
         }
         store.close()?;
         Ok(report)

@@ -11,21 +11,25 @@
 //!    and is synced. The mark still names the present one: a crash here leaves the old log,
 //!    and the next open deletes the new segments.
 //! 2. The new log is read back and must give the same state.
-//! 3. The mark is replaced by one that names the new generation (written aside, synced,
+//! 3. What was appended meanwhile follows, under the new numbers, frame for frame; for the
+//!    last of it appends wait. All of it is synced.
+//! 4. The mark is replaced by one that names the new generation (written aside, synced,
 //!    renamed, directory synced). This is the commit.
-//! 4. The old segments are deleted, the first one first; a crash here leaves files that the
-//!    next open deletes.
+//! 5. The old segments are deleted, the first one first, before anyone appends again; a crash
+//!    here leaves files that the next open deletes.
 
 use crate::embed::Embedder;
 use crate::error::{Result, StoreError};
 use crate::graph::AttributeId;
 use crate::log::{
-    self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness,
+    self, EventRecord, LogWriter, PairRecord, Payload, Record, StoredEdit, Strictness, TailPayload,
 };
 use crate::mark::{Mark, MarkFile};
 use crate::maximum_file::MaximumFile;
-use crate::state::State;
-use crate::store::{Inner, Options, Places, Store, directory_bytes, lock};
+use crate::renumber::{Renumber, Taken};
+use crate::sled_mirror::Dirty;
+use crate::state::{Replay, State};
+use crate::store::{Inner, Options, Places, Shared, Store, directory_bytes, lock};
 use serde::{Deserialize, Serialize};
 use std::borrow::Cow;
 use std::fs::File;
@@ -42,6 +46,10 @@ const CHUNK_RECORDS: u8 = 2;
 /// The longest chunk of a snapshot file.
 const CHUNK_MAX: usize = 8 << 20;
 const ENCODER_CHUNK: usize = 1 << 20;
+/// A new log that lacks less than this has caught up: the rest takes milliseconds.
+const CAUGHT_UP_BYTES: usize = 64 << 10;
+/// Writers may be faster than whoever catches up; after so many rounds they wait for the rest.
+const CATCH_UP_ROUNDS: usize = 12;
 
 /// What a compaction did.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -80,8 +88,18 @@ pub struct RestoreReport {
     pub as_of: u64,
 }
 
-/// Gives the payloads of a state's base to `sink`. Returns how many attributes were left out.
-fn write_base(state: &State, mut sink: impl FnMut(&mut Payload) -> Result<()>) -> Result<u64> {
+/// What a base leaves out, and the numbers it gives.
+pub(crate) struct BaseWritten {
+    attributes_dropped: u64,
+    /// By old number; `u32::MAX` for one left out.
+    attributes: Vec<u32>,
+}
+
+/// Gives the payloads of a state's base to `sink`.
+fn write_base(
+    state: &State,
+    mut sink: impl FnMut(&mut Payload) -> Result<()>,
+) -> Result<BaseWritten> {
     let mut base = Base {
         payload: Payload::new(state.seq + 1, Vec::new()),
         sink: &mut sink,
@@ -110,7 +128,10 @@ fn write_base(state: &State, mut sink: impl FnMut(&mut Payload) -> Result<()>) -
     }
     base.push(&Record::BaseEnd)?;
     base.flush()?;
-    Ok(kept.iter().filter(|keep| !**keep).count() as u64)
+    Ok(BaseWritten {
+        attributes_dropped: kept.iter().filter(|keep| !**keep).count() as u64,
+        attributes: numbers,
+    })
 }
 
 /// Which attributes a base keeps: those somebody says something of, and those that no
@@ -186,15 +207,20 @@ impl<F: FnMut(&mut Payload) -> Result<()>> Base<'_, F> {
 }
 
 /// Writes a state's base as the log of `at`'s generation, synced.
-fn write_log(dir: &Path, state: &State, at: Mark, segment_bytes: u64) -> Result<(LogWriter, u64)> {
+pub(crate) fn write_log(
+    dir: &Path,
+    state: &State,
+    at: Mark,
+    segment_bytes: u64,
+) -> Result<(LogWriter, BaseWritten)> {
     let mut new = LogWriter::create(dir, at, 1, segment_bytes, None)?;
-    let dropped = write_base(state, |payload| new.write_frame(payload))?;
+    let base = write_base(state, |payload| new.write_frame(payload))?;
     new.commit(&mut [])?;
-    Ok((new, dropped))
+    Ok((new, base))
 }
 
 /// Removes segments, the first ones first, so that what remains after a failure is no log.
-fn remove_segments(dir: &Path, which: impl Fn(u64) -> bool) -> Result<()> {
+pub(crate) fn remove_segments(dir: &Path, which: impl Fn(u64) -> bool) -> Result<()> {
     for (generation, _, path) in log::list_segments(dir)? {
         if which(generation) {
             std::fs::remove_file(&path).map_err(StoreError::io("remove", &path))?;
@@ -229,19 +255,105 @@ fn carry_maximum(old: &State, new: &State, at: &Mark) {
     }
 }
 
+/// A new log beside the one in use, and the state it comes to.
+struct NewLog {
+    log: LogWriter,
+    state: State,
+    attributes_dropped: u64,
+    /// From the numbers of the log in use to its own.
+    numbers: Renumber,
+}
+
+impl NewLog {
+    /// Takes in what the log in use got since. `old` is the state of its base.
+    fn follow(&mut self, tail: &[TailPayload], old: &State, shared: &Shared) -> Result<()> {
+        let encoder = self.state.encoder.clone();
+        for payload in tail {
+            self.follow_payload(payload, old)?;
+        }
+        if self.state.encoder != encoder {
+            let encoders = Places::of(&shared.path).encoders;
+            let cache = shared.options.embedding_cache_bytes;
+            self.state.load_encoder(&encoders, cache);
+        }
+        Ok(())
+    }
+
+    fn follow_payload(&mut self, tail: &TailPayload, old: &State) -> Result<()> {
+        let mut payload = Payload::new(tail.first_seq, Vec::new());
+        let mut failed = None;
+        let (state, numbers, log) = (&mut self.state, &mut self.numbers, &mut self.log);
+        let name = |attribute| old.graph.attribute_name(AttributeId(attribute));
+        let decoded = log::decode_payload(&tail.bytes, |record| {
+            if payload.is_full() {
+                if let Err(e) = log.write_frame(&mut payload) {
+                    failed = Some(e);
+                    return Err("writing".into());
+                }
+                payload = Payload::new(payload.next_seq(), Vec::new());
+            }
+            let taken = numbers.take(&record, state, name, |renumbered| {
+                payload.push(renumbered).map_err(|e| e.to_string())
+            })?;
+            if taken != Taken::Taken {
+                return Err("expected a known user and attribute".into());
+            }
+            if record.is_operation() {
+                payload.count_one();
+            }
+            Ok(())
+        });
+        if let Some(failure) = failed {
+            return Err(failure);
+        }
+        if let Err((_, reason)) = decoded {
+            return Err(StoreError::corrupt(log.path(), 0, reason));
+        }
+        if payload.next_seq() != tail.first_seq + u64::from(log::u32_at(&tail.bytes, 0)) {
+            return Err(self.differs());
+        }
+        self.state.seq = payload.next_seq() - 1;
+        self.log.write_frame(&mut payload)
+    }
+
+    fn differs(&self) -> StoreError {
+        let reason = "expected the rewritten log to end where the log in use does, got another end";
+        StoreError::corrupt(self.log.path(), 0, reason)
+    }
+}
+
 impl Store {
-    /// Rewrites the log to what is live, and the mirror with it: afterwards no byte of a
-    /// forgotten user is left in any file of the store, nor any event that was overtaken.
-    /// Appends wait meanwhile, all the way through: the base numbers users anew, so that no
-    /// event can be logged in between (about a second for 3 million registers). Snapshots do
-    /// not wait; until the end they are of the moment before. Needs room for the log and, in
-    /// memory, for the state a second time.
+    /// Rewrites the log to what is live, and the mirror with it: afterwards no byte of a user
+    /// who was forgotten before this call is left in any file of the store, nor any event that
+    /// was overtaken. Appends and snapshots go on meanwhile; at the end they wait for some
+    /// milliseconds while the store goes over to the new log. Costs about an open and a load of
+    /// what is live. Needs room for the log and, in memory, for the state a second time and for
+    /// what is appended meanwhile, encoded.
     pub fn compact(&self) -> Result<CompactReport> {
         let shared = &self.shared;
         let _one_at_a_time = lock(&shared.maintenance);
         let bytes_before = directory_bytes(&shared.path);
-        let (generation, attributes_dropped, mut left_behind) =
-            shared.at_length(|inner| self.rewrite(inner))?;
+        let (state, at) = shared.at_length(|inner| {
+            let mut log = shared.commit_all(inner)?;
+            log.tail = Some(Vec::new());
+            Ok((inner.state.clone(), log.at))
+        })?;
+        let new = self.write_aside(&state, at).inspect_err(|_| {
+            // Nothing happened yet: the old log is whole and goes on.
+            lock(&shared.log).tail = None;
+            let dir = Places::of(&shared.path).log;
+            let _ = remove_segments(&dir, |g| g != at.generation);
+        })?;
+        let attributes_dropped = new.attributes_dropped;
+        let old = shared.at_length(|inner| self.go_over(inner, new, &state))?;
+        drop((old, state));
+        let mut left_behind = Vec::new();
+        let places = Places::of(&shared.path);
+        if let Err(e) = remove_segments(&places.log, |g| g == at.generation) {
+            left_behind.push(e.to_string());
+        }
+        let encoder = self.encoder_digest();
+        remove_old_encoders(&places.encoders, encoder.as_deref(), &mut left_behind);
         if let Err(e) = shared.rebuild_mirror() {
             left_behind.push(e.to_string());
         }
@@ -249,61 +361,85 @@ impl Store {
             bytes_before,
             bytes_after: directory_bytes(&shared.path),
             attributes_dropped,
-            generation,
+            generation: at.generation + 1,
             left_behind,
         })
     }
 
-    /// Writes the state as a new log and goes over to it. Returns the generation, how many
-    /// attributes were dropped, and what could not be deleted.
-    fn rewrite(&self, inner: &mut Inner) -> Result<(u64, u64, Vec<String>)> {
+    /// Writes a state, which the log in use had at `at`, as a new log beside it, and lets that
+    /// catch up, until little is lacking.
+    fn write_aside(&self, old: &State, at: Mark) -> Result<NewLog> {
+        let shared = &self.shared;
+        let dir = Places::of(&shared.path).log;
+        remove_segments(&dir, |g| g != at.generation)?;
+        let generation = at.generation + 1;
+        let start = Mark {
+            generation,
+            digest: log::genesis_digest(at.store_id, generation),
+            frames: 0,
+            ..at
+        };
+        let (log, base) = write_log(&dir, old, start, shared.options.segment_bytes)?;
+        let state = self.read_back(&log, old)?;
+        carry_maximum(old, &state, &log.at);
+        let mut new = NewLog {
+            log,
+            state,
+            attributes_dropped: base.attributes_dropped,
+            numbers: Renumber::of_base(old, base.attributes),
+        };
+        for _ in 0..CATCH_UP_ROUNDS {
+            let tail = lock(&shared.log).tail.replace(Vec::new());
+            let tail = tail.unwrap_or_default();
+            new.follow(&tail, old, shared)?;
+            if tail.iter().map(|t| t.bytes.len()).sum::<usize>() < CAUGHT_UP_BYTES {
+                break;
+            }
+        }
+        new.log.commit(&mut [])?;
+        Ok(new)
+    }
+
+    /// The rest of the log in use, which nobody appends to now, and then the new one in its
+    /// place. Returns the old state.
+    fn go_over(&self, inner: &mut Inner, mut new: NewLog, old: &State) -> Result<State> {
         let shared = &self.shared;
         let places = Places::of(&shared.path);
         let mut log = shared.commit_all(inner)?;
-        let generation = log.at.generation + 1;
-        let at = Mark {
-            generation,
-            digest: log::genesis_digest(log.at.store_id, generation),
-            frames: 0,
-            ..log.at
-        };
-        remove_segments(&places.log, |g| g != log.at.generation)?;
-        let written = write_log(&places.log, &inner.state, at, shared.options.segment_bytes)
-            .and_then(|(new, dropped)| {
-                let state = self.read_back(&new, &inner.state)?;
-                Ok((new, dropped, state))
+        let generation = log.at.generation;
+        let tail = log.tail.take().unwrap_or_default();
+        let caught_up = new
+            .follow(&tail, old, shared)
+            .and_then(|()| new.log.commit(&mut []))
+            .and_then(|()| match new.log.at.seq == log.at.seq {
+                true => Ok(()),
+                false => Err(new.differs()),
             });
-        let (mut new, attributes_dropped, state) = match written {
-            Ok(written) => written,
-            Err(e) => {
-                // Nothing happened yet: the old log is whole and goes on.
-                let _ = remove_segments(&places.log, |g| g == generation);
-                return Err(e);
-            }
-        };
-        let mark = MarkFile::replace(&places.mark, &new.at).inspect_err(|e| shared.poison(e))?;
-        new.set_mark(mark);
-        carry_maximum(&inner.state, &state, &new.at);
-        let old = log.at.generation;
-        *log = new;
-        inner.state = state;
-        inner.payload = Payload::new(inner.state.seq + 1, Vec::new());
-        let mut left_behind = Vec::new();
-        if let Err(e) = remove_segments(&places.log, |g| g == old) {
-            left_behind.push(e.to_string());
+        if let Err(e) = caught_up {
+            let _ = remove_segments(&places.log, |g| g != generation);
+            return Err(e);
         }
-        remove_old_encoders(
-            &places.encoders,
-            inner.state.encoder.as_deref(),
-            &mut left_behind,
-        );
-        Ok((generation, attributes_dropped, left_behind))
+        let mark =
+            MarkFile::replace(&places.mark, &new.log.at).inspect_err(|e| shared.poison(e))?;
+        new.log.set_mark(mark);
+        crate::forgotten::start(&shared.path, new.log.at.generation, &new.state);
+        // Without a mark the older log counts while it has its first segment.
+        let first = log::segment_path(&places.log, generation, 1);
+        std::fs::remove_file(&first)
+            .map_err(StoreError::io("remove", &first))
+            .and_then(|()| log::sync_dir(&places.log))
+            .inspect_err(|e| shared.poison(e))?;
+        *log = new.log;
+        inner.payload = Payload::new(new.state.seq + 1, Vec::new());
+        // Of the old numbers; the mirror is made anew.
+        (inner.dirty, inner.seal) = (Dirty::default(), None);
+        Ok(std::mem::replace(&mut inner.state, new.state))
     }
 
     /// Reads a new log back and compares it with the state it was written from.
     fn read_back(&self, new: &LogWriter, live: &State) -> Result<State> {
         let places = Places::of(&self.shared.path);
-        let mut state = State::default();
+        let mut replay = Replay::default();
         log::replay(
             &self.shared.path,
             &places.log,
@@ -311,8 +447,9 @@ impl Store {
             Some(&new.at),
             Strictness::Exact,
             None,
-            |frame| state.apply_frame(frame),
+            |frame| replay.apply_frame(frame),
         )?;
+        let mut state = replay.finish();
         state.seq = live.seq;
         let same = state.registers_digest() == live.registers_digest()
             && state.graph.user_count() == live.graph.user_count()
@@ -453,11 +590,21 @@ fn write_snapshot_file(path: &Path, state: &State, places: &Places) -> Result<u6
 /// Reads a snapshot file's chunks, each checked, and the whole at the end.
 fn read_snapshot_file(
     path: &Path,
-    mut visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
+    visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
 ) -> Result<()> {
     let file = File::open(path).map_err(StoreError::io("open", path))?;
     let length = file.metadata().map_err(StoreError::io("read", path))?.len();
-    let mut input = BufReader::with_capacity(1 << 20, file);
+    let input = BufReader::with_capacity(1 << 20, file);
+    read_chunks(path, input, length, visit)
+}
+
+/// [`read_snapshot_file`] of the `length` bytes of `input`.
+fn read_chunks(
+    path: &Path,
+    mut input: impl Read,
+    length: u64,
+    mut visit: impl FnMut(u64, u8, &[u8], u64) -> Result<()>,
+) -> Result<()> {
     let mut hasher = blake3::Hasher::new();
     let mut offset = 0u64;
     let mut buffer = Vec::new();
@@ -533,28 +680,64 @@ fn check_snapshot_file(path: &Path) -> Result<()> {
     })
 }
 
+/// Takes a snapshot file's chunks in: the state, and the bytes of its encoder.
+struct Restored<'a> {
+    file: &'a Path,
+    replay: Replay,
+    encoder: Vec<u8>,
+}
+
+impl<'a> Restored<'a> {
+    fn new(file: &'a Path) -> Self {
+        Self {
+            file,
+            replay: Replay::default(),
+            encoder: Vec::new(),
+        }
+    }
+
+    fn take(&mut self, seq: u64, kind: u8, body: &[u8], offset: u64) -> Result<()> {
+        if kind == CHUNK_ENCODER {
+            self.encoder.extend_from_slice(body);
+            return Ok(());
+        }
+        self.replay.apply_frame(&log::Frame {
+            first_seq: seq.saturating_add(1),
+            count: 0,
+            previous: 0,
+            payload: body,
+            path: self.file,
+            payload_offset: offset,
+        })
+    }
+}
+
+/// The state of a snapshot file in memory.
+pub(crate) fn state_of(bytes: &[u8]) -> Result<State> {
+    let path = Path::new("memory");
+    let mut restored = Restored::new(path);
+    read_chunks(
+        path,
+        bytes,
+        bytes.len() as u64,
+        |seq, kind, body, offset| restored.take(seq, kind, body, offset),
+    )?;
+    Ok(restored.replay.finish())
+}
+
 fn restore_into(file: &Path, dir: &Path) -> Result<RestoreReport> {
     let places = Places::of(dir);
     for dir in [dir, &places.log, &places.encoders] {
         std::fs::create_dir_all(dir).map_err(StoreError::io("create", dir))?;
     }
-    let mut encoder = Vec::new();
-    let mut state = State::default();
+    let mut restored = Restored::new(file);
     read_snapshot_file(file, |seq, kind, body, offset| {
-        if kind == CHUNK_ENCODER {
-            encoder.extend_from_slice(body);
-            return Ok(());
-        }
-        let frame = log::Frame {
-            first_seq: seq.saturating_add(1),
-            count: 0,
-            previous: 0,
-            payload: body,
-            path: file,
-            payload_offset: offset,
-        };
-        state.apply_frame(&frame)
+        restored.take(seq, kind, body, offset)
     })?;
+    let Restored {
+        replay, encoder, ..
+    } = restored;
+    let state = replay.finish();
     if let Some(digest) = state.encoder.clone() {
         let found = blake3::hash(&encoder).to_hex();
         if found.as_str() != digest.as_ref() {

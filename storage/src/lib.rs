@@ -39,16 +39,21 @@ mod compact;
 mod embed;
 mod error;
 mod export;
+mod forgotten;
+#[doc(hidden)]
+pub mod fuzzing;
 pub mod graph;
 mod log;
 mod mark;
 mod maximum_file;
+mod renumber;
 pub mod sage;
 mod sled_mirror;
 mod snapshot;
 mod state;
 mod store;
 mod stream;
+mod sync;
 pub mod workload;
 
 pub use check::CheckReport;

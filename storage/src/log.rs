@@ -26,8 +26,13 @@ const SEGMENT_MAGIC: &[u8; 8] = b"SIMPSLOG";
 pub(crate) const SEGMENT_HEADER: usize = 64;
 /// Bytes of a frame before its payload: length, checksum, first sequence number, digest.
 pub(crate) const FRAME_HEADER: usize = 24;
-/// A payload is closed when it has this many bytes; the next record starts another.
-pub(crate) const PAYLOAD_FULL: usize = 4 << 20;
+/// A payload is closed when it has this many bytes; the next record starts another. (Tests
+/// of schedules are of few events, and some are to fill one.)
+pub(crate) const PAYLOAD_FULL: usize = if cfg!(feature = "schedules") {
+    80
+} else {
+    4 << 20
+};
 /// The longest payload a reader takes. One record never has more than [`RECORD_MAX`].
 const PAYLOAD_MAX: usize = PAYLOAD_FULL + RECORD_MAX + 1024;
 /// The longest record.
@@ -44,11 +49,16 @@ const TAG_PAIR: u8 = 8;
 const TAG_EDIT: u8 = 9;
 const TAG_BASE_END: u8 = 10;
 
+/// What a record may take when it is read. bincode counts numbers and strings at their size in
+/// memory, where a string of one byte in the log is a `Cow` of 24: with the writer's own limit a
+/// reader would refuse long records that were written and acknowledged.
+const READ_MAX: usize = 32 * RECORD_MAX;
+
 const BINCODE: bincode::config::Configuration<
     bincode::config::LittleEndian,
     bincode::config::Varint,
-    bincode::config::Limit<{ RECORD_MAX }>,
-> = bincode::config::standard().with_limit::<RECORD_MAX>();
+    bincode::config::Limit<{ READ_MAX }>,
+> = bincode::config::standard().with_limit::<READ_MAX>();
 
 /// One thing the log says.
 #[derive(Clone, Debug, PartialEq)]
@@ -507,7 +517,7 @@ fn decode_record<'a>(tag: u8, cursor: &mut Cursor<'a>) -> Result<Record<'a>, Str
 }
 
 /// The file name of a segment.
-fn segment_path(dir: &Path, generation: u64, number: u64) -> PathBuf {
+pub(crate) fn segment_path(dir: &Path, generation: u64, number: u64) -> PathBuf {
     dir.join(format!("{generation:06}-{number:08}.log"))
 }
 
@@ -565,6 +575,16 @@ pub(crate) struct LogWriter {
     mark: Option<MarkFile>,
     /// Bytes of all earlier segments.
     pub earlier_bytes: u64,
+    /// The payloads written since a compaction began: what the log it writes lacks.
+    pub tail: Option<Vec<TailPayload>>,
+}
+
+/// A payload that was written while a compaction is at work.
+pub(crate) struct TailPayload {
+    /// The sequence number of its first operation.
+    pub first_seq: u64,
+    /// As [`Frame::payload`].
+    pub bytes: Vec<u8>,
 }
 
 impl LogWriter {
@@ -598,6 +618,7 @@ impl LogWriter {
             at,
             mark,
             earlier_bytes: 0,
+            tail: None,
         })
     }
 
@@ -642,12 +663,18 @@ impl LogWriter {
             at: end.at,
             mark: None,
             earlier_bytes: end.earlier_bytes,
+            tail: None,
         })
     }
 
     /// From here on, commits are recorded in this mark.
     pub(crate) fn set_mark(&mut self, mark: MarkFile) {
         self.mark = Some(mark);
+    }
+
+    /// The last segment's file.
+    pub(crate) fn path(&self) -> &Path {
+        &self.path
     }
 
     /// The number of the last segment, and where it ends.
@@ -691,6 +718,12 @@ impl LogWriter {
             .write_all_at(frame, self.offset)
             .map_err(StoreError::io("write", &self.path))?;
         self.offset += frame.len() as u64;
+        if let Some(tail) = &mut self.tail {
+            tail.push(TailPayload {
+                first_seq: self.at.seq + 1,
+                bytes: frame[FRAME_HEADER..].to_vec(),
+            });
+        }
         self.at.digest = digest;
         self.at.seq = payload.next_seq() - 1;
         self.at.frames += 1;
@@ -702,10 +735,10 @@ impl LogWriter {
             .sync_data()
             .map_err(StoreError::io("sync", &self.path))?;
         let earlier_bytes = self.bytes();
-        let mark = self.mark.take();
+        let (mark, tail) = (self.mark.take(), self.tail.take());
         let number = self.number + 1;
         *self = Self::create(&self.dir, self.at, number, self.segment_bytes, mark)?;
-        self.earlier_bytes = earlier_bytes;
+        (self.earlier_bytes, self.tail) = (earlier_bytes, tail);
         Ok(())
     }
 
@@ -739,6 +772,22 @@ pub(crate) struct LogEnd {
     pub torn_bytes: u64,
     /// What was wrong, where damage was passed over ([`Strictness::Repair`]).
     pub damage: Option<String>,
+}
+
+impl LogEnd {
+    /// Before the first byte of a log's first segment.
+    fn before(path: &Path, number: u64) -> Self {
+        Self {
+            path: path.into(),
+            number,
+            offset: 0,
+            unsure_from: 0,
+            at: Mark::default(),
+            earlier_bytes: 0,
+            torn_bytes: 0,
+            damage: None,
+        }
+    }
 }
 
 /// What a replay does at damage.
@@ -804,16 +853,7 @@ pub(crate) fn replay(
             "expected a log segment, got no file",
         ));
     };
-    let mut end = LogEnd {
-        path: first_path.clone(),
-        number: *first_number,
-        offset: 0,
-        unsure_from: 0,
-        at: Mark::default(),
-        earlier_bytes: 0,
-        torn_bytes: 0,
-        damage: None,
-    };
+    let mut end = LogEnd::before(first_path, *first_number);
     let mut buffer = Vec::new();
     for (place, (_, number, path)) in segments.iter().enumerate() {
         let last = place + 1 == segments.len();
@@ -833,7 +873,17 @@ pub(crate) fn replay(
                 strictness,
                 until_frames,
             };
-            replay_segment(&context, &mut end, &mut buffer, &mut visit)?
+            let file = File::open(path).map_err(StoreError::io("open", path))?;
+            let length = file.metadata().map_err(StoreError::io("read", path))?.len();
+            let mut input = BufReader::with_capacity(1 << 18, file);
+            replay_segment(
+                &context,
+                &mut input,
+                length,
+                &mut end,
+                &mut buffer,
+                &mut visit,
+            )?
         };
         if until_frames.is_some_and(|until| end.at.frames >= until) {
             break;
@@ -871,6 +921,34 @@ pub(crate) fn replay(
     }
 }
 
+/// [`replay`] of a log that is one segment in memory, without a mark. Whether it is whole.
+pub(crate) fn replay_bytes(
+    bytes: &[u8],
+    mut visit: impl FnMut(&Frame<'_>) -> Result<()>,
+) -> Result<bool> {
+    let path = Path::new("memory");
+    let context = Context {
+        until_frames: None,
+        path,
+        number: 1,
+        generation: 1,
+        mark: None,
+        strictness: Strictness::Exact,
+    };
+    let (mut end, mut buffer) = (LogEnd::before(path, 1), Vec::new());
+    let length = bytes.len() as u64;
+    let mut input = bytes;
+    let damage = replay_segment(
+        &context,
+        &mut input,
+        length,
+        &mut end,
+        &mut buffer,
+        &mut visit,
+    )?;
+    Ok(damage.is_none())
+}
+
 #[derive(Clone, Copy)]
 struct Context<'a> {
     until_frames: Option<u64>,
@@ -887,9 +965,11 @@ struct Damage {
     reason: String,
 }
 
-/// Reads one segment up to its end or the first damage.
+/// Reads one segment up to its end or the first damage. Of `input` there are `length` bytes.
 fn replay_segment(
     context: &Context<'_>,
+    input: &mut impl Read,
+    length: u64,
     end: &mut LogEnd,
     buffer: &mut Vec<u8>,
     visit: &mut impl FnMut(&Frame<'_>) -> Result<()>,
@@ -902,9 +982,6 @@ fn replay_segment(
             reason,
         }))
     };
-    let file = File::open(path).map_err(StoreError::io("open", path))?;
-    let length = file.metadata().map_err(StoreError::io("read", path))?.len();
-    let mut input = BufReader::with_capacity(1 << 18, file);
     let mut header = [0u8; SEGMENT_HEADER];
     if length < SEGMENT_HEADER as u64 {
         return damage(0, format!("expected a segment header, got {length} bytes"));
@@ -924,12 +1001,33 @@ fn replay_segment(
     end.unsure_from = end.offset;
     while end.offset < length && context.until_frames != Some(end.at.frames) {
         let left = length - end.offset;
-        let frame = match read_frame(&mut input, left, end, buffer) {
+        let frame = match read_frame(input, left, end, buffer) {
             Ok(frame) => frame,
             Err(FrameError::Io(e)) => return Err(StoreError::io("read", path)(e)),
             Err(FrameError::Damaged(reason)) => return damage(end.offset, reason),
         };
         let digest = frame_digest(buffer, end.at.digest);
+        let after = Mark {
+            seq: frame.0 + u64::from(frame.1) - 1,
+            digest,
+            frames: end.at.frames + 1,
+            ..end.at
+        };
+        let marked = context.mark.filter(|m| m.frames == after.frames);
+        if let Some(mark) = marked
+            && (mark.seq, mark.digest) != (after.seq, after.digest)
+        {
+            let reason = format!(
+                "expected the frame that ends with {} and has digest {:016x}, got {} and {:016x}",
+                mark.seq, mark.digest, after.seq, after.digest
+            );
+            if context.strictness == Strictness::Exact {
+                return damage(end.offset, reason);
+            }
+            // The log itself is whole; it is the mark that is of another one.
+            let place = format!("{} at byte {}", path.display(), end.offset);
+            end.damage = Some(format!("{place}: {reason}"));
+        }
         let frame = Frame {
             first_seq: frame.0,
             count: frame.1,
@@ -947,17 +1045,8 @@ fn replay_segment(
             other => other?,
         }
         end.offset += buffer.len() as u64;
-        end.at.digest = digest;
-        end.at.seq = frame.first_seq + u64::from(frame.count) - 1;
-        end.at.frames += 1;
-        if let Some(mark) = context.mark.filter(|m| m.frames == end.at.frames) {
-            if (mark.seq, mark.digest) != (end.at.seq, end.at.digest) {
-                let reason = format!(
-                    "expected the frame that ends with {} and has digest {:016x}, got {} and {:016x}",
-                    mark.seq, mark.digest, end.at.seq, end.at.digest
-                );
-                return damage(end.offset, reason);
-            }
+        end.at = after;
+        if marked.is_some() {
             end.unsure_from = end.offset;
         }
     }
@@ -1019,6 +1108,182 @@ fn read_frame(
     Ok((first_seq, count))
 }
 
+/// What [`salvage`] found.
+pub(crate) struct Salvaged {
+    /// The last frame that was given to the visitor.
+    pub at: Mark,
+    /// Sequence numbers between the first and the mark's that were not found.
+    pub lost: u64,
+    /// The places that were gone past, because frames behind them were found.
+    pub gaps: Vec<String>,
+}
+
+/// The beginning of a log, for [`salvage`]. A base and the operations after it begin with the
+/// number that the first segment's header has; where that is damaged, with the first frame's.
+pub(crate) fn beginning(dir: &Path, mark: &Mark) -> Result<(u64, u64, Mark)> {
+    let path = segment_path(dir, mark.generation, 1);
+    let bytes = std::fs::read(&path).map_err(StoreError::io("read", &path))?;
+    let digest = genesis_digest(mark.store_id, mark.generation);
+    let runs = find_runs(&bytes, SEGMENT_HEADER, 1);
+    let mut frames = runs.iter().flatten();
+    // Of a first frame that is lost nothing is known but what its header may have said.
+    let first_seq = match (segment_digest(&path), frames.next()) {
+        (Some(_), _) => u64_at(&bytes, 40),
+        (None, Some(found)) if found.previous == digest => found.first_seq,
+        _ => 1,
+    };
+    let at = Mark {
+        seq: first_seq.wrapping_sub(1),
+        digest,
+        frames: 0,
+        ..*mark
+    };
+    Ok((1, SEGMENT_HEADER as u64, at))
+}
+
+/// A frame that was found whole, and where.
+struct Found {
+    offset: usize,
+    length: usize,
+    first_seq: u64,
+    count: u32,
+    previous: u64,
+    digest: u64,
+}
+
+impl Found {
+    fn last_seq(&self) -> u64 {
+        self.first_seq + u64::from(self.count) - 1
+    }
+
+    fn follows(&self, seq: u64, digest: u64) -> bool {
+        (self.first_seq, self.previous) == (seq.wrapping_add(1), digest)
+    }
+}
+
+/// Reads a damaged log as far as it can be believed, from the frame after `from` at a byte of
+/// its segment, and gives `visit` every frame that is proven to belong to it: those that the chain
+/// leads to without a gap and, with `past_gaps`, the frames behind a gap if the chain leads on
+/// from them to the digest that the mark or the next segment's header has. Whatever else lies
+/// between two gaps may be anybody's bytes, and is given up.
+pub(crate) fn salvage(
+    dir: &Path,
+    from: (u64, u64, Mark),
+    mark: Option<&Mark>,
+    past_gaps: bool,
+    mut visit: impl FnMut(&Frame<'_>) -> Result<()>,
+) -> Result<Salvaged> {
+    let (first_number, first_offset, at) = from;
+    let mut segments = list_segments(dir)?;
+    segments
+        .retain(|(generation, number, _)| *generation == at.generation && *number >= first_number);
+    let (lost, gaps) = (0, Vec::new());
+    let mut salvaged = Salvaged { at, lost, gaps };
+    for (place, (_, number, path)) in segments.iter().enumerate() {
+        let bytes = std::fs::read(path).map_err(StoreError::io("read", path))?;
+        let start = match *number == first_number {
+            true => first_offset as usize,
+            false => SEGMENT_HEADER,
+        };
+        let next = segments.get(place + 1).and_then(|s| segment_digest(&s.2));
+        for run in find_runs(&bytes, start, salvaged.at.seq.wrapping_add(1)) {
+            let (Some(first), Some(last)) = (run.first(), run.last()) else {
+                continue;
+            };
+            let is_next = first.follows(salvaged.at.seq, salvaged.at.digest);
+            let ends_right = |digest| mark.is_some_and(|m| m.digest == digest);
+            let proven = next == Some(last.digest) || run.iter().any(|f| ends_right(f.digest));
+            if !is_next {
+                if !proven || first.first_seq <= salvaged.at.seq {
+                    continue;
+                }
+                if !past_gaps {
+                    return Ok(salvaged.without(mark));
+                }
+                salvaged.lost += first.first_seq - salvaged.at.seq - 1;
+                let place = format!("{} before byte {}", path.display(), first.offset);
+                salvaged.gaps.push(place);
+            }
+            for found in &run {
+                let payload = found.offset + FRAME_HEADER..found.offset + found.length;
+                visit(&Frame {
+                    first_seq: found.first_seq,
+                    count: found.count,
+                    previous: found.previous,
+                    payload_offset: payload.start as u64,
+                    payload: &bytes[payload],
+                    path,
+                })?;
+                (salvaged.at.seq, salvaged.at.digest) = (found.last_seq(), found.digest);
+            }
+        }
+    }
+    Ok(salvaged.without(mark))
+}
+
+impl Salvaged {
+    /// Counts what lacks up to the mark.
+    fn without(mut self, mark: Option<&Mark>) -> Self {
+        self.lost += mark.map_or(0, |m| m.seq.saturating_sub(self.at.seq));
+        self
+    }
+}
+
+/// The whole frames of a segment from `start` on, those that follow each other together.
+fn find_runs(bytes: &[u8], start: usize, least_seq: u64) -> Vec<Vec<Found>> {
+    let mut runs: Vec<Vec<Found>> = Vec::new();
+    let (mut at, mut unbroken) = (start, false);
+    while at + FRAME_HEADER + 4 <= bytes.len() {
+        let Some(found) = find_frame(bytes, at, least_seq) else {
+            (at, unbroken) = (at + 1, false);
+            continue;
+        };
+        at += found.length;
+        match runs.last_mut() {
+            Some(run)
+                if unbroken
+                    && run
+                        .last()
+                        .is_some_and(|last| found.follows(last.last_seq(), last.digest)) =>
+            {
+                run.push(found);
+            }
+            _ => runs.push(vec![found]),
+        }
+        unbroken = true;
+    }
+    runs
+}
+
+/// The frame at this byte, if there is a whole one that does not begin before `least_seq`.
+fn find_frame(bytes: &[u8], at: usize, least_seq: u64) -> Option<Found> {
+    let rest = &bytes[at..];
+    let len = u32_at(rest, 0) as usize;
+    let first_seq = u64_at(rest, 8);
+    let plausible = (4..=PAYLOAD_MAX).contains(&len) && first_seq >= least_seq.max(1);
+    let frame = rest.get(..FRAME_HEADER + len).filter(|_| plausible)?;
+    let count = u32_at(frame, FRAME_HEADER);
+    first_seq.checked_add(u64::from(count))?;
+    let previous = u64_at(frame, 16);
+    (u32_at(frame, 4) == frame_crc(frame)).then(|| Found {
+        offset: at,
+        length: frame.len(),
+        first_seq,
+        count,
+        previous,
+        digest: frame_digest(frame, previous),
+    })
+}
+
+/// The chain digest that a segment's header begins with, if the header is whole.
+fn segment_digest(path: &Path) -> Option<u64> {
+    let mut header = [0; SEGMENT_HEADER];
+    File::open(path).ok()?.read_exact(&mut header).ok()?;
+    let whole =
+        header.starts_with(SEGMENT_MAGIC) && u32_at(&header, 60) == crc32c::crc32c(&header[..60]);
+    whole.then(|| u64_at(&header, 48))
+}
+
 /// Checks a segment's header against the chain so far; the first one starts the chain.
 fn check_segment_header(
     context: &Context<'_>,
@@ -1068,3 +1333,6 @@ fn check_segment_header(
     }
     Ok(Ok(()))
 }
+
+#[cfg(test)]
+mod tests;

@@ -165,6 +165,51 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_newest_slot_counts_and_another_version_is_named() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("mark");
+        let mark = |generation, seq, frames| Mark {
+            generation,
+            store_id: 9,
+            seq,
+            digest: 3,
+            frames,
+        };
+        // By generation, then sequence number, then frames; whichever slot it is in.
+        let rising = [mark(1, 9, 9), mark(2, 1, 9), mark(2, 5, 1), mark(2, 5, 2)];
+        for pair in rising.windows(2) {
+            for (first, second) in [(pair[0], pair[1]), (pair[1], pair[0])] {
+                let mut file = MarkFile::replace(&path, &first).unwrap();
+                file.write(&second).unwrap();
+                file.sync().unwrap();
+                assert_eq!(read(&path).unwrap(), Some(pair[1]));
+                assert_eq!(std::fs::metadata(&path).unwrap().len(), FILE_BYTES);
+            }
+        }
+        let mut bytes = std::fs::read(&path).unwrap();
+        assert_eq!(&bytes[..8], b"SIMPMARK");
+        bytes[8] = 2;
+        let crc = crc32c::crc32c(&bytes[..60]).to_le_bytes();
+        bytes[60..64].copy_from_slice(&crc);
+        std::fs::write(&path, &bytes).unwrap();
+        let error = read(&path).unwrap_err();
+        assert!(matches!(
+            error,
+            StoreError::Version {
+                expected: 1,
+                got: 2,
+                ..
+            }
+        ));
+        // Other bytes with a right checksum are no mark.
+        bytes[0] = b'X';
+        let crc = crc32c::crc32c(&bytes[..60]).to_le_bytes();
+        bytes[60..64].copy_from_slice(&crc);
+        std::fs::write(&path, &bytes[..64]).unwrap();
+        assert_eq!(read(&path).unwrap(), None);
+    }
+
+    #[test]
     fn any_flipped_bit_leaves_the_other_slot() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join("mark");

@@ -152,3 +152,71 @@ impl Shared {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn file() -> MaximumFile {
+        let kept = |max, pair, bounds: &[u32]| {
+            let bounds = bounds.to_vec();
+            Some(Kept { max, pair, bounds })
+        };
+        MaximumFile {
+            seq: 7,
+            digest: 1 << 63 | 5,
+            kept: [kept(3, (0, 2), &[3, 0, 4]), None],
+        }
+    }
+
+    #[test]
+    fn a_file_comes_back_as_it_was_and_a_changed_one_does_not() {
+        let mut both = file();
+        both.kept[1] = both.kept[0].clone();
+        for file in [file(), both] {
+            let bytes = file.to_bytes();
+            assert_eq!(MaximumFile::from_bytes(&bytes), Some(file));
+            for bit in 0..bytes.len() * 8 {
+                let mut flipped = bytes.clone();
+                flipped[bit / 8] ^= 1 << (bit % 8);
+                assert_eq!(MaximumFile::from_bytes(&flipped), None, "bit {bit}");
+            }
+        }
+    }
+
+    #[test]
+    fn what_is_under_a_right_digest_is_still_looked_at() {
+        let bytes = file().to_bytes();
+        let body = &bytes[..bytes.len() - 32];
+        let with = |body: &[u8]| {
+            let digest = *blake3::hash(body).as_bytes();
+            MaximumFile::from_bytes(&[body, &digest[..]].concat())
+        };
+        assert_eq!(with(body), Some(file()));
+        for cut in 0..body.len() {
+            assert_eq!(with(&body[..cut]), None, "cut at {cut}");
+        }
+        for at in [0, 8] {
+            let mut other = body.to_vec();
+            other[at] ^= 2;
+            assert_eq!(with(&other), None, "byte {at}");
+        }
+        assert!(file().is_at(7, 1 << 63 | 5));
+        assert!(!file().is_at(7, 5) && !file().is_at(6, 1 << 63 | 5));
+    }
+
+    #[test]
+    fn other_numbers_carry_the_bounds_along_and_who_is_gone_takes_the_pair_along() {
+        let swapped = file().renumbered(|old| Some(2 - old), 3);
+        let kept = swapped.kept[0].clone().unwrap();
+        assert_eq!((kept.max, kept.pair), (3, (2, 0)));
+        assert_eq!(kept.bounds, [4, 0, 3]);
+        for gone in [0, 2] {
+            let without = file().renumbered(|old| (old != gone).then_some(old), 4);
+            let kept = without.kept[0].clone().unwrap();
+            assert_eq!((kept.max, kept.pair), (0, (0, 0)));
+            assert_eq!(kept.bounds.len(), 4);
+            assert_eq!(kept.bounds[gone as usize], 0);
+        }
+    }
+}

@@ -15,7 +15,7 @@ use std::sync::Arc;
 use xxhash_rust::xxh3::xxh3_128_with_seed;
 
 /// How many events go to the graph at once.
-const BATCH: usize = 16_384;
+const BATCH: usize = 65_536;
 
 /// Everything a store knows.
 #[derive(Clone, Default)]
@@ -49,13 +49,20 @@ pub(crate) struct Forgotten {
     pub edits: u64,
 }
 
-impl State {
+/// A state on its way through a log. Its graph answers nothing before [`Replay::finish`].
+#[derive(Default)]
+pub(crate) struct Replay {
+    pub state: State,
+}
+
+impl Replay {
     /// Does what a frame says. An error names what the log should not have said.
     pub(crate) fn apply_frame(&mut self, frame: &Frame<'_>) -> Result<()> {
+        let state = &mut self.state;
         let mut batch: Vec<(UserId, AttributeId, Register<'_>)> = Vec::new();
         let (users, attributes) = (
-            self.graph.user_id_end(),
-            self.graph.attribute_count() as u32,
+            state.graph.user_id_end(),
+            state.graph.attribute_count() as u32,
         );
         let (mut users, mut attributes) = (users, attributes);
         frame.visit(|record| {
@@ -68,31 +75,43 @@ impl State {
                 }
                 batch.push(event.as_graph());
                 if batch.len() == BATCH {
-                    self.graph.set_batch(&batch);
+                    state.graph.set_registers(&mut batch);
                     batch.clear();
                 }
                 return Ok(());
             }
             if !batch.is_empty() && !matches!(record, Record::DefineUser { .. } | Record::DefineAttribute { .. }) {
-                self.graph.set_batch(&batch);
+                state.graph.set_registers(&mut batch);
                 batch.clear();
             }
-            self.apply(&record)?;
-            users = self.graph.user_id_end();
-            attributes = self.graph.attribute_count() as u32;
+            state.apply(&record)?;
+            users = state.graph.user_id_end();
+            attributes = state.graph.attribute_count() as u32;
             Ok(())
         })?;
-        self.graph.set_batch(&batch);
-        self.seq = frame.first_seq + u64::from(frame.count) - 1;
+        state.graph.set_registers(&mut batch);
+        state.seq = frame.first_seq + u64::from(frame.count) - 1;
         Ok(())
     }
 
+    /// The state at the end.
+    pub(crate) fn finish(self) -> State {
+        let mut state = self.state;
+        state.graph.post_all();
+        state
+    }
+}
+
+impl State {
     /// Does what one record says.
     pub(crate) fn apply(&mut self, record: &Record<'_>) -> Result<(), String> {
         match record {
             Record::Event(event) => {
                 let (user, attribute, register) = event.as_graph();
-                self.graph.set(user, attribute, register);
+                let change = self.graph.set(user, attribute, register);
+                if let Some((old, new)) = edge_change(change) {
+                    self.on_edge(user, attribute, old, new);
+                }
             }
             Record::DefineUser { number, name } => {
                 if *number != self.graph.user_id_end() || self.graph.add_user(name).0 != *number {

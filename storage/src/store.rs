@@ -23,9 +23,14 @@ use crate::log::{
 };
 use crate::mark::{self, Mark, MarkFile};
 use crate::maximum_file::MaximumFile;
+use crate::renumber::{Renumber, Taken};
 use crate::sled_mirror::{self, Dirty, MirrorState, Seal};
 use crate::snapshot::{Counts, Polarities, Snapshot};
-use crate::state::{State, edge_change, invalid};
+use crate::state::{Replay, State, edge_change, invalid};
+use crate::sync::atomic::{AtomicBool, Ordering};
+pub(crate) use crate::sync::lock;
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex, MutexGuard, try_lock, wait, wait_at_most};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::edit::{EditRecord, PreferencePair};
 use simpatico_schema::{Event, check_name};
@@ -34,13 +39,17 @@ use std::collections::VecDeque;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
-use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::Arc;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Readers do not wait for an append of more events.
-const LONG_APPEND: usize = 16_384;
+/// Readers do not wait for an append of more events. (Tests of schedules are of few events.)
+const LONG_APPEND: usize = if cfg!(feature = "schedules") {
+    3
+} else {
+    16_384
+};
+/// Nor for one of so many, if they have asked since the last.
+const MIDDLING_APPEND: usize = if cfg!(feature = "schedules") { 1 } else { 256 };
 /// How events of one append are taken to the graph: so many at a time.
 const BATCH: usize = 8_192;
 /// An event without a time that meets a register of the same millisecond comes after it, but
@@ -189,6 +198,8 @@ pub(crate) struct Shared {
     /// The moment before the long operation that is being applied; see [`Store::snapshot`].
     /// Taken before the state's lock.
     published: Mutex<Option<State>>,
+    /// Whether somebody took a snapshot since the last append of some length.
+    asked: AtomicBool,
     /// Held through a long operation. Taken before `published`.
     long: Mutex<()>,
     /// Held for its lock.
@@ -221,12 +232,6 @@ pub(crate) struct Queue {
 struct Commit {
     durable: u64,
     failure: Option<String>,
-}
-
-/// A lock whose data is right even if a thread died holding it: every change under these
-/// locks is complete before anything that could panic.
-pub(crate) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Milliseconds since 1970.
@@ -337,11 +342,23 @@ fn prepare_directory(path: &Path, create: bool) -> Result<()> {
     Ok(())
 }
 
+/// What a repair did about a damaged log.
+#[derive(Clone, Debug)]
+pub(crate) struct Mended {
+    /// What was wrong, and what was done.
+    pub what: String,
+    /// Acknowledged operations that are lost, where the log was gone through to its end; the
+    /// others are those after the last one found.
+    pub lost: u64,
+    /// Damaged places that were gone past.
+    pub passed_over: u64,
+}
+
 /// A log that was read, and the state it leads to.
 pub(crate) struct Loaded {
     pub state: State,
     pub log: LogWriter,
-    pub damage: Option<String>,
+    pub damage: Option<Mended>,
     pub dirty: Dirty,
     pub seal: Option<Seal>,
     pub mirror: MirrorState,
@@ -370,7 +387,7 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
         restore_maximum(maximum, &loaded);
         return Ok(loaded);
     }
-    let (mut state, mut dirty, mut frames) = (State::default(), Dirty::default(), 0);
+    let (mut replay, mut dirty, mut frames) = (Replay::default(), Dirty::default(), 0);
     let end = log::replay(
         path,
         &places.log,
@@ -394,18 +411,35 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
             if let Some(kept) =
                 maximum.take_if(|kept| kept.is_at(frame.first_seq - 1, frame.previous))
             {
-                kept.restore(&state);
+                kept.restore(&replay.state);
             }
-            state.apply_frame(frame)
+            replay.apply_frame(frame)
         },
     )?;
+    let mut state = replay.finish();
+    let ends_early = mark.as_ref().is_some_and(|m| m.frames > end.at.frames);
+    if strictness == Strictness::Repair
+        && (end.damage.is_some() || ends_early)
+        && let Ok(Some(mut what)) = mend(path, generation, mark.as_ref(), end.at.frames)
+    {
+        let damage = end.damage.as_deref().unwrap_or("the log ended early");
+        // The log is another now, and whole.
+        what.what = format!("{damage}; {}", what.what);
+        let damage = Some(what);
+        let loaded = load(path, options, Strictness::Exact)?;
+        return Ok(Loaded { damage, ..loaded });
+    }
     let seal = seal.filter(|held| held.belongs_to(&end.at));
     for (_, number, file) in segments.iter().filter(|s| s.0 == generation) {
         if *number > end.number {
             std::fs::remove_file(file).map_err(StoreError::io("remove", file))?;
         }
     }
-    let damage = end.damage.clone();
+    let damage = end.damage.clone().map(|what| Mended {
+        what,
+        lost: 0,
+        passed_over: 0,
+    });
     let mut log = if end.at.store_id == 0 && end.offset == 0 {
         // Not even the first segment's header is whole.
         return Ok(Loaded {
@@ -427,6 +461,78 @@ pub(crate) fn load(path: &Path, options: &Options, strictness: Strictness) -> Re
     };
     restore_maximum(maximum, &loaded);
     Ok(loaded)
+}
+
+/// Mends a log that is damaged after so many frames, by writing it anew as the base of a state
+/// that has more than what is before the damage. `None` where that cannot be had safely.
+///
+/// 1. sled's rows, if their seal is right and of a moment behind the damage, hold all that was
+///    said before it: nothing is lost. The frames after the seal follow.
+/// 2. Else every frame that the chain proves, wherever the damage is. Names given in a lost frame
+///    are unknown, and what is said of them is lost too. The file of the forgotten sees that
+///    nobody comes back whose forgetting was lost; without it there is no going past a gap.
+fn mend(
+    path: &Path,
+    generation: u64,
+    mark: Option<&Mark>,
+    whole_frames: u64,
+) -> Result<Option<Mended>> {
+    let places = Places::of(path);
+    let forgotten = crate::forgotten::read(path, generation);
+    let seal = sled_mirror::read_seal(&places)
+        .filter(|seal| seal.frames > whole_frames && mark.is_some_and(|m| seal.belongs_to(m)));
+    let rows = seal.and_then(|seal| Some((sled_mirror::load(&places, &seal)?.0, seal)));
+    let from_rows = rows.is_some();
+    let (mut state, from) = match rows {
+        Some((state, seal)) => (state, seal.position()),
+        None => match mark.filter(|_| forgotten.is_some()) {
+            None => return Ok(None),
+            Some(mark) => (State::default(), log::beginning(&places.log, mark)?),
+        },
+    };
+    let mut numbers = Renumber::same(&state);
+    let mut unknown = 0;
+    let found = log::salvage(&places.log, from, mark, forgotten.is_some(), |frame| {
+        frame.visit(|record| {
+            let taken = numbers.take(&record, &mut state, |_| "", |_| Ok(()))?;
+            unknown += u64::from(taken == Taken::Unknown && record.is_operation());
+            Ok(())
+        })
+    })?;
+    if found.gaps.is_empty() && !from_rows {
+        // Nothing is behind the damage: the log is cut there.
+        return Ok(None);
+    }
+    for user in forgotten.iter().flatten().filter_map(|u| numbers.user(*u)) {
+        if !state.graph.user_name(UserId(user)).is_empty() {
+            state.forget(user);
+        }
+    }
+    state.seq = found.at.seq;
+    let at = Mark {
+        generation: generation + 1,
+        digest: log::genesis_digest(found.at.store_id, generation + 1),
+        frames: 0,
+        ..found.at
+    };
+    crate::compact::remove_segments(&places.log, |g| g != generation)?;
+    let (new, _) =
+        crate::compact::write_log(&places.log, &state, at, Options::default().segment_bytes)?;
+    MarkFile::replace(&places.mark, &new.at)?;
+    crate::compact::remove_segments(&places.log, |g| g == generation)?;
+    let source = match from_rows {
+        true => "what was said before is whole in sled".to_string(),
+        false => "the frames before and behind it were kept".to_string(),
+    };
+    let gaps = match found.gaps.is_empty() {
+        true => String::new(),
+        false => format!("; lost: {}", found.gaps.join(", ")),
+    };
+    Ok(Some(Mended {
+        what: source + &gaps,
+        lost: found.lost + unknown,
+        passed_over: found.gaps.len() as u64 + u64::from(from_rows),
+    }))
 }
 
 /// What was kept of the maximum, where it was kept at the log's very end.
@@ -550,10 +656,11 @@ impl Store {
         path: &Path,
         options: Options,
         strictness: Strictness,
-    ) -> Result<(Self, Option<String>)> {
+    ) -> Result<(Self, Option<Mended>)> {
         prepare_directory(path, options.create)?;
         let lock_file = lock_store(path)?;
         let loaded = load(path, &options, strictness)?;
+        crate::forgotten::ensure(path, loaded.log.at.generation, &loaded.state);
         let damage = loaded.damage.clone();
         Ok((Self::start(path, options, lock_file, loaded)?, damage))
     }
@@ -589,6 +696,7 @@ impl Store {
             mirror_wake: Condvar::new(),
             maximum_saved: Mutex::default(),
             published: Mutex::default(),
+            asked: AtomicBool::new(false),
             long: Mutex::default(),
             lock_file,
         });
@@ -605,7 +713,7 @@ impl Store {
 
     fn spawn(&mut self, name: &str, work: fn(&Shared)) -> Result<()> {
         let shared = self.shared.clone();
-        let thread = std::thread::Builder::new()
+        let thread = thread::Builder::new()
             .name(name.into())
             .spawn(move || work(&shared))
             .map_err(StoreError::io("start a thread for", &self.shared.path))?;
@@ -651,7 +759,10 @@ impl Store {
             self.shared.check_writable()?;
             inner.append(&self.shared, taken)
         };
-        let receipt = match taken.len() > LONG_APPEND {
+        // Publishing makes this append copy what it writes, which is for readers alone.
+        let is_long = taken.len() > LONG_APPEND
+            || (taken.len() > MIDDLING_APPEND && self.shared.asked.swap(false, Ordering::Relaxed));
+        let receipt = match is_long {
             true => self.shared.at_length(append)?,
             false => append(&mut lock(&self.shared.inner))?,
         };
@@ -663,10 +774,13 @@ impl Store {
     }
 
     /// A consistent moment to read from, which includes every append that has returned.
-    /// O(1). Waits at most while an append of 16,384 events is applied (some milliseconds):
-    /// during a longer one, and while anything else that takes long is applied, it is the moment
-    /// before.
+    /// O(1). During an append of more than 256 events, and while anything else that takes long is
+    /// applied, it is the moment before and waits for nothing. (The first snapshot since an append
+    /// began may wait for that one, if it is of no more than 16,384 events: a few milliseconds.)
     pub fn snapshot(&self) -> Snapshot {
+        if !self.shared.asked.load(Ordering::Relaxed) {
+            self.shared.asked.store(true, Ordering::Relaxed);
+        }
         let published = lock(&self.shared.published);
         let state = match &*published {
             Some(state) => state.clone(),
@@ -725,6 +839,8 @@ impl Store {
     /// Every embedding made before is void; O(edges).
     pub fn set_encoder(&self, weights: &Path) -> Result<String> {
         let bytes = std::fs::read(weights).map_err(StoreError::io("read", weights))?;
+        // A compaction removes weights that nothing names yet.
+        let _no_compaction = lock(&self.shared.maintenance);
         let digest = blake3::hash(&bytes).to_hex().to_string();
         let cache_bytes = self.shared.options.embedding_cache_bytes;
         let sage = embed::new_sage(weights, &bytes, cache_bytes)?;
@@ -814,6 +930,8 @@ impl Store {
         let mut gone = None;
         let as_of = self.shared.operate(|inner, shared| {
             let id = inner.state.graph.user_id(user).ok_or_else(unknown)?;
+            let generation = lock(&shared.log).at.generation;
+            crate::forgotten::add(&shared.path, generation, id.0)?;
             inner.log_record(shared, &Record::Forget { user: id.0 })?;
             gone = Some(inner.state.forget(id.0));
             Ok(())
@@ -949,10 +1067,7 @@ impl Shared {
         let mut queue = lock(&self.queue);
         while queue.bytes > self.options.pending_max_bytes {
             self.check_writable()?;
-            queue = self
-                .room
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
+            queue = wait(&self.room, queue);
         }
         Ok(())
     }
@@ -962,10 +1077,7 @@ impl Shared {
         let mut queue = lock(&self.queue);
         while queue.bytes > self.options.pending_max_bytes {
             self.check_writable()?;
-            queue = self
-                .room
-                .wait(queue)
-                .unwrap_or_else(PoisonError::into_inner);
+            queue = wait(&self.room, queue);
         }
         queue.bytes += payload.len();
         queue.full.push_back(payload);
@@ -999,10 +1111,7 @@ impl Shared {
                 let reason = reason.clone();
                 return Err(StoreError::Poisoned { reason });
             }
-            commit = self
-                .done
-                .wait(commit)
-                .unwrap_or_else(PoisonError::into_inner);
+            commit = wait(&self.done, commit);
         }
     }
 
@@ -1043,10 +1152,7 @@ impl Shared {
             let closing = {
                 let mut queue = lock(&self.queue);
                 while !queue.wanted && queue.full.is_empty() && !queue.closing {
-                    queue = self
-                        .work
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner);
+                    queue = wait(&self.work, queue);
                 }
                 queue.closing
             };
@@ -1066,11 +1172,8 @@ impl Shared {
         let (mut last_seq, mut since) = (0, Instant::now());
         let mut closing = lock(&self.mirror_closing);
         while !*closing {
-            let wait = Duration::from_millis(250);
-            closing = match self.mirror_wake.wait_timeout(closing, wait) {
-                Ok((guard, _)) => guard,
-                Err(e) => e.into_inner().0,
-            };
+            let limit = Duration::from_millis(250);
+            closing = wait_at_most(&self.mirror_wake, &self.mirror_closing, closing, limit);
             if *closing || self.refused.load(Ordering::Acquire) {
                 return;
             }
@@ -1100,21 +1203,21 @@ impl Shared {
         let mut log = lock(&self.log);
         // Before the open payload is taken: who rings after this, rings for the next turn.
         lock(&self.queue).wanted = false;
-        let open = match self.inner.try_lock() {
-            Ok(mut inner) => Some(inner.take_payload(self)),
-            Err(std::sync::TryLockError::Poisoned(e)) => Some(e.into_inner().take_payload(self)),
-            Err(std::sync::TryLockError::WouldBlock) => None,
-        };
+        let mut inner = try_lock(&self.inner);
+        let open = inner.as_mut().map(|inner| inner.take_payload(self));
         let mut payloads: Vec<Payload> = {
             let mut queue = lock(&self.queue);
+            // The state is let go only here. Before, somebody could put a payload into the queue
+            // that comes after the open one, and it would be written before it.
+            drop(inner);
             if open.is_none() {
                 queue.wanted = true;
             }
             if open.is_none() && queue.full.is_empty() {
                 // Whoever is at work may not ring (a snapshot does not), so look again soon.
                 drop(log);
-                let wait = Duration::from_micros(50);
-                let _ = self.work.wait_timeout(queue, wait);
+                let limit = Duration::from_micros(50);
+                drop(wait_at_most(&self.work, &self.queue, queue, limit));
                 return Ok(());
             }
             queue.full.drain(..).collect()
@@ -1214,12 +1317,20 @@ impl Inner {
     }
 
     fn make_room(&mut self, shared: &Shared) -> Result<()> {
-        if self.payload.is_full() {
-            let next = Payload::new(self.payload.next_seq(), Vec::new());
-            let full = std::mem::replace(&mut self.payload, next);
-            let spare = shared.enqueue(full)?;
-            self.payload = Payload::new(self.payload.next_seq(), spare);
+        match self.payload.is_full() {
+            true => self.close_payload(shared),
+            false => Ok(()),
         }
+    }
+
+    fn close_payload(&mut self, shared: &Shared) -> Result<()> {
+        if self.payload.is_empty() {
+            return Ok(());
+        }
+        let next = Payload::new(self.payload.next_seq(), Vec::new());
+        let full = std::mem::replace(&mut self.payload, next);
+        let spare = shared.enqueue(full)?;
+        self.payload = Payload::new(self.payload.next_seq(), spare);
         Ok(())
     }
 
@@ -1290,6 +1401,12 @@ impl Inner {
         let now = now_ms();
         let latest = now.saturating_add(shared.options.future_max_ms);
         let mut receipt = Receipt::default();
+        // A batch that one payload can hold is not begun at the end of another: a payload is a
+        // frame, and what a crash leaves is whole frames.
+        let bytes: usize = events.iter().map(bytes_at_most).sum();
+        if self.payload.len() + bytes > log::PAYLOAD_FULL {
+            self.close_payload(shared)?;
+        }
         let mut numbers = std::mem::take(&mut self.scratch);
         let mut batch = Vec::with_capacity(BATCH.min(events.len()));
         for events in events.chunks(BATCH) {
@@ -1391,6 +1508,12 @@ impl Inner {
         let differs = held.polarity != register.polarity;
         (differs && (0..ARRIVAL_BUMP_MAX_MS).contains(&ahead)).then(|| held.at + 1)
     }
+}
+
+/// What an event takes in a payload, if both its names are new, and a little more.
+fn bytes_at_most(event: &Event) -> usize {
+    let id = event.id.as_ref().map_or(0, String::len);
+    48 + event.user.len() + event.attribute.len() + id
 }
 
 /// The events that were not rejected.

@@ -4,13 +4,14 @@
 //! that the store does not take go to the rejected events with their reason; the rest goes on.
 
 use crate::error::{Result, StoreError};
-use crate::store::{Ack, Store, lock};
-use crossbeam::channel::{Receiver, Sender, TrySendError, bounded};
+use crate::store::{Ack, Store};
+use crate::sync::atomic::{AtomicU64, Ordering};
+use crate::sync::mpsc::{Receiver, SyncSender, TrySendError, sync_channel};
+use crate::sync::thread::{self, JoinHandle};
+use crate::sync::{Condvar, Mutex, lock, wait};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::Event;
-use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Condvar, Mutex, PoisonError};
-use std::thread::JoinHandle;
+use std::sync::{Arc, PoisonError};
 
 /// What a full queue does to a sender.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -74,7 +75,7 @@ impl StreamCounts {
 /// A running stream. `Clone` it for each producer; [`Stream::finish`] the last one.
 #[derive(Clone)]
 pub struct Stream {
-    sender: Sender<Event>,
+    sender: SyncSender<Event>,
     capacity: usize,
     when_full: WhenFull,
     state: Arc<StreamState>,
@@ -90,7 +91,7 @@ struct StreamState {
 impl Stream {
     /// Starts the consumer's thread.
     pub fn start(store: Arc<Store>, options: StreamOptions) -> Result<Self> {
-        let (sender, receiver) = bounded(options.capacity.max(1));
+        let (sender, receiver) = sync_channel(options.capacity.max(1));
         let state = Arc::new(StreamState {
             sent: AtomicU64::new(0),
             counts: Mutex::default(),
@@ -104,7 +105,7 @@ impl Stream {
             consumer: Arc::default(),
         };
         let path = store.path().to_path_buf();
-        let consumer = std::thread::Builder::new()
+        let consumer = thread::Builder::new()
             .name("simpatico-stream".into())
             .spawn(move || consume(&store, &options, &receiver, &state))
             .map_err(StoreError::io("start a thread for", &path))?;
@@ -157,11 +158,7 @@ impl Stream {
                 let reason = reason.clone();
                 return Err(StoreError::Poisoned { reason });
             }
-            counts = self
-                .state
-                .moved
-                .wait(counts)
-                .unwrap_or_else(PoisonError::into_inner);
+            counts = wait(&self.state.moved, counts);
         }
         drop(counts);
         Ok(self.counts())

@@ -310,6 +310,175 @@ fn a_long_log_is_opened_by_way_of_the_rows() {
     assert!(store.check().unwrap().identical);
 }
 
+/// Where the frames of a log begin, segment by segment, and how long each is.
+fn frames(store: &Path) -> Vec<(PathBuf, usize, usize)> {
+    let mut all = Vec::new();
+    for file in files(&store.join("log")) {
+        let bytes = std::fs::read(&file).unwrap();
+        let mut at = 64;
+        while at < bytes.len() {
+            let length = u32::from_le_bytes(bytes[at..at + 4].try_into().unwrap()) as usize + 24;
+            all.push((file.clone(), at, length));
+            at += length;
+        }
+    }
+    all
+}
+
+fn damage(file: &Path, at: usize) {
+    let mut bytes = std::fs::read(file).unwrap();
+    bytes[at] ^= 0x10;
+    std::fs::write(file, bytes).unwrap();
+}
+
+#[test]
+fn a_repair_loses_nothing_where_sled_has_what_was_said() {
+    let dir = temporary();
+    let path = dir.path().join("store");
+    let digest = made(&path, 120, true).pop().unwrap();
+    let (file, at, length) = frames(&path).swap_remove(20);
+    damage(&file, at + length / 2);
+    let refused = Store::open(&path, Options::default());
+    assert!(matches!(refused, Err(StoreError::Corrupt { .. })));
+    let report = Store::repair(&path).unwrap();
+    assert!(report.identical && report.given_up.is_none(), "{report:?}");
+    assert_eq!(report.passed_over, 1);
+    let store = Store::open(&path, Options::default()).unwrap();
+    assert_eq!(store.snapshot().digest(), digest);
+    assert_eq!(store.snapshot().as_of(), 120);
+}
+
+/// Without sled, what is lost is what the damaged frames held.
+#[test]
+fn a_repair_keeps_the_frames_behind_the_damage() {
+    let dir = temporary();
+    let whole = dir.path().join("whole");
+    made(&whole, 120, false);
+    let named = |n: u64| {
+        let of = event(n);
+        (0..n).any(|m| event(m).user == of.user)
+            && (0..n).any(|m| event(m).attribute == of.attribute)
+    };
+    let all: Vec<u64> = (0..120).collect();
+    // Operation 0 is in the log's first frame; an unchanged event would be in none.
+    let places = frames(&whole);
+    assert_eq!(places.len(), all.len());
+    let known: Vec<u64> = all.iter().copied().filter(|n| named(*n)).collect();
+    for lost in known.iter().step_by(known.len() / 7) {
+        let path = dir.path().join("damaged");
+        copy(&whole, &path);
+        let (file, at, length) = &places[*lost as usize];
+        damage(
+            &path.join("log").join(file.file_name().unwrap()),
+            at + length - 2,
+        );
+        let report = Store::repair(&path).unwrap();
+        assert!(
+            report.identical && report.passed_over == 1,
+            "{lost}: {report:?}"
+        );
+        let given_up = report.given_up.unwrap();
+        assert!(given_up.starts_with("1 acknowledged"), "{lost}: {given_up}");
+        let expected = dir.path().join("expected");
+        let store = Store::open(&expected, Options::default()).unwrap();
+        for n in all.iter().filter(|n| *n != lost) {
+            store.append(&[event(*n)]).unwrap();
+        }
+        let repaired = Store::open(&path, Options::default()).unwrap();
+        assert_eq!(
+            repaired.snapshot().digest(),
+            store.snapshot().digest(),
+            "{lost}"
+        );
+        drop((store, repaired));
+        std::fs::remove_dir_all(&path).unwrap();
+        std::fs::remove_dir_all(&expected).unwrap();
+    }
+}
+
+#[test]
+fn nobody_comes_back_whose_forgetting_was_damaged() {
+    let dir = temporary();
+    let like = |user: &str, at| Event::new(user, "wood", Polarity::Like).at(at);
+    for with_the_file in [true, false] {
+        let path = dir.path().join(format!("store {with_the_file}"));
+        let options = Options {
+            mirror: false,
+            ..Options::default()
+        };
+        let store = Store::open(&path, options).unwrap();
+        store.append(&[like("ada", 1)]).unwrap();
+        store.append(&[like("ben", 2)]).unwrap();
+        store.forget("ada").unwrap();
+        store.append(&[like("ben", 3)]).unwrap();
+        store.close().unwrap();
+        let (file, at, length) = frames(&path).swap_remove(2);
+        damage(&file, at + length - 1);
+        if !with_the_file {
+            std::fs::remove_file(path.join("forgotten")).unwrap();
+        }
+        let report = Store::repair(&path).unwrap();
+        assert!(report.identical && report.given_up.is_some(), "{report:?}");
+        let store = Store::open(&path, Options::default()).unwrap();
+        let moment = store.snapshot();
+        // Without the file nothing behind the damage is believed.
+        let (as_of, users) = match with_the_file {
+            true => (4, vec!["ben"]),
+            false => (2, vec!["ada", "ben"]),
+        };
+        assert_eq!(moment.as_of(), as_of);
+        assert_eq!(moment.users().collect::<Vec<_>>(), users);
+    }
+}
+
+/// The log is written anew while events, new names and forgettings go on arriving.
+#[test]
+fn appends_go_on_while_the_store_is_compacted() {
+    let dir = temporary();
+    let take = |store: &Store, n: u64| {
+        store.append(&[event(n)]).unwrap();
+        if n % 150 == 149 {
+            let gone = event(n).user;
+            store.forget(&gone).unwrap();
+        }
+        if n % 40 == 0 {
+            let name = format!("new {n}");
+            let new = Event::new(&name, &name, Polarity::Like).at(n as i64);
+            store
+                .append_with(&[new], simpatico_storage::Ack::Accepted)
+                .unwrap();
+        }
+    };
+    let plain = Store::open(dir.path().join("plain"), Options::default()).unwrap();
+    let path = dir.path().join("compacted");
+    let store = Store::open(&path, Options::default()).unwrap();
+    const EVENTS: u64 = 3_000;
+    (0..EVENTS).for_each(|n| take(&plain, n));
+    let reached = std::sync::atomic::AtomicU64::new(0);
+    std::thread::scope(|scope| {
+        scope.spawn(|| {
+            for n in 0..EVENTS {
+                take(&store, n);
+                reached.store(n, std::sync::atomic::Ordering::Relaxed);
+            }
+        });
+        let mut compactions = 0;
+        while reached.load(std::sync::atomic::Ordering::Relaxed) + 1 < EVENTS {
+            store.compact().unwrap();
+            compactions += 1;
+        }
+        assert!(compactions > 0);
+    });
+    let digest = plain.snapshot().digest();
+    assert_eq!(store.snapshot().digest(), digest);
+    assert_eq!(store.snapshot().as_of(), plain.snapshot().as_of());
+    let report = store.check().unwrap();
+    assert!(report.identical, "{report:?}");
+    store.close().unwrap();
+    let again = Store::open(&path, Options::default()).unwrap();
+    assert_eq!(again.snapshot().digest(), digest);
+}
+
 fn pair(user: &str) -> simpatico_schema::edit::PreferencePair {
     simpatico_schema::edit::PreferencePair {
         user: user.into(),

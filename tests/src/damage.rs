@@ -74,7 +74,10 @@ fn judge(
             let open = Store::open(store, Options::default());
             let open = open.unwrap_or_else(|e| panic!("{what}: after the repair: {e}"));
             let snapshot = open.snapshot();
-            if let Some(then) = once(snapshot.as_of()) {
+            // Past a gap it is the truth less what was lost, which no moment ever was.
+            if report.passed_over == 0
+                && let Some(then) = once(snapshot.as_of())
+            {
                 assert_eq!(snapshot.digest(), then, "{what}: repaired to another state");
             }
             outcomes.add("named and repaired");

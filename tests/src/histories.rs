@@ -11,7 +11,12 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 use std::path::{Path, PathBuf};
 
+/// Moves of a history. A longer one begins with the moves of the shorter one of its seed.
 const MOVES: u32 = 100;
+/// The same where there are more histories than CI runs.
+const MANY_MOVES: u32 = 200;
+/// As many as CI runs.
+pub(crate) const FEW: u64 = 2_000;
 const DIM: usize = 4;
 
 /// Writes a small GraphSAGE encoder with random weights, and says where.
@@ -315,7 +320,7 @@ impl History<'_> {
     }
 }
 
-fn history(seed: u64, folder: &Path, encoder: &Path) {
+fn history(seed: u64, moves: u32, folder: &Path, encoder: &Path) {
     let place = folder.join("place 0");
     let mut history = History {
         random: Philox::new(seed, 9),
@@ -329,7 +334,7 @@ fn history(seed: u64, folder: &Path, encoder: &Path) {
     history.open("the first open");
     history.store().set_encoder(encoder).expect("an encoder");
     let mut old: Option<(Snapshot, Model)> = None;
-    for step in 0..MOVES {
+    for step in 0..moves {
         let what = format!("seed {seed}, move {step}");
         history.step(&mut old, &what);
         match history.random.below(40) {
@@ -358,12 +363,13 @@ fn prove(store: &Store, what: &str) {
 pub fn row(plan: Plan) -> String {
     let folder = in_memory();
     let encoder = write_encoder(folder.path());
+    let moves = if plan.count > FEW { MANY_MOVES } else { MOVES };
     for number in 0..plan.count {
         case();
         let own = folder.path().join(number.to_string());
         std::fs::create_dir_all(&own).expect("a folder");
-        history(plan.seed + number, &own, &encoder);
+        history(plan.seed + number, moves, &own, &encoder);
         let _ = std::fs::remove_dir_all(&own);
     }
-    format!("equal in all {} histories of {MOVES} moves", plan.count)
+    format!("equal in all {} histories of {moves} moves", plan.count)
 }

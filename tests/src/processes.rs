@@ -17,7 +17,7 @@ const EFBIG: i32 = 27;
 const ENOSPC: i32 = 28;
 
 /// The folder of the built programs.
-fn programs() -> PathBuf {
+pub(crate) fn programs() -> PathBuf {
     let own = std::env::current_exe().expect("this program's path");
     let folder = own.parent().expect("a folder");
     // Tests lie one folder deeper.
@@ -380,7 +380,7 @@ fn ended(command: &mut Command, what: &str) -> i32 {
 }
 
 /// The exit status (a signal counts as 128 + its number), or `None` after the time limit.
-fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
+pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
     let started = std::time::Instant::now();
     while started.elapsed() < limit {
@@ -395,7 +395,8 @@ fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
     None
 }
 
-fn mount(arguments: &[&str], at: &Path) -> bool {
+/// Mounts a file system in memory, where this process may.
+pub(crate) fn mount(arguments: &[&str], at: &Path) -> bool {
     let mut command = Command::new("mount");
     command
         .args(["-t", "tmpfs", "-o"])
@@ -406,6 +407,11 @@ fn mount(arguments: &[&str], at: &Path) -> bool {
         .stderr(Stdio::null())
         .status()
         .is_ok_and(|s| s.success())
+}
+
+/// Takes away what [`mount`] mounted.
+pub(crate) fn unmount(at: &Path) {
+    let _ = Command::new("umount").arg(at).status();
 }
 
 /// The row of full disks. Where this process may not mount, only file-size limits are tried,
@@ -456,7 +462,7 @@ pub fn full_disk(plan: Plan) -> String {
         let check = || assert_survived(&run.watched().join("store"), &acks, job, &what);
         let survived = std::panic::catch_unwind(std::panic::AssertUnwindSafe(check));
         if mounted {
-            let _ = Command::new("umount").arg(run.watched()).status();
+            unmount(&run.watched());
         }
         if let Err(panic) = survived {
             std::panic::resume_unwind(panic);

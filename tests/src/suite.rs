@@ -1,6 +1,9 @@
 //! The rows of the fault table: what each does, how often, and how the table is written.
 
-use crate::{damage, forgetting, histories, processes, threads, volume};
+use crate::{
+    commands, damage, forgetting, histories, linearizable, poison, processes, schedules, threads,
+    volume,
+};
 use std::collections::BTreeMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
@@ -43,9 +46,9 @@ pub fn case() {
 pub const ROWS: &[Row] = &[
     Row {
         name: "histories",
-        what: "random histories (events, repeated and late ones, forget, compact, snapshot and restore, crash, reopen; 100 moves each) against a plain model: registers, neighbours with ties, counts, and embeddings bit for bit against a rebuild",
+        what: "random histories (events, repeated and late ones, forget, compact, snapshot and restore, crash, reopen; 100 moves each, 200 where there are more than in CI) against a plain model: registers, neighbours with ties, counts, and embeddings bit for bit against a rebuild",
         seed: 1,
-        small: 300,
+        small: histories::FEW,
         full: 100_000,
         run: histories::row,
     },
@@ -61,7 +64,7 @@ pub const ROWS: &[Row] = &[
         name: "bit-flips",
         what: "1 to 8 flipped bits in any file of a store (log, mark, seal, sled, encoder, lock, rejected lines) or in a snapshot file: the right answer or an error that names the place; a repair gives the bytes of a rebuild",
         seed: 3,
-        small: 1_000,
+        small: 2_000,
         full: 20_000,
         run: damage::bit_flips,
     },
@@ -93,7 +96,7 @@ pub const ROWS: &[Row] = &[
         name: "failed-syncs",
         what: "one failed sync, then the program again, then a power cut; what a failed sync left is taken as clean and lost by the kernel: no acknowledged event lost",
         seed: 6,
-        small: 30,
+        small: 50,
         full: 500,
         run: processes::failed_syncs,
     },
@@ -101,7 +104,7 @@ pub const ROWS: &[Row] = &[
         name: "failing-calls",
         what: "EIO, ENOSPC or EFBIG from the n-th write, sync, rename, open or read, once or from then on; n up to the count: a named error, no panic, no hang, reopens with all that was acknowledged",
         seed: 21,
-        small: 150,
+        small: 300,
         full: 3_000,
         run: processes::failing_calls,
     },
@@ -138,10 +141,42 @@ pub const ROWS: &[Row] = &[
         run: threads::row,
     },
     Row {
+        name: "schedules",
+        what: "group commit, snapshots, long operations, compaction, streams and a failing log under so many random and so many PCT schedules (shuttle), shared out among six scenarios; the cell of the cache under all there are",
+        seed: 71,
+        small: 20_000,
+        full: 1_000_000,
+        run: schedules::row,
+    },
+    Row {
+        name: "linearizable",
+        what: "so many registers, each written and read by 8 threads at once, with the times of all calls recorded: each history is linearizable",
+        seed: 52,
+        small: 2_000,
+        full: 10_000,
+        run: linearizable::row,
+    },
+    Row {
+        name: "poison",
+        what: "a stream of so many events of which one in a hundred is none: each is kept with its place and reason, all others are applied, the stream goes on",
+        seed: 53,
+        small: 100_000,
+        full: 10_000_000,
+        run: poison::row,
+    },
+    Row {
+        name: "commands",
+        what: "the program under SIGINT, SIGTERM and SIGKILL at a random moment (ingest, snapshot, restore, compact), its reader gone (export), its disk full (export, snapshot): the right exit status, files whole or absent, stores that open as they were",
+        seed: 54,
+        small: 60,
+        full: 500,
+        run: commands::row,
+    },
+    Row {
         name: "volume",
         what: "so many events through one store in a process of its own, from half of them on: bytes held flat within 5 %, resident memory within 10 %, descriptors and threads flat, the log at most 4 times what is live after a compaction; opens again as it was",
         seed: 61,
-        small: 100_000,
+        small: 1_000_000,
         full: 100_000_000,
         run: volume::row,
     },

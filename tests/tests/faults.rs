@@ -27,6 +27,10 @@ rows! {
     kill_nine_at_a_random_moment_loses_nothing_acknowledged: "kills",
     forgotten_users_leave_no_byte: "forget",
     writers_and_readers_see_whole_batches: "threads",
+    no_schedule_breaks_the_concurrent_parts: "schedules",
+    concurrent_calls_are_linearizable: "linearizable",
+    what_is_no_event_is_kept_apart_and_stops_nothing: "poison",
+    the_program_survives_signals_lost_readers_and_full_disks: "commands",
     many_events_leave_memory_flat: "volume",
 }
 

@@ -9,6 +9,8 @@ use super::tree::Tree;
 
 /// Strings in one allocation.
 const STRINGS: usize = 16;
+/// The most bytes that a pack keeps to spare.
+const SPARE_MAX: usize = 512;
 
 /// Byte strings by number; those never written are empty.
 #[derive(Clone, Debug, Default)]
@@ -88,9 +90,7 @@ impl Pack {
         let old_len = self.bytes.len();
         let new_len = old_len - (to - from) + with.len();
         if new_len > self.bytes.capacity() {
-            // An eighth to spare: most packs are full-grown, and they are most of the memory.
-            let room = new_len.next_multiple_of(16) + new_len / 8;
-            self.bytes.reserve_exact(room - old_len);
+            self.bytes.reserve_exact(room(new_len) - old_len);
         }
         if new_len > old_len {
             self.bytes.resize(new_len, 0);
@@ -103,15 +103,42 @@ impl Pack {
             *end = end.wrapping_add(grown);
         }
         if self.bytes.capacity() > 64 && new_len < self.bytes.capacity() / 2 {
-            self.bytes.shrink_to(new_len + new_len / 8);
+            self.bytes.shrink_to(room(new_len));
         }
     }
+}
+
+/// The capacity for so many bytes. Packs are most of the memory, and those of users with
+/// equally long records grow at the same moment: an eighth to spare whatever the length made a
+/// store of full-grown records swell by an eighth when one more register in a hundred came. A
+/// write moves half a pack's bytes anyway, so copying it once in hundreds of bytes is little.
+fn room(len: usize) -> usize {
+    len.next_multiple_of(16) + (len / 8).min(SPARE_MAX)
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use simpatico_schema::random::Philox;
+
+    #[test]
+    fn a_pack_that_grows_and_shrinks_never_keeps_much_to_spare() {
+        let mut pack = Pack::default();
+        let entry = [7; 5];
+        for n in 0..10_000 {
+            pack.splice(n % STRINGS, (0, 0), &entry);
+            let spare = pack.bytes.capacity() - pack.bytes.len();
+            assert!(spare <= SPARE_MAX + 16, "{spare} to spare");
+        }
+        for n in 0..9_900 {
+            pack.splice(n % STRINGS, (0, entry.len()), &[]);
+            let (capacity, len) = (pack.bytes.capacity(), pack.bytes.len());
+            assert!(
+                capacity <= 64 || capacity <= 2 * len,
+                "{capacity} for {len}"
+            );
+        }
+    }
 
     #[test]
     fn splices_equal_those_of_plain_vectors() {

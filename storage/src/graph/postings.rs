@@ -66,6 +66,13 @@ pub(crate) enum Chunk {
 }
 
 impl Posting {
+    /// A posting of these chunks.
+    pub fn of(chunks: Vec<Chunk>) -> Self {
+        let count = chunks.iter().map(Chunk::count).sum();
+        let chunks = chunks.into();
+        Self { chunks, count }
+    }
+
     pub fn count(&self) -> usize {
         self.count as usize
     }
@@ -139,6 +146,18 @@ fn locate(user: u32, user_end: u32, layout: Layout) -> (usize, u16, usize) {
 }
 
 impl Chunk {
+    /// Of these users, none twice, in a chunk that has `users` users.
+    pub fn of_users(ids: &[u16], users: usize, layout: Layout) -> Self {
+        Self::of(ids, layout.words(users), layout)
+    }
+
+    fn count(&self) -> u32 {
+        match self {
+            Self::Empty => 0,
+            Self::List { len, .. } | Self::Bits { len, .. } => *len,
+        }
+    }
+
     fn insert(&mut self, id: u16, users: usize, layout: Layout) {
         match self {
             Self::Empty => {

@@ -36,6 +36,15 @@ pub(crate) struct Registers<'a> {
 /// The edges of a record, by attribute id rising.
 pub(crate) struct Edges<'a>(Registers<'a>);
 
+impl Register<'_> {
+    /// Which of two events wins: greater time, then id, then polarity.
+    pub(crate) fn order(&self, other: &Register<'_>) -> std::cmp::Ordering {
+        let ids = || self.id.as_bytes().cmp(other.id.as_bytes());
+        let polarities = || self.polarity.cmp(&other.polarity);
+        self.at.cmp(&other.at).then_with(ids).then_with(polarities)
+    }
+}
+
 impl<'a> Registers<'a> {
     pub fn new(bytes: &'a [u8]) -> Self {
         let base = bytes.first_chunk().map_or(0, |b| i64::from_le_bytes(*b));
@@ -181,6 +190,62 @@ pub(crate) fn plan(
     push_entry(new, attribute - before, to, all.base);
     let (to, old) = (from, None);
     Some(Splice { from, to, old })
+}
+
+/// What [`merge`] did.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Merged {
+    /// Registers that took an event.
+    pub changed: u32,
+    /// Registers whose edge is another.
+    pub moved: u32,
+    /// Edges more than before.
+    pub edges: i64,
+}
+
+/// A record that has taken events, at most one an attribute and those rising, into `new`.
+pub(crate) fn merge<'a>(
+    record: &[u8],
+    events: impl Iterator<Item = (u32, Register<'a>)>,
+    new: &mut Vec<u8>,
+) -> Merged {
+    new.clear();
+    let mut events = events.peekable();
+    let mut held = Registers::new(record).peekable();
+    let base = match (record.first_chunk(), events.peek()) {
+        (Some(base), _) => i64::from_le_bytes(*base),
+        (None, first) => first.map_or(0, |(_, to)| to.at),
+    };
+    new.extend_from_slice(&base.to_le_bytes());
+    let (mut merged, mut before) = (Merged::default(), 0);
+    loop {
+        let (attribute, register) = match (held.peek(), events.peek()) {
+            (None, None) => return merged,
+            (Some(&(a, _)), Some(&(b, _))) if a < b => (a, held.next()),
+            (Some(&(a, _)), None) => (a, held.next()),
+            (_, Some(&(b, to))) => {
+                events.next();
+                let old = held.next_if(|(a, _)| *a == b);
+                let stays = old.as_ref().is_some_and(|(_, old)| old.order(&to).is_ge());
+                if stays {
+                    (b, old)
+                } else {
+                    let old = old.and_then(|(_, old)| old.polarity.sign());
+                    merged.changed += 1;
+                    merged.moved += u32::from(old != to.polarity.sign());
+                    merged.edges +=
+                        i64::from(to.polarity.sign().is_some()) - i64::from(old.is_some());
+                    push_entry(new, b - before, to, base);
+                    before = b;
+                    continue;
+                }
+            }
+        };
+        if let Some((_, register)) = register {
+            push_entry(new, attribute - before, register, base);
+            before = attribute;
+        }
+    }
 }
 
 /// Appends an entry. `gap` is from the attribute before, `base` the record's.

@@ -169,6 +169,9 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
                 let mode = [OverlapMode::Shared, OverlapMode::Agreeing][random.below(2) as usize];
                 assert_eq!(graph.max_overlap(mode), model.max_overlap(mode), "{seed}");
             }
+            if random.below(40) == 0 {
+                graph.post_all();
+            }
             if random.below(60) == 0 {
                 // Go on from an older moment, as another history.
                 let back = random.below(snapshots.len() as u32 + 1) as usize;
@@ -308,7 +311,7 @@ fn a_batch_does_what_its_events_do_one_by_one() {
             one_by_one.add_user(&format!("u{i}"));
             one_by_one.add_attribute(&format!("a{i}"));
         }
-        let mut batched = one_by_one.clone();
+        let (mut batched, mut loaded) = (one_by_one.clone(), one_by_one.clone());
         for _ in 0..4 {
             let event = |_| {
                 let to = Register {
@@ -318,23 +321,26 @@ fn a_batch_does_what_its_events_do_one_by_one() {
                 };
                 (UserId(random.below(21)), AttributeId(random.below(21)), to)
             };
-            let events: Vec<_> = (0..150).map(event).collect();
+            let mut events: Vec<_> = (0..150).map(event).collect();
             let changes: Vec<_> = events
                 .iter()
                 .map(|e| one_by_one.set(e.0, e.1, e.2))
                 .collect();
             assert_eq!(batched.set_batch(&events), changes);
+            loaded.set_registers(&mut events);
         }
-        assert_eq!(batched.edge_count(), one_by_one.edge_count());
-        for user in (0..20).map(UserId) {
-            assert!(batched.registers(user).eq(one_by_one.registers(user)));
-            for sign in [Sign::Dislike, Sign::Like] {
-                let attribute = AttributeId(user.0);
-                assert!(
-                    batched
-                        .posting(attribute, sign)
-                        .eq(one_by_one.posting(attribute, sign))
-                );
+        loaded.post_all();
+        for other in [batched, loaded] {
+            assert_eq!(other.edge_count(), one_by_one.edge_count());
+            for user in (0..20).map(UserId) {
+                assert!(other.registers(user).eq(one_by_one.registers(user)));
+                for sign in [Sign::Dislike, Sign::Like] {
+                    let attribute = AttributeId(user.0);
+                    let posting = one_by_one.posting(attribute, sign);
+                    assert!(other.posting(attribute, sign).eq(posting));
+                    let degree = one_by_one.degree(attribute, sign);
+                    assert_eq!(other.degree(attribute, sign), degree);
+                }
             }
         }
     }

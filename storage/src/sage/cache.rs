@@ -5,8 +5,9 @@
 //! (user number modulo slots), so the cache is bounded and losing an entry only costs time.
 
 use super::UserId;
-use std::sync::atomic::AtomicU64;
-use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use crate::sync::atomic::AtomicU64;
+use crate::sync::{Mutex, lock};
+use std::sync::{Arc, OnceLock};
 
 const CHUNK: usize = 1024;
 const SLOTS_MAX: usize = 1 << 24;
@@ -46,8 +47,7 @@ impl Cache {
     pub(super) fn get(&self, user: UserId) -> Option<Entry> {
         let slot = (user.0 as usize).checked_rem(self.slots)?;
         let chunk = self.chunks[slot / CHUNK].get()?;
-        let slot = chunk[slot % CHUNK].lock();
-        let entry = slot.unwrap_or_else(PoisonError::into_inner);
+        let entry = lock(&chunk[slot % CHUNK]);
         entry.as_ref().filter(|entry| entry.user == user).cloned()
     }
 
@@ -58,8 +58,7 @@ impl Cache {
         };
         let chunk = self.chunks[slot / CHUNK]
             .get_or_init(|| (0..CHUNK).map(|_| Mutex::new(None)).collect());
-        let slot = chunk[slot % CHUNK].lock();
-        let mut slot = slot.unwrap_or_else(PoisonError::into_inner);
+        let mut slot = lock(&chunk[slot % CHUNK]);
         let newer = |old: &Entry| old.user == entry.user && old.version > entry.version;
         if !slot.as_ref().is_some_and(newer) {
             *slot = Some(entry);

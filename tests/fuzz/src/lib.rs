@@ -69,7 +69,7 @@ pub fn corpus(target: &Target) -> Vec<Vec<u8>> {
     files.iter().map(read).collect()
 }
 
-/// Writes the files of the corpus that stores make: a log segment, a snapshot file, and a
+/// Writes the files of the corpus that stores make: a log segment, a snapshot file, rows, and a
 /// picture with its provenance. They are committed; this is how they came to be.
 pub fn write_corpus() {
     use simpatico_schema::edit::Provenance;
@@ -82,6 +82,16 @@ pub fn write_corpus() {
     let store = simpatico_storage::Store::open(&path, Default::default()).expect("opens");
     let snapshot = corpus.join("snapshot-file/store.snapshot");
     store.export_snapshot(&snapshot).expect("a snapshot");
+    let rows = targets::open_rows(&folder.path().join("rows"));
+    for (tree, name) in (0..).zip(["user", "attribute", "learned", "pair", "edit"]) {
+        let row = 1;
+        let mut bytes = vec![tree, row];
+        bytes.extend(
+            rows.value(usize::from(tree), usize::from(row))
+                .expect("a row"),
+        );
+        std::fs::write(corpus.join("sled-rows").join(name), bytes).expect("written");
+    }
     let mut record = Provenance {
         version: 1,
         software: "simpatico".into(),
@@ -113,9 +123,8 @@ pub fn input(target: &Target, corpus: &[Vec<u8>], seed: u64, number: u64) -> Vec
 
 /// How long this thread was on a processor: unlike the clock, hardly moved by other programs.
 fn processor_time() -> Duration {
-    let text = std::fs::read_to_string("/proc/thread-self/schedstat").unwrap_or_default();
-    let first = text.split_whitespace().next();
-    Duration::from_nanos(first.and_then(|n| n.parse().ok()).unwrap_or(0))
+    let now = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
 /// Runs a target. `keep` receives each case's bytes before it is tried, so that an abort

@@ -7,7 +7,7 @@ use simpatico_engine::tokenizer::Tokenizer;
 use simpatico_engine::weights::Weights;
 use simpatico_engine::{picture, provenance};
 use simpatico_schema::formats::{Column, Delimited, Format, Line, Lines, read_event};
-use simpatico_storage::{Options, Store};
+use simpatico_storage::{Options, Snapshot, Store, fuzzing};
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -66,7 +66,16 @@ pub const TARGETS: &[Target] = &[
         mend: |bytes| repair::log_segment(bytes),
         run: log_segment,
         must_accept: true,
-        small: 1_000,
+        small: 20_000,
+    },
+    Target {
+        name: "log-in-a-store",
+        also: &["../fuzz/corpus/log-segment"],
+        words: &["\u{3}", "\u{9}"],
+        mend: |bytes| repair::log_segment(bytes),
+        run: log_in_a_store,
+        must_accept: true,
+        small: 500,
     },
     Target {
         name: "sled-rows",
@@ -75,7 +84,16 @@ pub const TARGETS: &[Target] = &[
         mend: repair::nothing,
         run: sled_rows,
         must_accept: true,
-        small: 60,
+        small: 5_000,
+    },
+    Target {
+        name: "rows-in-a-store",
+        also: &["../fuzz/corpus/sled-rows"],
+        words: &["\u{3}"],
+        mend: repair::nothing,
+        run: rows_in_a_store,
+        must_accept: true,
+        small: 40,
     },
     Target {
         name: "snapshot-file",
@@ -84,7 +102,16 @@ pub const TARGETS: &[Target] = &[
         mend: repair::snapshot_file,
         run: snapshot_file,
         must_accept: true,
-        small: 1_000,
+        small: 20_000,
+    },
+    Target {
+        name: "snapshot-restored",
+        also: &["../fuzz/corpus/snapshot-file"],
+        words: &["\u{3}"],
+        mend: repair::snapshot_file,
+        run: snapshot_restored,
+        must_accept: true,
+        small: 500,
     },
     Target {
         name: "safetensors",
@@ -238,8 +265,7 @@ fn plain() -> Options {
 }
 
 /// Reads everything once, as a program would.
-fn look_at(store: &Store) {
-    let moment = store.snapshot();
+fn look_at(moment: &Snapshot) {
     let users: Vec<String> = moment.users().map(str::to_string).collect();
     for user in users.iter().take(20) {
         let _ = moment.registers(user);
@@ -250,6 +276,17 @@ fn look_at(store: &Store) {
 }
 
 fn log_segment(bytes: &[u8]) -> bool {
+    match fuzzing::log_segment(bytes) {
+        Ok((moment, whole)) => {
+            look_at(&moment);
+            whole
+        }
+        Err(_) => false,
+    }
+}
+
+/// The same bytes as a store's log, opened and repaired.
+fn log_in_a_store(bytes: &[u8]) -> bool {
     let store = folder().join("log-store");
     let _ = std::fs::remove_dir_all(&store);
     std::fs::create_dir_all(store.join("log")).expect("a folder");
@@ -257,7 +294,7 @@ fn log_segment(bytes: &[u8]) -> bool {
     std::fs::write(file, bytes).expect("written");
     match Store::open(&store, plain()) {
         Ok(open) => {
-            look_at(&open);
+            look_at(&open.snapshot());
             true
         }
         Err(_) => {
@@ -268,6 +305,12 @@ fn log_segment(bytes: &[u8]) -> bool {
 }
 
 fn snapshot_file(bytes: &[u8]) -> bool {
+    let moment = fuzzing::snapshot_file(bytes);
+    moment.inspect(look_at).is_ok()
+}
+
+/// The same bytes as a file, restored and opened.
+fn snapshot_restored(bytes: &[u8]) -> bool {
     let (file, store) = (folder().join("snapshot"), folder().join("restored"));
     let _ = std::fs::remove_dir_all(&store);
     std::fs::write(&file, bytes).expect("written");
@@ -276,13 +319,37 @@ fn snapshot_file(bytes: &[u8]) -> bool {
         return false;
     }
     let open = Store::open(&store, plain()).expect("what was restored opens");
-    look_at(&open);
+    look_at(&open.snapshot());
     true
 }
 
-/// The bytes are the value of one of sled's rows; which one, their sum decides. The seal is
-/// made right, so that the rows are read.
+/// The first byte picks one of sled's trees, the second a row of it, and the rest is the row's
+/// value.
 fn sled_rows(bytes: &[u8]) -> bool {
+    let [tree, row, value @ ..] = bytes else {
+        return false;
+    };
+    thread_local! {
+        static ROWS: OnceCell<fuzzing::Rows> = const { OnceCell::new() };
+    }
+    let read = ROWS.with(|rows| {
+        let rows = rows.get_or_init(|| open_rows(&folder().join("rows open")));
+        rows.with(usize::from(*tree), usize::from(*row), value)
+    });
+    read.inspect(look_at).is_ok()
+}
+
+/// The rows of a store that is made for it.
+pub(crate) fn open_rows(store: &Path) -> fuzzing::Rows {
+    write_store(store, 2);
+    fuzzing::Rows::open(store).expect("rows")
+}
+
+/// The same in a store whose seal is made right, so that an open reads the rows.
+fn rows_in_a_store(bytes: &[u8]) -> bool {
+    let [tree, row, value @ ..] = bytes else {
+        return false;
+    };
     let (template, store) = (folder().join("rows"), folder().join("rows now"));
     if !template.exists() {
         write_store(&template, 90);
@@ -290,16 +357,17 @@ fn sled_rows(bytes: &[u8]) -> bool {
     let _ = std::fs::remove_dir_all(&store);
     copy(&template, &store);
     let trees = ["users", "attributes", "learned", "pairs", "edits"];
-    let sum: usize = bytes.iter().map(|b| usize::from(*b)).sum();
     {
         let config = sled::Config::new()
             .path(store.join("sled"))
             .flush_every_ms(None);
         let db = config.open().expect("sled opens");
-        let tree = db.open_tree(trees[sum % trees.len()]).expect("a tree");
+        let tree = db
+            .open_tree(trees[usize::from(*tree) % trees.len()])
+            .expect("a tree");
         let keys: Vec<_> = tree.iter().keys().flatten().collect();
-        if let Some(key) = keys.get(sum / 5 % keys.len().max(1)) {
-            tree.insert(key, bytes).expect("inserted");
+        if let Some(key) = keys.get(usize::from(*row) % keys.len().max(1)) {
+            tree.insert(key, value).expect("inserted");
         }
         db.flush().expect("flushed");
     }
@@ -307,7 +375,7 @@ fn sled_rows(bytes: &[u8]) -> bool {
     let options = Options::default();
     match Store::open(&store, options) {
         Ok(open) => {
-            look_at(&open);
+            look_at(&open.snapshot());
             true
         }
         Err(e) => panic!("the log is whole, and yet: {e}"),
@@ -449,9 +517,7 @@ fn images(bytes: &[u8]) -> bool {
 }
 
 fn provenance_file(bytes: &[u8]) -> bool {
-    let file = folder().join("provenance");
-    std::fs::write(&file, bytes).expect("written");
-    provenance::read(&file).is_ok()
+    provenance::from_bytes("fuzz", bytes).is_ok()
 }
 
 /// The program, if it was built beside this one.

@@ -9,6 +9,9 @@
 //!    residual blocks.
 //! 3. It answers with a correction of the coarse picture and, for every pixel, how much of the
 //!    source to take instead.
+//! 4. What is coarser than [`SIGMA`] pixels is taken from the coarse picture again: how an edit
+//!    looks at large is the transformer's to say, and a network that is unsure keeps to the
+//!    source.
 //!
 //! Where there is no source (a picture from nothing, a model that must not see it) the coarse
 //! picture stands in for it. Not here: the training ([`crate::train_flux::detail`]).
@@ -28,6 +31,10 @@ const INPUTS: usize = 2 * 3 * 4;
 
 /// Channels out: a colour for each of the four pixels, then a share of the source for each.
 const OUTPUTS: usize = 3 * 4 + 4;
+
+/// Standard deviation of the Gaussian that parts the look at large from detail, in pixels: about
+/// a third of the side that a token of the small Flux stands for.
+pub const SIGMA: f64 = 5.0;
 
 /// The network. Sides of a picture must be multiples of 2 to the power of how many widths it has.
 #[derive(Clone, Debug)]
@@ -147,8 +154,25 @@ impl Detail {
         let share = pixels(&out.narrow(1, 12, 4)?.contiguous()?)?; // (b, 1, h, w)
         let share = candle_nn::ops::sigmoid(&share)?;
         let drawn = (coarse + change)?;
-        Ok((&drawn + (source - &drawn)?.broadcast_mul(&share)?)?)
+        let detailed = (&drawn + (source - &drawn)?.broadcast_mul(&share)?)?;
+        Ok((&detailed + at_large(&(coarse - &detailed)?)?)?)
     }
+}
+
+/// A picture (b, c, h, w) without what is finer than [`SIGMA`] pixels.
+fn at_large(x: &Tensor) -> Result<Tensor> {
+    let (_, _, h, w) = x.dims4()?;
+    let blur = |n: usize| -> Result<Tensor> {
+        let mut rows = Vec::with_capacity(n * n);
+        for i in 0..n {
+            let weight = |j: usize| (-((i as f64 - j as f64) / SIGMA).powi(2) / 2.0).exp();
+            let sum: f64 = (0..n).map(weight).sum();
+            rows.extend((0..n).map(|j| (weight(j) / sum) as f32));
+        }
+        Ok(Tensor::from_vec(rows, (n, n), x.device())?.to_dtype(x.dtype())?)
+    };
+    let across = x.broadcast_matmul(&blur(w)?.t()?.contiguous()?)?;
+    Ok(blur(h)?.broadcast_matmul(&across)?)
 }
 
 /// Every 2×2 pixels as channels: (b, c, h, w) to (b, 4c, h/2, w/2).
@@ -201,6 +225,18 @@ mod tests {
         assert!(
             off.expect("a number") < 1e-5,
             "a silent output changes nothing"
+        );
+        let mean = |t: &Tensor| {
+            t.mean_all()
+                .and_then(|m| m.to_scalar::<f32>())
+                .expect("a mean")
+        };
+        let shifted = (&coarse + 0.5).expect("a picture");
+        let out = detail.forward(&shifted, &source).expect("a picture");
+        let off = mean(&out) - mean(&shifted);
+        assert!(
+            off.abs() < 0.05,
+            "the look at large is the coarse picture's: {off}"
         );
         let odd = coarse.narrow(3, 0, 40).expect("a part");
         let error = detail

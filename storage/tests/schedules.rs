@@ -16,7 +16,7 @@ use std::path::Path;
 use std::sync::{Arc, OnceLock};
 
 /// Scenarios that take a share of the schedules.
-const SCENARIOS: usize = 6;
+const SCENARIOS: u64 = 6;
 /// How many ordered steps a bug may need that PCT is sure to meet in the end.
 const PCT_DEPTH: usize = 3;
 

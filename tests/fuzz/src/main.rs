@@ -1,8 +1,9 @@
 //! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--case N] [--table]`: runs targets
 //! and says what was found, with `--table` in FAULTS.md too. `--case` runs one case again. The bytes of the case in work lie in
-//! fuzz-TARGET in the folder for temporary files, so that an abort leaves its cause behind.
+//! /dev/shm/fuzz-TARGET, so that an abort leaves its cause behind.
 
 use simpatico_fuzz::{Budget, TARGETS, corpus, input, run, target};
+use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -36,7 +37,13 @@ fn main() -> ExitCode {
             (None, Some(count)) => Budget::Cases(count),
             (None, None) => Budget::Cases(target.small),
         };
-        let keep = std::env::temp_dir().join(format!("fuzz-{}", target.name));
+        // In memory: on a disk this would be most of a case's time.
+        let memory = Path::new("/dev/shm");
+        let folder = match memory.is_dir() {
+            true => memory.to_path_buf(),
+            false => std::env::temp_dir(),
+        };
+        let keep = folder.join(format!("fuzz-{}", target.name));
         let report = run(target, seed, budget, Some(&keep));
         let cells = [
             target.name.to_string(),

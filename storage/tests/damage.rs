@@ -441,7 +441,7 @@ fn appends_go_on_while_the_store_is_compacted() {
             let gone = event(n).user;
             store.forget(&gone).unwrap();
         }
-        if n % 40 == 0 {
+        if n.is_multiple_of(40) {
             let name = format!("new {n}");
             let new = Event::new(&name, &name, Polarity::Like).at(n as i64);
             store

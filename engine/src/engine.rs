@@ -586,7 +586,14 @@ impl Engine {
             )));
         }
         let starts = backend != Backend::Canny;
-        let strength = asked.strength.unwrap_or(defaults.strength);
+        // A bundle's strength is img2img's. The other two have their papers' own (η of 0.9, 24 of
+        // 28 steps), without which an inversion would hold nothing of the source at strength 1.
+        let usual = match backend {
+            Backend::RfInversion => 0.1,
+            Backend::Flowedit => 24.0 / 28.0,
+            Backend::Canny | Backend::Img2img => defaults.strength,
+        };
+        let strength = asked.strength.unwrap_or(usual);
         let size = match (asked.size, source) {
             (Some((w, h)), _) => {
                 let most = u64::from(w) * u64::from(h);

@@ -443,6 +443,8 @@ impl<'a> Field<'a> {
                 )));
             }
         };
+        // Every prompt has its say in the control too, in equal parts.
+        let share = 1.0 / (1 + c.more.len()) as f64;
         let mut controls = Vec::new();
         for input in c.controls.iter().filter(|i| i.scale.abs() >= 1e-6) {
             let condition = to_batch(&input.condition, b, "the control image")?;
@@ -450,19 +452,21 @@ impl<'a> Field<'a> {
             let control = Control {
                 condition: &condition,
                 modes: modes.as_ref().map(|m| m.as_slice()),
-                scale: input.scale,
+                scale: input.scale * share,
             };
-            let text = to_batch(&c.prompt.text, b, "the prompt's text")?;
-            controls.push(ControlBranch {
-                prepared: input.net.prepare(&text, &control, &rope)?,
-                modulations: Modulations::new(
-                    input.net.modulator()?,
-                    &c.prompt.pooled,
-                    c.guidance,
-                    times,
-                )?,
-                input: input.clone(),
-            });
+            for prompt in std::iter::once(&c.prompt).chain(&c.more) {
+                let text = to_batch(&prompt.text, b, "the prompt's text")?;
+                controls.push(ControlBranch {
+                    prepared: input.net.prepare(&text, &control, &rope)?,
+                    modulations: Modulations::new(
+                        input.net.modulator()?,
+                        &prompt.pooled,
+                        c.guidance,
+                        times,
+                    )?,
+                    input: input.clone(),
+                });
+            }
         }
         let prompts = std::iter::once(&c.prompt).chain(&c.more).map(beside);
         let prompts = prompts.collect::<Result<_>>()?;

@@ -1,4 +1,4 @@
-//! Trains the small Flux: `train_flux vae FOLDER [STEPS]`, and so on.
+//! Trains the small Flux: `train_flux STAGE FOLDER [STEPS]`, and so on.
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;

@@ -214,9 +214,9 @@ mod tests {
     #[test]
     fn an_untrained_one_answers_between_coarse_picture_and_source() {
         let widths = [8, 16, 24];
-        let weights = init::random(&shapes(&widths, ""), 3, &Device::Cpu).expect("weights");
-        let vb = init::builder(&weights, DType::F32, &Device::Cpu);
-        let detail = Detail::new(&widths, vb).expect("a network");
+        let weights = init::random(&shapes(&widths, "detail."), 3, &Device::Cpu);
+        let vb = init::builder(&weights.expect("weights"), DType::F32, &Device::Cpu);
+        let detail = Detail::new(&widths, vb.pp("detail")).expect("a network");
         let (coarse, source) = (picture(1), picture(2));
         let out = detail.forward(&coarse, &source).expect("a picture");
         assert_eq!(out.dims(), coarse.dims());

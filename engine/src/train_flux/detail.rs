@@ -21,6 +21,9 @@ use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
 use std::path::Path;
 
+/// What its weights' names begin with.
+const PREFIX: &str = "detail.";
+
 /// The seed of its pairs, another than the flow's.
 pub const SEED: u64 = 41;
 
@@ -189,11 +192,10 @@ pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
         vae.join("diffusion_pytorch_model.safetensors"),
         vae.join("config.json"),
     );
-    const PREFIX: &str = "decoder.detail.";
     let mut all = load_tensors(&weights, &Device::Cpu)?;
-    all.retain(|name, _| !name.starts_with(PREFIX));
+    all.retain(|name, _| !name.starts_with("decoder.detail."));
     for (name, value) in latest(run, "detail")? {
-        all.insert(format!("{PREFIX}{name}"), value.to_dtype(DType::F16)?);
+        all.insert(format!("decoder.{name}"), value.to_dtype(DType::F16)?);
     }
     let all: Vec<_> = all.into_iter().collect();
     save_tensors(&weights, &all, &[("format", "pt".into())])?;
@@ -205,7 +207,7 @@ pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
 }
 
 /// Trains, or goes on training, until the steps are done or `report` says stop; the averaged
-/// weights, named as [`shapes`] names them.
+/// weights.
 ///
 /// # Errors
 /// If there are no samples, or a checkpoint cannot be written.
@@ -227,8 +229,8 @@ pub fn run(
         seed: options.seed,
     };
     let params = Params::new(options.seed, Device::Cpu);
-    fresh(&params, "", &shapes(&options.widths, ""), options.seed)?;
-    let detail = Detail::new(&options.widths, params.builder(DType::F32))?;
+    fresh(&params, "", &shapes(&options.widths, PREFIX), options.seed)?;
+    let detail = Detail::new(&options.widths, params.builder(DType::F32).pp("detail"))?;
     let step = |step: usize| loss(&detail, &batch(options, samples, step as u64)?);
     run_from(&training, rhythm, &params, step, report)
 }
@@ -274,12 +276,12 @@ mod tests {
         let measure = |weights: &[(String, Tensor)]| -> f32 {
             let weights = weights.iter().cloned().collect();
             let vb = crate::flux::init::builder(&weights, DType::F32, &Device::Cpu);
-            let detail = Detail::new(&options.widths, vb).unwrap();
+            let detail = Detail::new(&options.widths, vb.pp("detail")).unwrap();
             let fresh = batch(&options, &samples, 1 << 50).unwrap();
             loss(&detail, &fresh).unwrap().to_scalar().unwrap()
         };
         let start: Vec<_> =
-            crate::flux::init::random(&shapes(&options.widths, ""), 6, &Device::Cpu)
+            crate::flux::init::random(&shapes(&options.widths, PREFIX), 6, &Device::Cpu)
                 .unwrap()
                 .into_iter()
                 .collect();

@@ -258,7 +258,7 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
 fn second_clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
     let says = |words: &[&str]| words.iter().any(|w| wording.contains(w));
     match attribute.category {
-        Category::Color => &["recolor {o} in {a}", "change the colors of {o} to {a}"],
+        Category::Color => &["recolor {o} in {a}", "repaint {o} in {a}"],
         Category::Tone => &["grade everything with {a}", "finish with {a}"],
         Category::Style => match manner(wording) {
             Manner::Thing => &["style it all like {a}", "make {o} look like {a}"],

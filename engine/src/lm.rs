@@ -1,4 +1,4 @@
-//! One decoder for the Qwen2, Qwen2.5 and Llama families.
+//! One decoder for the Qwen2, Qwen2.5, Llama and Mistral families.
 //!
 //! It is not a text generator (see [`crate::generate`]) and knows no strings: it takes token
 //! ids or embeddings (a soft prompt goes in front of the embedded text), and gives hidden
@@ -12,7 +12,7 @@
 //! 1. x += o(attention(rope(q(n)), rope(k(n)), v(n))), n = rms_norm(x);
 //! 2. x += down(silu(gate(n)) · up(n)), n = rms_norm(x).
 //!
-//! Reference: transformers' `modeling_qwen2.py` and `modeling_llama.py`.
+//! Reference: transformers' `modeling_qwen2.py`, `modeling_llama.py` and `modeling_mistral.py`.
 
 pub mod bf16;
 mod config;

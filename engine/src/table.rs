@@ -304,9 +304,9 @@ mod tests {
         let row = |i: usize| Row {
             name: format!("ü{i}\n\"quoted\""),
             likes: (0..i % 3).map(|j| format!("like {j}")).collect(),
-            at: (i % 2 == 0).then_some(i as i64 - 3),
+            at: i.is_multiple_of(2).then_some(i as i64 - 3),
             share: i as f32 / 7.0,
-            sure: i % 5 == 0,
+            sure: i.is_multiple_of(5),
             shares: vec![("gothic".into(), 0.1 * i as f32)],
         };
         (0..50).map(row).collect()

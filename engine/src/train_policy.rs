@@ -1089,6 +1089,9 @@ impl<'a> Course<'a> {
 
 // ------------------------------------------------------------------------------------ SFT
 
+/// Prompts in one forward pass.
+const SFT_ROWS: usize = 8;
+
 /// Trains the adapter on prompts with good completions; returns the last metrics. The loss is
 /// the mean over completion tokens.
 pub fn train_sft(
@@ -1127,14 +1130,16 @@ pub fn train_sft(
             .map(Vec::len)
             .sum();
         let (mut loss_sum, mut correct, mut used) = (0.0, 0, 0);
-        for (n, i) in picked.iter().enumerate() {
-            let group = &groups[*i];
-            let row = Row {
-                prompt: &group.prompt,
-                completions: group.completions.iter().map(Vec::as_slice).collect(),
-            };
-            let dropout = dropout(options.dropout, options.seed, step * options.groups + n);
-            let scores = score(model, Some(adapter), dropout, None, &[row], true)?;
+        for (n, some) in picked.chunks(SFT_ROWS).enumerate() {
+            let rows: Vec<Row> = some
+                .iter()
+                .map(|i| Row {
+                    prompt: &groups[*i].prompt,
+                    completions: groups[*i].completions.iter().map(Vec::as_slice).collect(),
+                })
+                .collect();
+            let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
+            let scores = score(model, Some(adapter), dropout, None, &rows, true)?;
             let loss = (scores.logps.sum_all()? * (-1.0 / count as f64))?;
             loss_sum += f64::from(loss.to_scalar::<f32>()?);
             course
@@ -1287,30 +1292,27 @@ pub fn dpo_batch(
 ) -> Result<BatchResult> {
     let pairs: usize = picked.iter().map(|i| groups[*i].pairs.len()).sum();
     let mut tally = Tally::default();
-    for (n, i) in picked.iter().enumerate() {
-        let parts = parts_of(*i, policy, groups, options, step)?;
-        for (m, chunk) in same_rows(&parts, options.rows_per_pass)
-            .into_iter()
-            .enumerate()
-        {
-            let soft = soft_rows(policy, chunk)?;
-            let rows: Vec<Row> = chunk.iter().map(|p| groups[p.group].row()).collect();
-            let pass = (step * options.groups + n) * 64 + m;
-            let dropout = dropout(options.dropout, options.seed, pass);
-            let own = chunk.iter().any(|p| p.own);
-            let scores = score(
-                model,
-                Some(policy.adapter),
-                dropout,
-                soft.as_ref(),
-                &rows,
-                own,
-            )?;
-            let loss = chunk_loss(
-                chunk, &scores, groups, reference, pairs, options, &mut tally,
-            )?;
-            optimizer.accumulate(&loss.backward()?, 1.0)?;
-        }
+    let mut parts = Vec::new();
+    for i in picked {
+        parts.extend(parts_of(*i, policy, groups, options, step)?);
+    }
+    for (n, chunk) in parts.chunks(options.rows_per_pass.max(1)).enumerate() {
+        let soft = soft_rows(policy, chunk)?;
+        let rows: Vec<Row> = chunk.iter().map(|p| groups[p.group].row()).collect();
+        let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
+        let own = chunk.iter().any(|p| p.own);
+        let scores = score(
+            model,
+            Some(policy.adapter),
+            dropout,
+            soft.as_ref(),
+            &rows,
+            own,
+        )?;
+        let loss = chunk_loss(
+            chunk, &scores, groups, reference, pairs, options, &mut tally,
+        )?;
+        optimizer.accumulate(&loss.backward()?, 1.0)?;
     }
     Ok(BatchResult {
         loss: tally.loss,
@@ -1365,19 +1367,15 @@ fn chunk_loss(
         }
         at += n;
     }
-    if chunk.len() == 1 && chunk[0].own {
-        tally.add(scores, &logps, &reference, options.loss.beta);
-    } else {
-        tally_own_rows(
-            chunk,
-            scores,
-            &logps,
-            &reference,
-            groups,
-            options.loss.beta,
-            tally,
-        );
-    }
+    tally_own_rows(
+        chunk,
+        scores,
+        &logps,
+        &reference,
+        groups,
+        options.loss.beta,
+        tally,
+    );
     tally.tokens += scores.tokens as u64;
     let weights = Tensor::from_vec(weights, total / 2, device)?;
     let mut loss = (losses * weights)?.sum_all()?;
@@ -1419,21 +1417,6 @@ fn tally_own_rows(
         }
         at += n;
     }
-}
-
-/// Parts in chunks of at most `most` rows; rows of a chunk have the same text, so that nothing
-/// is padded.
-fn same_rows(parts: &[Part], most: usize) -> Vec<&[Part]> {
-    let mut chunks = Vec::new();
-    let mut start = 0;
-    for end in 1..=parts.len() {
-        let full = end - start >= most.max(1);
-        if end == parts.len() || full || parts[end].group != parts[start].group {
-            chunks.push(&parts[start..end]);
-            start = end;
-        }
-    }
-    chunks
 }
 
 fn parts_of(

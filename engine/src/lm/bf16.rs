@@ -36,15 +36,29 @@ fn rounded(x: f32) -> u32 {
     bits.wrapping_add(0x7fff + ((bits >> 16) & 1)) >> 16
 }
 
-/// Rows of `width` numbers as pairs, each row ending with a zero where `width` is odd.
-fn pairs(x: &[f32], width: usize) -> Vec<u32> {
-    let mut out = Vec::with_capacity(x.len().div_ceil(2));
-    for row in x.chunks_exact(width) {
-        let (whole, rest) = row.as_chunks::<2>();
-        out.extend(whole.iter().map(|[a, b]| rounded(*a) | rounded(*b) << 16));
-        out.extend(rest.iter().map(|a| rounded(*a)));
+/// Rows of activations or gradients, rounded, two numbers a word; a row of odd width ends with a
+/// zero.
+pub struct Pairs {
+    words: Vec<u32>,
+    rows: usize,
+    width: usize,
+}
+
+impl Pairs {
+    /// Rounds x, rows of `width` numbers.
+    pub fn new(x: &[f32], width: usize) -> Self {
+        let mut words = Vec::with_capacity(x.len().div_ceil(2));
+        for row in x.chunks_exact(width) {
+            let (whole, rest) = row.as_chunks::<2>();
+            words.extend(whole.iter().map(|[a, b]| rounded(*a) | rounded(*b) << 16));
+            words.extend(rest.iter().map(|a| rounded(*a)));
+        }
+        Self {
+            words,
+            rows: x.len() / width,
+            width,
+        }
     }
-    out
 }
 
 /// Whether this processor has the instructions.
@@ -80,20 +94,19 @@ impl Bf16Matrix {
         })
     }
 
-    /// y (m, columns) = x (m, rows)·this, added to what y holds.
-    pub fn add_times(&self, x: &[f32], y: &mut [f32]) {
-        let m = y.len() / self.columns;
+    /// x (m, rows) times this, added to y (m, columns).
+    pub fn add_times(&self, x: &Pairs, y: &mut [f32]) {
         assert!(
-            x.len() == m * self.rows && y.len() == m * self.columns,
-            "{} and {} numbers for a matrix of {} x {}",
-            x.len(),
+            x.width == self.rows && y.len() == x.rows * self.columns,
+            "{} rows of {} numbers, to be {} numbers, for a matrix of {} x {}",
+            x.rows,
+            x.width,
             y.len(),
             self.rows,
             self.columns
         );
         let half = self.rows.div_ceil(2);
-        let x = pairs(x, self.rows);
-        kernels::add_times(&x, half, &self.lines, y, self.columns);
+        kernels::add_times(&x.words, half, &self.lines, y, self.columns);
     }
 }
 
@@ -231,7 +244,7 @@ mod tests {
                 return; // not on this processor
             };
             let mut y = vec![1f32; m * n];
-            matrix.add_times(&x, &mut y);
+            matrix.add_times(&Pairs::new(&x, k), &mut y);
             for i in 0..m {
                 for j in 0..n {
                     let sum: f64 = (0..k)

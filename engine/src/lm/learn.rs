@@ -21,7 +21,7 @@
 //! caller goes through tensor operations ([`Decoder::hidden`]), of which this is a faster copy
 //! (a test compares them).
 
-use super::bf16::{self, Bf16Matrix};
+use super::bf16::{self, Bf16Matrix, Pairs};
 use super::{Decoder, Matrix};
 use crate::Result;
 use crate::conv::values;
@@ -123,16 +123,23 @@ impl Frozen {
         }))
     }
 
-    /// x (m, inputs) to (m, outputs).
-    fn times(&self, x: &[f32]) -> Vec<f32> {
+    /// x (m, inputs) to (m, outputs), with the adapter's part; and its low-rank (m, ranks).
+    fn times(&self, x: &[f32], pack: &Pack) -> (Vec<f32>, Vec<f32>) {
         let m = x.len() / self.inputs;
         let mut y = match &self.bias {
             Some(bias) => bias.repeat(m),
             None => vec![0f32; m * self.outputs],
         };
+        let mut u = vec![0f32; m * pack.ranks];
         if let Some((transpose, _)) = &self.halved {
-            transpose.add_times(x, &mut y);
-            return y;
+            let x = Pairs::new(x, self.inputs);
+            transpose.add_times(&x, &mut y);
+            if let Some(half) = &pack.halved {
+                half.a_transpose.add_times(&x, &mut u);
+                half.b_transpose
+                    .add_times(&Pairs::new(&u, pack.ranks), &mut y);
+            }
+            return (y, u);
         }
         let mut first = 0;
         for w in &self.weights {
@@ -145,28 +152,38 @@ impl Frozen {
             multiply(shape, x, w, &mut y[first..], self.outputs, true);
             first += n;
         }
-        y
+        pack.add(x, &mut u, &mut y);
+        (y, u)
     }
 
-    /// Gradients g (m, outputs) back to the input, (m, inputs).
-    fn back(&self, g: &[f32]) -> Vec<f32> {
+    /// Gradients g (m, outputs) back to the input x, (m, inputs), given what [`Self::times`] made
+    /// of it; adds those of the adapter's factors to `flat`.
+    fn back(&self, x: &[f32], u: &[f32], g: &[f32], pack: &Pack, flat: &mut [f32]) -> Vec<f32> {
         let m = g.len() / self.outputs;
-        let mut x = vec![0f32; m * self.inputs];
+        let mut to_x = vec![0f32; m * self.inputs];
+        let mut to_u = vec![0f32; m * pack.ranks];
         if let Some((_, weights)) = &self.halved {
-            weights.add_times(g, &mut x);
-            return x;
+            let g = Pairs::new(g, self.outputs);
+            weights.add_times(&g, &mut to_x);
+            if let Some(half) = &pack.halved {
+                half.b.add_times(&g, &mut to_u);
+                half.a.add_times(&Pairs::new(&to_u, pack.ranks), &mut to_x);
+            }
+        } else {
+            let mut first = 0;
+            for w in &self.weights {
+                let (Some(host), Ok(n)) = (Host::of(w), w.dim(0)) else {
+                    unreachable!("`new` has seen that it is plain");
+                };
+                let g = Rows::new(&g[first..], self.outputs);
+                let w = Rows::new(host.get(), self.inputs);
+                multiply((m, self.inputs, n), g, w, &mut to_x, self.inputs, true);
+                first += n;
+            }
+            pack.add_back(g, &mut to_u, &mut to_x);
         }
-        let mut first = 0;
-        for w in &self.weights {
-            let (Some(host), Ok(n)) = (Host::of(w), w.dim(0)) else {
-                unreachable!("`new` has seen that it is plain");
-            };
-            let g = Rows::new(&g[first..], self.outputs);
-            let w = Rows::new(host.get(), self.inputs);
-            multiply((m, self.inputs, n), g, w, &mut x, self.inputs, true);
-            first += n;
-        }
-        x
+        pack.factors_back(x, u, g, &to_u, flat);
+        to_x
     }
 }
 
@@ -286,7 +303,7 @@ pub fn peak(products: Products) -> f64 {
     for _ in 0..3 {
         let start = std::time::Instant::now();
         match &halved {
-            Some(w) => w.add_times(&x, &mut y),
+            Some(w) => w.add_times(&Pairs::new(&x, k), &mut y),
             None => multiply(
                 (m, n, k),
                 Rows::new(&x, k),
@@ -337,83 +354,121 @@ struct Pack {
     ranks: usize,
     inputs: usize,
     outputs: usize,
+    halved: Option<HalvedPack>,
+}
+
+/// The same in bf16: A (ranks, inputs), all scale·B as one (outputs, ranks) with zeros where an
+/// output belongs to another module, and their transposes.
+#[derive(Debug)]
+struct HalvedPack {
+    a: Bf16Matrix,
+    a_transpose: Bf16Matrix,
+    b: Bf16Matrix,
+    b_transpose: Bf16Matrix,
 }
 
 impl Pack {
-    /// u = x·Aᵀ (m, ranks), and y += u·(scale·B)ᵀ.
-    fn add(&self, x: &[f32], y: &mut [f32]) -> Vec<f32> {
+    fn halve(&mut self) {
         if self.ranks == 0 {
-            return Vec::new();
+            return;
+        }
+        let mut b = vec![0f32; self.outputs * self.ranks];
+        for (part, values) in self.parts.iter().zip(&self.b) {
+            for (i, row) in values.chunks_exact(part.r).enumerate() {
+                let at = (part.column + i) * self.ranks + part.rank;
+                b[at..at + part.r].copy_from_slice(row);
+            }
+        }
+        let (ranks, inputs, outputs) = (self.ranks, self.inputs, self.outputs);
+        let a = |i: usize, j: usize| self.a[i * inputs + j];
+        let b = |i: usize, j: usize| b[i * ranks + j];
+        let all = (
+            Bf16Matrix::new(ranks, inputs, a),
+            Bf16Matrix::new(inputs, ranks, |i, j| a(j, i)),
+            Bf16Matrix::new(outputs, ranks, b),
+            Bf16Matrix::new(ranks, outputs, |i, j| b(j, i)),
+        );
+        self.halved = match all {
+            (Some(a), Some(a_transpose), Some(b), Some(b_transpose)) => Some(HalvedPack {
+                a,
+                a_transpose,
+                b,
+                b_transpose,
+            }),
+            _ => None,
+        };
+    }
+
+    /// u = x·Aᵀ (m, ranks), and y += u·(scale·B)ᵀ.
+    fn add(&self, x: &[f32], u: &mut [f32], y: &mut [f32]) {
+        if self.ranks == 0 {
+            return;
         }
         let m = x.len() / self.inputs;
-        let mut u = vec![0f32; m * self.ranks];
         let a = Rows::new(&self.a, self.inputs).t();
         let shape = (m, self.ranks, self.inputs);
-        multiply(
-            shape,
-            Rows::new(x, self.inputs),
-            a,
-            &mut u,
-            self.ranks,
-            false,
-        );
+        multiply(shape, Rows::new(x, self.inputs), a, u, self.ranks, false);
         for (part, b) in self.parts.iter().zip(&self.b) {
             let shape = (m, part.outputs, part.r);
             let u = Rows::new(&u[part.rank..], self.ranks);
             let y = &mut y[part.column..];
             multiply(shape, u, Rows::new(b, part.r).t(), y, self.outputs, true);
         }
-        u
     }
 
-    /// From the gradient g (m, outputs) of y: adds to that of x, and to those of the factors
-    /// in `flat`.
-    fn back(&self, x: &[f32], u: &[f32], g: &[f32], to_x: &mut [f32], flat: &mut [f32]) {
+    /// From the gradient g (m, outputs) of y to that of u, and on to that of x.
+    fn add_back(&self, g: &[f32], to_u: &mut [f32], to_x: &mut [f32]) {
+        if self.ranks == 0 {
+            return;
+        }
+        let m = g.len() / self.outputs;
+        for (part, b) in self.parts.iter().zip(&self.b) {
+            let g = Rows::new(&g[part.column..], self.outputs);
+            let to_u = &mut to_u[part.rank..];
+            let shape = (m, part.r, part.outputs);
+            multiply(shape, g, Rows::new(b, part.r), to_u, self.ranks, true);
+        }
+        let (a, to_u) = (Rows::new(&self.a, self.inputs), Rows::new(to_u, self.ranks));
+        multiply(
+            (m, self.inputs, self.ranks),
+            to_u,
+            a,
+            to_x,
+            self.inputs,
+            true,
+        );
+    }
+
+    /// Adds the gradients of A and B to their places in `flat`.
+    fn factors_back(&self, x: &[f32], u: &[f32], g: &[f32], to_u: &[f32], flat: &mut [f32]) {
         if self.ranks == 0 {
             return;
         }
         let m = x.len() / self.inputs;
-        let mut du = vec![0f32; m * self.ranks];
-        for (part, b) in self.parts.iter().zip(&self.b) {
+        for part in &self.parts {
+            // Its transpose, (r, outputs): long rows suit the product.
+            let mut to_b = vec![0f32; part.r * part.outputs];
+            let u = Rows::new(&u[part.rank..], self.ranks).t();
             let g = Rows::new(&g[part.column..], self.outputs);
-            let du = &mut du[part.rank..];
-            let shape = (m, part.r, part.outputs);
-            multiply(shape, g, Rows::new(b, part.r), du, self.ranks, true);
-            let mut to_b = vec![0f32; part.outputs * part.r];
-            let u = Rows::new(&u[part.rank..], self.ranks);
-            multiply(
-                (part.outputs, part.r, m),
-                g.t(),
-                u,
-                &mut to_b,
-                part.r,
-                false,
-            );
+            let shape = (part.r, part.outputs, m);
+            multiply(shape, u, g, &mut to_b, part.outputs, false);
             let to = &mut flat[part.b..part.b + to_b.len()];
-            to.iter_mut()
-                .zip(to_b)
-                .for_each(|(to, b)| *to += part.scale * b);
+            for (k, row) in to_b.chunks_exact(part.outputs).enumerate() {
+                for (i, b) in row.iter().enumerate() {
+                    to[i * part.r + k] += part.scale * b;
+                }
+            }
         }
         let mut to_a = vec![0f32; self.ranks * self.inputs];
-        let du = Rows::new(&du, self.ranks);
+        let to_u = Rows::new(to_u, self.ranks).t();
         let shape = (self.ranks, self.inputs, m);
-        multiply(
-            shape,
-            du.t(),
-            Rows::new(x, self.inputs),
-            &mut to_a,
-            self.inputs,
-            false,
-        );
+        let x = Rows::new(x, self.inputs);
+        multiply(shape, to_u, x, &mut to_a, self.inputs, false);
         for part in &self.parts {
             let n = part.r * self.inputs;
             let from = &to_a[part.rank * self.inputs..][..n];
-            let to = &mut flat[part.a..part.a + n];
-            to.iter_mut().zip(from).for_each(|(to, a)| *to += a);
+            add(&mut flat[part.a..part.a + n], from);
         }
-        let a = Rows::new(&self.a, self.inputs);
-        let shape = (m, self.inputs, self.ranks);
-        multiply(shape, du, a, to_x, self.inputs, true);
     }
 }
 
@@ -460,6 +515,9 @@ impl Lora {
                     }
                     column += outputs;
                 }
+            }
+            if plain.head.halved.is_some() {
+                here.iter_mut().for_each(Pack::halve);
             }
             packs.push(here);
         }
@@ -769,21 +827,17 @@ impl Plain {
         let mut kept = Vec::new();
         for (layer, packs) in self.layers.iter().zip(packs) {
             let (n, scale1) = self.normed(&x, &layer.attention_norm);
-            let mut qkv = layer.maps[QKV].times(&n);
-            let low0 = packs[QKV].add(&n, &mut qkv);
+            let (mut qkv, low0) = layer.maps[QKV].times(&n, &packs[QKV]);
             self.rotate_all(unit, &mut qkv, 1.0);
             let (mixed, weights) = self.attend(unit, &qkv);
-            let mut middle = layer.maps[OUT].times(&mixed);
-            let low1 = packs[OUT].add(&mixed, &mut middle);
+            let (mut middle, low1) = layer.maps[OUT].times(&mixed, &packs[OUT]);
             add(&mut middle, &x);
             let (n, scale2) = self.normed(&middle, &layer.mlp_norm);
-            let mut both = layer.maps[GATE_UP].times(&n);
-            let low2 = packs[GATE_UP].add(&n, &mut both);
+            let (both, low2) = layer.maps[GATE_UP].times(&n, &packs[GATE_UP]);
             let inner = layer.maps[DOWN].inputs;
             let mut active = vec![0f32; unit.tokens * inner];
             gated(&both, &mut active, inner);
-            let mut y = layer.maps[DOWN].times(&active);
-            let low3 = packs[DOWN].add(&active, &mut y);
+            let (mut y, low3) = layer.maps[DOWN].times(&active, &packs[DOWN]);
             add(&mut y, &middle);
             let x_before = std::mem::replace(&mut x, y);
             if keep {
@@ -821,13 +875,14 @@ impl Plain {
             let inner = layer.maps[DOWN].inputs;
             let mut active = vec![0f32; unit.tokens * inner];
             gated(&kept.both, &mut active, inner);
-            let mut to_active = layer.maps[DOWN].back(&dx);
-            packs[DOWN].back(&active, &kept.low[DOWN], &dx, &mut to_active, flat);
+            let back = |map: usize, x: &[f32], g: &[f32], flat: &mut [f32]| {
+                layer.maps[map].back(x, &kept.low[map], g, &packs[map], flat)
+            };
+            let to_active = back(DOWN, &active, &dx, flat);
             let mut to_both = vec![0f32; kept.both.len()];
             gated_back(&kept.both, &to_active, &mut to_both, inner);
             let (n, _) = self.normed(&kept.middle, &layer.mlp_norm);
-            let mut to_n = layer.maps[GATE_UP].back(&to_both);
-            packs[GATE_UP].back(&n, &kept.low[GATE_UP], &to_both, &mut to_n, flat);
+            let to_n = back(GATE_UP, &n, &to_both, flat);
             norm_back(
                 &kept.middle,
                 &layer.mlp_norm,
@@ -835,13 +890,11 @@ impl Plain {
                 &to_n,
                 &mut dx,
             );
-            let mut to_mixed = layer.maps[OUT].back(&dx);
-            packs[OUT].back(&kept.mixed, &kept.low[OUT], &dx, &mut to_mixed, flat);
+            let to_mixed = back(OUT, &kept.mixed, &dx, flat);
             let mut to_qkv = self.attend_back(unit, &kept.qkv, &kept.weights, &to_mixed);
             self.rotate_all(unit, &mut to_qkv, -1.0);
             let (n, _) = self.normed(&kept.x, &layer.attention_norm);
-            let mut to_n = layer.maps[QKV].back(&to_qkv);
-            packs[QKV].back(&n, &kept.low[QKV], &to_qkv, &mut to_n, flat);
+            let to_n = back(QKV, &n, &to_qkv, flat);
             norm_back(
                 &kept.x,
                 &layer.attention_norm,
@@ -930,11 +983,12 @@ pub fn log_probabilities(
     let width = plain.hidden;
     let keep = hidden.track_op();
     let states = values(&hidden.detach())?;
+    let none = Pack::default();
     let parts: Vec<(Vec<f32>, Vec<Said>, Vec<f32>)> = states
         .par_chunks(LOGITS_ROWS * width)
         .zip(targets.par_chunks(LOGITS_ROWS))
         .map(|(states, targets)| {
-            let mut logits = plain.head.times(states);
+            let mut logits = plain.head.times(states, &none).0;
             let vocab = plain.head.outputs;
             let (mut logps, mut said) = (Vec::new(), Vec::new());
             for (row, target) in logits.chunks_exact_mut(vocab).zip(targets) {
@@ -957,7 +1011,7 @@ pub fn log_probabilities(
                 }
             }
             let slope = match keep {
-                true => plain.head.back(&logits),
+                true => plain.head.back(states, &[], &logits, &none, &mut []),
                 false => Vec::new(),
             };
             (logps, said, slope)

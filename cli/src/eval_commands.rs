@@ -131,6 +131,8 @@ enum ConditionName {
     Dislikes,
     /// No words: the embedding alone
     Embedding,
+    /// Another judged user's likes, dislikes and embedding: a control
+    Mismatched,
 }
 
 impl ConditionName {
@@ -140,6 +142,7 @@ impl ConditionName {
             Self::Likes => Condition::Likes,
             Self::Dislikes => Condition::Dislikes,
             Self::Embedding => Condition::Embedding,
+            Self::Mismatched => Condition::Mismatched,
         }
     }
 }
@@ -158,7 +161,7 @@ pub struct PromptsArgs {
     #[arg(long, value_name = "NAME=DIR[:FILE]")]
     system: Vec<String>,
     /// What is written of the profile (may be given several times) [default: both and
-    /// embedding; with --full all four]
+    /// embedding; with --full all five]
     #[arg(long, value_enum)]
     condition: Vec<ConditionName>,
     /// Held-out prompts whose pairs the policies are asked about

@@ -4,11 +4,12 @@ use crate::output::Output;
 use crate::store_commands::{open_existing, open_or_create};
 use crate::{Common, Outcome};
 use anyhow::Result;
-use clap::{Args, Subcommand};
+use clap::{Args, Subcommand, ValueEnum};
 use simpatico_engine::Device;
 use simpatico_engine::bundle::Bundle;
 use simpatico_engine::params::write_whole;
 use simpatico_engine::synth::{self, SynthOptions};
+use simpatico_engine::table;
 use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_schema::edit::PreferencePair;
 use simpatico_storage::Store;
@@ -19,10 +20,18 @@ use std::time::Instant;
 pub enum DatasetCommand {
     /// Make a synthetic community from a seed
     Synth(SynthArgs),
-    /// Read a data set into the store: its events and its training pairs
+    /// Read a data set into the store: its events and its pairs, held-out ones aside
     Import {
-        /// The folder with events.jsonl.gz, pairs.jsonl.gz, …
+        /// The folder with events and pairs, .jsonl.gz or .parquet
         dir: PathBuf,
+    },
+    /// Write the store's opinions and pairs as a data set's tables
+    Export {
+        /// Where the files go
+        dir: PathBuf,
+        /// How they are written
+        #[arg(long, value_enum, default_value_t = FormatName::Jsonl)]
+        format: FormatName,
     },
 }
 
@@ -34,9 +43,20 @@ pub struct SynthArgs {
     /// Where the files go
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
+    /// How the tables are written
+    #[arg(long, value_enum, default_value_t = FormatName::Jsonl)]
+    format: FormatName,
     /// Also write statistics.html: the data set's shape, with plots
     #[arg(long)]
     page: bool,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+pub enum FormatName {
+    /// gzip JSON lines
+    Jsonl,
+    /// Parquet
+    Parquet,
 }
 
 pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Result<Outcome> {
@@ -50,7 +70,7 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
             };
             let made = synth::generate(&options)?;
             std::fs::create_dir_all(&args.out)?;
-            let mut files = synth::write(&made, &args.out)?;
+            let mut files = synth::write(&made, &args.out, args.format.into())?;
             if args.page {
                 let page = synth::page(&made);
                 write_whole(&args.out.join("statistics.html"), page.as_bytes())?;
@@ -73,37 +93,56 @@ pub fn dataset(command: DatasetCommand, common: &Common, output: &Output) -> Res
             })?;
         }
         DatasetCommand::Import { dir } => {
-            let data = synth::read(&dir)?;
+            let (events, pairs) = synth::read_to_store(&dir)?;
             let store = open_or_create(common)?;
-            let receipt = store.append(&data.events)?;
-            let pairs: Vec<PreferencePair> = data
-                .pairs
-                .iter()
-                .filter(|p| p.split == synth::Split::Train)
-                .map(|p| PreferencePair {
-                    user: p.user.clone(),
-                    caption: p.caption.clone(),
-                    chosen: p.chosen.clone(),
-                    rejected: p.rejected.clone(),
-                    source: p.source.clone(),
-                })
-                .collect();
+            let receipt = store.append(&events)?;
             store.put_pairs(&pairs)?;
             let answer = serde_json::json!({
-                "events": data.events.len(), "applied": receipt.applied,
+                "events": events.len(), "applied": receipt.applied,
                 "unchanged": receipt.unchanged, "pairs": pairs.len(),
             });
             output.answer(&answer, || {
                 format!(
                     "{} events ({} applied) and {} training pairs",
-                    data.events.len(),
+                    events.len(),
                     receipt.applied,
                     pairs.len()
                 )
             })?;
         }
+        DatasetCommand::Export { dir, format } => {
+            let store = open_existing(common)?;
+            let snapshot = store.snapshot();
+            let mut events = Vec::new();
+            for user in snapshot.users() {
+                events.extend(snapshot.registers(user)?);
+            }
+            events.sort_by(|a, b| (a.at, &a.id, &a.user).cmp(&(b.at, &b.id, &b.user)));
+            let pairs: Vec<PreferencePair> = snapshot.pairs().map(|p| (*p).clone()).collect();
+            std::fs::create_dir_all(&dir)?;
+            let format = synth::Format::from(format);
+            let files = ["events", "pairs"].map(|table| format.file(table));
+            table::write_rows(&dir.join(&files[0]), &events)?;
+            table::write_rows(&dir.join(&files[1]), &pairs)?;
+            let answer = serde_json::json!({
+                "dir": dir, "files": files, "events": events.len(), "pairs": pairs.len(),
+            });
+            output.answer(&answer, || {
+                let (events, pairs) = (events.len(), pairs.len());
+                format!("{}: {events} events, {pairs} pairs", dir.display())
+            })?;
+        }
     }
     Ok(Outcome::Done)
+}
+
+impl From<FormatName> for synth::Format {
+    fn from(name: FormatName) -> Self {
+        match name {
+            FormatName::Jsonl => Self::Jsonl,
+            FormatName::Parquet => Self::Parquet,
+        }
+    }
 }
 
 /// Gives each attribute without one its text vector.

@@ -15,6 +15,7 @@ use serde::Serialize;
 use simpatico_engine::bundle::{Bundle, Location, Manifest, seal};
 use simpatico_engine::eval_links::auc_of;
 use simpatico_engine::flux::{init, names, vae::Vae};
+use simpatico_engine::lm::learn::Products;
 use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::params::{load_tensors, save_tensors, write_whole};
 use simpatico_engine::plot::{Axis, Lines, Series};
@@ -22,6 +23,7 @@ use simpatico_engine::sage_train::{
     Checkpoint, LinkData, LinkSplit, SageEpoch, SageTrainOptions, train,
 };
 use simpatico_engine::synth::{self, Synth, SynthOptions};
+use simpatico_engine::table;
 use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_engine::train_flux::{self, Rhythm, autoencoder, flow, pairs, patches};
 use simpatico_engine::train_policy::runs::{Method, Preset, RunOptions, Tweaks, run as run_policy};
@@ -40,7 +42,7 @@ pub enum TrainCommand {
     /// The graph encoder, on who likes and dislikes what
     Sage(SageArgs),
     /// The policy's language, by supervised fine-tuning
-    Sft(PolicyArgs),
+    Sft(SftArgs),
     /// The policy's taste, by preference pairs
     Dpo(DpoArgs),
     /// The small picture model, on drawn before/after pairs
@@ -121,6 +123,27 @@ pub struct PolicyArgs {
     /// Steps between checkpoints
     #[arg(long, value_name = "N")]
     checkpoint_steps: Option<usize>,
+    /// How constant weights are multiplied [default: bf16, where the processor can]
+    #[arg(long, value_enum)]
+    products: Option<ProductsName>,
+}
+
+#[derive(Args)]
+pub struct SftArgs {
+    #[command(flatten)]
+    policy: PolicyArgs,
+    /// Edit instructions of others, for half of the prompts: InstructPix2Pix's prompt files,
+    /// picture folders or tables, or lists of instructions (.jsonl, .jsonl.gz, .parquet)
+    #[arg(long, value_name = "PATH")]
+    edits: Option<PathBuf>,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum ProductsName {
+    /// Sums in f32 of numbers rounded to bf16
+    Bf16,
+    /// All in f32
+    F32,
 }
 
 #[derive(Clone, Copy, PartialEq, ValueEnum)]
@@ -326,7 +349,11 @@ pub fn community_store(
 }
 
 /// The language model of the bundle, as training wants it.
-fn language_model(common: &Common, output: &Output) -> Result<(Bundle, LanguageModel)> {
+fn language_model(
+    args: &PolicyArgs,
+    common: &Common,
+    output: &Output,
+) -> Result<(Bundle, LanguageModel)> {
     let bundle = Bundle::find(&common.bundle)?;
     let path = bundle.role(
         "language_model",
@@ -334,7 +361,11 @@ fn language_model(common: &Common, output: &Output) -> Result<(Bundle, LanguageM
     )?;
     let device = simpatico_engine::device(common.device.as_deref())?;
     output.note("reading the language model …");
-    let model = LanguageModel::open(&path, Precision::Dense(DType::F32), &device)?;
+    let mut model = LanguageModel::open(&path, Precision::Dense(DType::F32), &device)?;
+    model.decoder.learn_in(match args.products {
+        Some(ProductsName::F32) => Products::F32,
+        Some(ProductsName::Bf16) | None => Products::Bf16,
+    });
     Ok((bundle, model))
 }
 
@@ -594,11 +625,13 @@ fn run_options(args: &PolicyArgs, method: Method, common: &Common) -> RunOptions
     }
 }
 
-fn sft(args: &PolicyArgs, common: &Common, output: &Output) -> Result<()> {
-    prepare_folder(&args.run.out, args.run.resume, "checkpoint")?;
-    let data = community(&args.data, 3000, common)?;
-    let (bundle, model) = language_model(common, output)?;
-    let options = run_options(args, Method::Sft, common);
+fn sft(args: &SftArgs, common: &Common, output: &Output) -> Result<()> {
+    let policy = &args.policy;
+    prepare_folder(&policy.run.out, policy.run.resume, "checkpoint")?;
+    let data = community(&policy.data, 3000, common)?;
+    let (bundle, model) = language_model(policy, common, output)?;
+    let mut options = run_options(policy, Method::Sft, common);
+    options.edits = args.edits.clone();
     train_policy(&bundle, &model, &data, &[], &options, output)
 }
 
@@ -621,7 +654,7 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         None => Vec::new(),
     };
     let data = community(&args.policy.data, 3000, common)?;
-    let (bundle, model) = language_model(common, output)?;
+    let (bundle, model) = language_model(&args.policy, common, output)?;
     let roles = &bundle.manifest.roles;
     let place = |l: &Option<Location>| l.as_ref().map(|l| bundle.path(l)).transpose();
     let (adapter, soft) = (place(&roles.adapters)?, place(&roles.soft_prompt)?);
@@ -754,10 +787,8 @@ fn train_policy(
             copy(&out.join("adapter").join(name), &adapter.join(name))?;
         }
         manifest.roles.adapters = Some(Location("trained-policy".into()));
-        // A user's learned vectors exist in training alone; only the graph's embeddings can
-        // feed a soft prompt afterwards.
         manifest.roles.soft_prompt = match options.method {
-            Method::Collaborative => {
+            Method::Collaborative | Method::User => {
                 let name = "trained-policy/soft_prompt.safetensors";
                 copy(&out.join("soft_prompt.safetensors"), &folder.join(name))?;
                 Some(Location(name.into()))
@@ -836,7 +867,7 @@ fn flux(args: &FluxArgs, common: &Common, output: &Output) -> Result<()> {
         !cancelled()
     })?;
     teller.bar.finish_and_clear();
-    let lines: Vec<train_flux::Progress> = synth::read_rows(&out.join("metrics.jsonl"))?;
+    let lines: Vec<train_flux::Progress> = table::read_rows(&out.join("metrics.jsonl"))?;
     let curve = Lines {
         title: "The picture model".into(),
         x: Axis::linear("step"),

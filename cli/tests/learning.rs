@@ -354,6 +354,37 @@ fn wrong_use_is_met_with_help() {
 }
 
 #[test]
+fn a_data_set_goes_in_and_out_as_parquet_as_it_does_as_json_lines() {
+    let dir = tempfile::tempdir().unwrap();
+    let dir = dir.path();
+    let synth = ["dataset", "synth", "--users", "12", "--out"];
+    let made = ask(dir, &[&synth[..], &["p", "--format", "parquet"]].concat());
+    assert!(made["files"].to_string().contains("pairs.parquet"));
+    ask(dir, &[&synth[..], &["j"]].concat());
+    let imported = ask(dir, &["dataset", "import", "p"]);
+    assert!(imported["applied"].as_u64().unwrap() > 50);
+    // The same again, from the other format, changes nothing.
+    let again = ask(dir, &["dataset", "import", "j"]);
+    assert_eq!(again["applied"], 0);
+    assert_eq!(again["pairs"], imported["pairs"]);
+    let out = ask(dir, &["dataset", "export", "o", "--format", "parquet"]);
+    assert_eq!(out["events"], imported["applied"]);
+    let back = ask(dir, &["dataset", "import", "o"]);
+    assert_eq!(
+        (&back["applied"], &back["events"]),
+        (&0.into(), &out["events"])
+    );
+    std::fs::write(dir.join("o/pairs.parquet"), b"PAR1 no more").unwrap();
+    let damaged = run(dir, &["dataset", "import", "o"]);
+    assert_eq!(damaged.status, 1);
+    assert!(
+        damaged.stderr.contains("pairs.parquet"),
+        "{}",
+        damaged.stderr
+    );
+}
+
+#[test]
 fn the_policy_trains_and_its_bundle_opens() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
@@ -374,7 +405,11 @@ fn the_policy_trains_and_its_bundle_opens() {
         let out = method;
         let mut args = vec!["train"];
         match method {
-            "sft" => args.push("sft"),
+            "sft" => {
+                let edits = "{\"input\": \"a cat\", \"edit\": \"make it a dog\"}\n";
+                std::fs::write(dir.join("edits.jsonl"), edits).unwrap();
+                args.extend(["sft", "--edits", "edits.jsonl"]);
+            }
             method => args.extend(["dpo", "--method", method, "-k", "1"]),
         }
         args.extend([

@@ -312,6 +312,7 @@ fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Valu
         hidden: model.decoder.config.hidden,
         scale: 1.0,
         normalize: true,
+        everyone: None,
     };
     let (soft, params) = SoftPrompt::fresh(config, 2, device)?;
     let users = Tensor::from_vec(Philox::new(3, 0).normals(64 * 1024), (64, 1024), device)?;

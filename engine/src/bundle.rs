@@ -29,7 +29,8 @@ pub const VERSION: u32 = 1;
 const MAX_MANIFEST_BYTES: u64 = 4 << 20;
 const MANIFEST: &str = "manifest.json";
 
-/// A path within the bundle, or `cache:MODEL/FILE` in the models' cache folder.
+/// A path within the bundle, `cache:MODEL/FILE` in the models' cache folder, or `default:FILE` of the
+/// bundle `default`.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Location(pub String);
@@ -346,9 +347,14 @@ impl Bundle {
 
     /// The path of a location, whether or not there is anything.
     pub fn place(&self, location: &Location) -> PathBuf {
-        match location.0.strip_prefix("cache:") {
-            Some(within) => self.cache.join(within),
-            None => self.folder.join(&location.0),
+        match location.0.split_once(':') {
+            Some(("cache", within)) => self.cache.join(within),
+            Some(("default", within)) => {
+                let mut folders = bundle_folders().into_iter().map(|f| f.join("default"));
+                let found = folders.find(|f| f.join(MANIFEST).is_file());
+                found.unwrap_or_else(|| "default".into()).join(within)
+            }
+            _ => self.folder.join(&location.0),
         }
     }
 
@@ -468,7 +474,10 @@ fn check(manifest: &Manifest) -> std::result::Result<(), String> {
     manifest.settings.check()?;
     let files = manifest.files.iter().map(|f| f.path.as_str());
     for path in files.chain(locations(&manifest.roles).iter().map(|l| l.0.as_str())) {
-        stays_inside(path.strip_prefix("cache:").unwrap_or(path))?;
+        let elsewhere = ["cache:", "default:"]
+            .iter()
+            .find_map(|p| path.strip_prefix(p));
+        stays_inside(elsewhere.unwrap_or(path))?;
     }
     for name in &manifest.models {
         stays_inside(name)?;
@@ -629,6 +638,7 @@ mod tests {
             "/etc/passwd",
             "a/../../b",
             "cache:../x",
+            "default:../x",
             "",
         ] {
             let mut manifest = small();
@@ -644,6 +654,12 @@ mod tests {
             let bundle = Bundle::open(&bundles.join(name)).unwrap();
             assert_eq!(bundle.manifest.name, name);
             assert!(bundle.manifest.roles.flux.is_some());
+            // What is said to be the default bundle's is there.
+            for location in locations(&bundle.manifest.roles) {
+                if location.0.starts_with("default:") {
+                    bundle.path(&location).unwrap();
+                }
+            }
         }
     }
 }

@@ -17,10 +17,13 @@
 //!    (mean reciprocal, beside chance); *neighbours*, own − other on the held-out likes that
 //!    the user's neighbours would have suggested, instruction against instruction on the same
 //!    likes; the share of instructions that *copy* a stated like, that are *distinct*, and
-//!    that name the thing in the picture (*on topic*).
-//! 5. Three rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
+//!    that name the thing in the picture (*on topic*); how far apart instructions lie *within* a
+//!    user and *between* users. As a control a fifth condition writes with *another's* profile
+//!    and embedding.
+//! 5. Four rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
 //!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
-//!    user's stated likes. *Of ceiling* is own − other as a share of the way from the floor.
+//!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs
+//!    prefer. *Of ceiling* is own − other as a share of the way from the floor.
 //! 6. Intervals are 95%, by bootstrap over users, paired where systems are compared; seeds are
 //!    averaged within a user first.
 //!
@@ -35,16 +38,15 @@ use crate::error::{Error, Result};
 use crate::grammar;
 use crate::lora::Adapter;
 use crate::plot;
-use crate::policy::Policy;
-use crate::synth::{Caption, Synth, SynthUser};
+use crate::policy::{Policy, TOGETHER};
+use crate::synth::{Caption, Split, Synth, SynthPair, SynthUser};
 use crate::text_vectors::TextEncoder;
 use crate::train_policy::{PairGroup, Row, reference_logps, score};
 use crate::vocabulary;
-use candle_core::Tensor;
 use serde::{Deserialize, Serialize};
 use simpatico_schema::edit::InstructRequest;
 use simpatico_schema::random::Philox;
-use simpatico_schema::{Event, Polarity};
+use simpatico_schema::{Event, OverlapMode, Polarity};
 use simpatico_storage::{Snapshot, Store};
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write;
@@ -92,11 +94,19 @@ pub enum Condition {
     Dislikes,
     /// Nothing.
     Embedding,
+    /// Everything, of another judged user: what it scores is what the judge makes of anyone's.
+    Mismatched,
 }
 
 impl Condition {
     /// All of them.
-    pub const ALL: [Self; 4] = [Self::Both, Self::Likes, Self::Dislikes, Self::Embedding];
+    pub const ALL: [Self; 5] = [
+        Self::Both,
+        Self::Likes,
+        Self::Dislikes,
+        Self::Embedding,
+        Self::Mismatched,
+    ];
 
     fn words(self) -> &'static str {
         match self {
@@ -104,6 +114,7 @@ impl Condition {
             Self::Likes => "likes",
             Self::Dislikes => "dislikes",
             Self::Embedding => "no words",
+            Self::Mismatched => "another's",
         }
     }
 }
@@ -167,6 +178,10 @@ pub struct Scores {
     pub distinct: f64,
     /// Share of instructions that name the thing in the picture.
     pub on_topic: f64,
+    /// How far a user's instructions lie apart, 1 less their mean cosine.
+    pub within: f64,
+    /// How far different users' lie apart.
+    pub between: f64,
     /// Own − other by seed.
     pub by_seed: Vec<f64>,
     /// Each user's own − other, for paired comparisons.
@@ -259,6 +274,7 @@ pub fn evaluate(
 ) -> Result<Report> {
     let users = judged_users(synth, options.users)?;
     let mut rows = unwritten(&users, synth);
+    rows.push(retrieved(&users, synth, snapshot)?);
     for system in systems.iter_mut() {
         for condition in &options.conditions {
             let label = format!("{}, {}", system.name, condition.words());
@@ -316,6 +332,7 @@ struct Texts {
 const CEILING: &str = "(ceiling)";
 const COPY: &str = "(profile copied)";
 const FLOOR: &str = "(floor)";
+const RETRIEVED: &str = "(a neighbour's own)";
 
 fn write(
     system: &mut System,
@@ -333,53 +350,72 @@ fn write(
     if matches!(condition, Condition::Likes | Condition::Embedding) {
         shown.dislikes_shown = 0;
     }
-    let mut all = Vec::new();
-    let mut outcome = Ok(());
-    for (done, user) in users.iter().enumerate() {
-        match write_for(system, &user.user, user, snapshot, options) {
-            Ok(texts) => all.push(texts),
-            Err(error) => outcome = Err(error),
-        }
-        if outcome.is_ok() && progress(done + 1).is_break() {
-            outcome = Err(Error::Cancelled);
-        }
-        if outcome.is_err() {
-            break;
-        }
-    }
+    let n = users.len();
+    let names: Vec<&str> = (0..n)
+        .map(|i| match condition {
+            Condition::Mismatched => users[(i + n / 2) % n].user.as_str(),
+            _ => users[i].user.as_str(),
+        })
+        .collect();
+    let written = write_for(system, &names, users, snapshot, options, progress);
     system.policy.options = usual;
-    outcome.map(|()| all)
+    written
 }
 
-/// The instructions for one user, who goes by `name` in the store.
+/// The instructions for users, who go by `names` in the store: one after the other those of a
+/// seed and a caption for everyone, which are written side by side.
 fn write_for(
     system: &System,
-    name: &str,
-    user: &SynthUser,
+    names: &[&str],
+    users: &[&SynthUser],
     snapshot: &Snapshot,
     options: &EvalOptions,
-) -> Result<Vec<(usize, String, String)>> {
-    let mut texts = Vec::new();
-    let cue = match system.neighbors_text && snapshot.has_user(name) {
-        true => neighbors_wish(snapshot, name)?,
-        false => None,
-    };
+    progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
+) -> Result<Vec<Vec<(usize, String, String)>>> {
+    let mut cues = Vec::with_capacity(names.len());
+    for name in names {
+        cues.push(match system.neighbors_text && snapshot.has_user(name) {
+            true => neighbors_wish(snapshot, name)?,
+            false => None,
+        });
+    }
+    let mut all = vec![Vec::new(); users.len()];
+    let rounds = options.seeds.len() * options.instructions;
+    let mut round = 0;
     for (number, seed) in options.seeds.iter().enumerate() {
         for i in 0..options.instructions {
-            let caption = user.captions[i % user.captions.len().max(1)].clone();
-            let request = InstructRequest {
-                user: name.to_string(),
-                caption: caption.clone(),
-                cue: cue.clone(),
-                seed: seed.wrapping_mul(1000).wrapping_add(i as u64),
-                temperature: options.temperature,
-                ..InstructRequest::default()
-            };
-            let answer = system.policy.instruct(snapshot, &request)?;
-            texts.push((number, caption, answer.instruction));
+            let caption = |user: &SynthUser| user.captions[i % user.captions.len().max(1)].clone();
+            let requests: Vec<InstructRequest> = names
+                .iter()
+                .zip(users)
+                .zip(&cues)
+                .map(|((name, user), cue)| InstructRequest {
+                    user: name.to_string(),
+                    caption: caption(user),
+                    cue: cue.clone(),
+                    seed: seed.wrapping_mul(1000).wrapping_add(i as u64),
+                    temperature: options.temperature,
+                    ..InstructRequest::default()
+                })
+                .collect();
+            for (part, requests) in requests.chunks(TOGETHER).enumerate() {
+                let done = (round * users.len() + part * TOGETHER) / rounds;
+                let answers = system
+                    .policy
+                    .instruct_batch(snapshot, requests, || progress(done))?;
+                let first = part * TOGETHER;
+                for ((texts, request), answer) in all[first..].iter_mut().zip(requests).zip(answers)
+                {
+                    texts.push((number, request.caption.clone(), answer.instruction));
+                }
+            }
+            round += 1;
         }
     }
-    Ok(texts)
+    match progress(users.len()) {
+        ControlFlow::Break(()) => Err(Error::Cancelled),
+        ControlFlow::Continue(()) => Ok(all),
+    }
 }
 
 /// What neighbours like, as words for a prompt.
@@ -427,6 +463,32 @@ fn unwritten(users: &[&SynthUser], synth: &Synth) -> Vec<Texts> {
         row(COPY, &|i| stated(users[i])),
         row(FLOOR, &|i| stated(users[(i + n / 2) % n])),
     ]
+}
+
+/// What the nearest neighbour's pairs prefer, word for word.
+fn retrieved(users: &[&SynthUser], synth: &Synth, snapshot: &Snapshot) -> Result<Texts> {
+    let mut chosen: BTreeMap<&str, Vec<&SynthPair>> = BTreeMap::new();
+    for pair in synth.pairs.iter().filter(|p| p.split == Split::Train) {
+        chosen.entry(&pair.user).or_default().push(pair);
+    }
+    let mut texts = Vec::with_capacity(users.len());
+    for user in users {
+        let near = snapshot
+            .overlaps(&user.user, 10, OverlapMode::Shared)
+            .map_err(|e| Error::BadRequest(e.to_string()))?;
+        let of = near.iter().find_map(|(name, _)| chosen.get(name));
+        let pairs = of.into_iter().flatten().step_by(4).take(4);
+        texts.push(
+            pairs
+                .map(|p| (0, p.caption.clone(), p.chosen.clone()))
+                .collect(),
+        );
+    }
+    Ok(Texts {
+        system: RETRIEVED.into(),
+        condition: None,
+        texts,
+    })
 }
 
 fn object<'a>(caption: &str, captions: &'a [Caption]) -> &'a str {
@@ -644,10 +706,34 @@ fn scored(
         copied: written.iter().filter(copies).count() as f64 / all,
         distinct: different.len() as f64 / all,
         on_topic: written.iter().filter(names_it).count() as f64 / all,
+        within: spread(vectors, true),
+        between: spread(vectors, false),
         by_seed: by_seed.collect(),
         by_user,
         written,
     }
+}
+
+/// One less the mean cosine of two instructions: of the same user, or of different ones.
+fn spread(vectors: &[Vec<Vec<f32>>], same: bool) -> f64 {
+    let (mut sum, mut n) = (0.0, 0.0);
+    for (i, of_user) in vectors.iter().enumerate() {
+        for (a, x) in of_user.iter().enumerate() {
+            for (j, others) in vectors
+                .iter()
+                .enumerate()
+                .filter(|(j, _)| (i == *j) == same)
+            {
+                for (b, y) in others.iter().enumerate() {
+                    if i != j || a != b {
+                        sum += cosine(std::slice::from_ref(x), &[y.as_slice()]);
+                        n += 1.0;
+                    }
+                }
+            }
+        }
+    }
+    1.0 - sum / f64::max(n, 1.0)
 }
 
 /// Own less the mean over all other users, for each user.
@@ -755,17 +841,12 @@ pub fn pair_scores(
                 .flat_map(|p| [&p.chosen[..], &p.rejected[..]])
                 .collect(),
         };
-        let soft = match &policy.soft {
-            Some(soft) => {
-                let vector = snapshot
-                    .embedding(&group.user)
-                    .map_err(|e| Error::BadRequest(e.to_string()))?
-                    .vector;
-                let width = vector.len();
-                Some(soft.forward(&Tensor::from_vec(vector, (1, width), model.device())?)?)
-            }
-            None => None,
+        let own = || {
+            let embedding = snapshot.embedding(&group.user);
+            let embedding = embedding.map_err(|e| Error::BadRequest(e.to_string()))?;
+            Ok(embedding.vector)
         };
+        let soft = policy.soft.as_ref().map(|s| s.of_user(own)).transpose()?;
         let adapter = policy.adapter.as_ref();
         let logps = score(model, adapter, None, soft.as_ref(), &[row], false)?
             .logps
@@ -824,20 +905,20 @@ pub fn cold_start(
     for system in systems {
         for known in KNOWN {
             let label = format!("{}, {known} known", system.name);
-            let mut texts = Vec::new();
-            for (done, user) in users.iter().enumerate() {
-                let name = format!("{} after {known}", user.user);
-                let events = opinions(user, &name, known);
-                store.append(&events).map_err(failed)?;
-                let snapshot = store.snapshot();
-                texts.push(write_for(system, &name, user, &snapshot, options)?);
-                drop(snapshot);
-                if !events.is_empty() {
-                    store.forget(&name).map_err(failed)?;
-                }
-                if progress(&label, done + 1, users.len()).is_break() {
-                    return Err(Error::Cancelled);
-                }
+            let names: Vec<String> = users
+                .iter()
+                .map(|u| format!("{} after {known}", u.user))
+                .collect();
+            for (user, name) in users.iter().zip(&names) {
+                store.append(&opinions(user, name, known)).map_err(failed)?;
+            }
+            let names: Vec<&str> = names.iter().map(String::as_str).collect();
+            let snapshot = store.snapshot();
+            let mut tell = |done| progress(&label, done, users.len());
+            let texts = write_for(system, &names, &users, &snapshot, options, &mut tell)?;
+            drop(snapshot);
+            for name in names.into_iter().filter(|_| known > 0) {
+                store.forget(name).map_err(failed)?;
             }
             let row = Texts {
                 system: system.name.clone(),
@@ -902,7 +983,7 @@ fn interval(m: &Mean) -> String {
 /// The report as a table for people.
 pub fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}\n",
+        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}{:>8}{:>9}\n",
         report.users,
         report.judge,
         report.rank_by_chance,
@@ -916,12 +997,14 @@ pub fn table(report: &Report) -> String {
         "copied",
         "distinct",
         "on topic",
+        "within",
+        "between",
     );
     for s in &report.systems {
         let lift = s.neighbor_lift.as_ref().map_or("-".into(), interval);
         let _ = writeln!(
             text,
-            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.2}{:>9.2}",
+            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.2}{:>9.2}{:>8.2}{:>9.2}",
             s.system,
             s.condition.map_or("", Condition::words),
             interval(&s.own_minus_other),
@@ -932,6 +1015,8 @@ pub fn table(report: &Report) -> String {
             s.copied,
             s.distinct,
             s.on_topic,
+            s.within,
+            s.between,
         );
     }
     for d in &report.differences {

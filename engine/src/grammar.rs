@@ -13,26 +13,70 @@
 //! assert!(vocabulary::mentioned(&words).iter().any(|a| a.name == "falling snow"), "{words}");
 //! ```
 
-use crate::vocabulary::{Attribute, Category, Cluster, Look, OverlayKind};
+use crate::vocabulary::{Attribute, Category, Cluster, LightKind, Look, OverlayKind};
 use simpatico_schema::random::Philox;
+
+/// How a wording of a style goes into a sentence.
+enum Manner {
+    /// A thing one can turn a picture into: "a watercolor painting".
+    Thing,
+    /// Something a picture has: "a comic panel look".
+    Look,
+    /// What it is done in: "anime style", "tiny painted dots".
+    In,
+    /// An art: "pixel art".
+    Art,
+}
+
+fn manner(wording: &str) -> Manner {
+    let last = wording.rsplit(' ').next().unwrap_or(wording);
+    match last {
+        "look" => Manner::Look,
+        _ if counted(wording) => Manner::Thing,
+        "style" | "brushwork" | "work" | "inks" | "panes" | "paint" | "dots" | "stones"
+        | "tiles" | "shapes" | "lines" | "strokes" | "washes" | "paper" | "graphics"
+        | "printing" => Manner::In,
+        _ => Manner::Art,
+    }
+}
+
+fn counted(wording: &str) -> bool {
+    ["a ", "an ", "the "].iter().any(|w| wording.starts_with(w))
+}
+
+/// Whether something hangs or floats above, rather than stands beside.
+fn overhead(name: &str) -> bool {
+    [
+        "exposed beams",
+        "antlers on the wall",
+        "a crystal chandelier",
+        "an airship",
+        "a ringed planet",
+        "a crescent moon",
+        "a drone",
+        "a dreamcatcher",
+    ]
+    .contains(&name)
+}
 
 /// Main clauses that fit an attribute in this wording: {o} is the thing, {a} the wording. The
 /// verb must suit what is asked for: snow can fill the air, film grain cannot; a frame goes
-/// around a picture; one can turn something into "a watercolor" but hardly into "line art".
+/// around a picture; beams are above, not beside; one thing surrounds nothing; one can turn
+/// something into "a watercolor" but hardly into "line art".
 fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
     let says = |words: &[&str]| words.iter().any(|w| wording.contains(w));
-    let counted = ["a ", "an ", "the "].iter().any(|w| wording.starts_with(w));
+    let many = !counted(wording) || says(&["bunch of", "row of", "cluster of", "strands"]);
     match attribute.category {
         Category::Color => &[
             "Recolor {o} in {a}",
             "Change the colors of {o} to {a}",
             "Give {o} a color scheme of {a}",
-            "Repaint {o} with {a}",
+            "Repaint {o} in {a}",
             "Shift the palette of {o} to {a}",
             "Make {o} stand out in {a}",
             "Dress {o} in {a}",
         ],
-        Category::Tone if says(&["contrast", "black", "monochrome", "processing"]) => &[
+        Category::Tone if says(&["contrast", "black", "monochrome", "processing", "look"]) => &[
             "Regrade the picture of {o} for {a}",
             "Finish the picture of {o} with {a}",
             "Develop the picture of {o} with {a}",
@@ -46,26 +90,59 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
             "Wash the image in {a}",
             "Set a mood with {a} across the image",
         ],
-        Category::Style if counted => &[
-            "Redraw {o} as {a}",
-            "Turn the picture of {o} into {a}",
-            "Present {o} as if it were {a}",
-            "Transform the scene with {o} into {a}",
-            "Reimagine {o} in the manner of {a}",
-        ],
-        Category::Style => &[
-            "Redraw {o} in the look of {a}",
-            "Reimagine {o} in the manner of {a}",
-            "Restyle the image after {a}",
-            "Redo the picture of {o} in the style of {a}",
-            "Give the picture of {o} the character of {a}",
+        Category::Style => match manner(wording) {
+            Manner::Thing => &[
+                "Redraw {o} as {a}",
+                "Turn the picture of {o} into {a}",
+                "Present {o} as if it were {a}",
+                "Transform the scene with {o} into {a}",
+                "Reimagine {o} in the manner of {a}",
+            ],
+            Manner::Look => &[
+                "Give {o} {a}",
+                "Give the picture of {o} {a}",
+                "Restyle {o} with {a}",
+                "Redo the picture of {o} with {a}",
+                "Go for {a} in the picture of {o}",
+            ],
+            Manner::In => &[
+                "Redraw {o} in {a}",
+                "Render {o} in {a}",
+                "Restyle the image of {o} in {a}",
+                "Redo the picture of {o} in {a}",
+                "Show {o} done in {a}",
+            ],
+            Manner::Art => &[
+                "Redraw {o} in the style of {a}",
+                "Reimagine {o} in the manner of {a}",
+                "Restyle the image of {o} after {a}",
+                "Redo the picture of {o} in the style of {a}",
+                "Give the picture of {o} the character of {a}",
+            ],
+        },
+        Category::Object if overhead(attribute.name) => match says(&["overhead"]) {
+            true => &["Include {a} in the scene with {o}", "Show {o} with {a}"],
+            false => &[
+                "Add {a} above {o}",
+                "Put {a} high over {o}",
+                "Include {a} in the scene with {o}",
+                "Let {a} appear above {o}",
+                "Show {o} below {a}",
+            ],
+        },
+        Category::Object if many => &[
+            "Add {a} next to {o}",
+            "Place {a} around {o}",
+            "Put {a} close to {o}",
+            "Include {a} in the scene with {o}",
+            "Surround {o} with {a}",
+            "Bring {a} into the picture near {o}",
         ],
         Category::Object => &[
             "Add {a} next to {o}",
             "Place {a} beside {o}",
             "Put {a} close to {o}",
             "Include {a} in the scene with {o}",
-            "Surround {o} with {a}",
             "Bring {a} into the picture near {o}",
             "Let {a} accompany {o}",
         ],
@@ -75,14 +152,20 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
             "Replace the background behind {o} with {a}",
             "Move {o} to a scene with {a}",
             "Show {a} behind {o}",
-            "Swap the backdrop for {a}",
+            "Swap the backdrop of {o} for {a}",
         ],
-        Category::Material if says(&["finish", "surface", "coat", "shell", "lattice"]) => &[
-            "Give {o} {a}",
-            "Remake {o} with {a}",
-            "Let {o} have {a}",
-            "Replace the outside of {o} with {a}",
-        ],
+        Category::Material
+            if says(&[
+                "finish", "surface", "coat", "shell", "lattice", "weave", "folds",
+            ]) =>
+        {
+            &[
+                "Give {o} {a}",
+                "Remake {o} with {a}",
+                "Let {o} have {a}",
+                "Replace the outside of {o} with {a}",
+            ]
+        }
         Category::Material => &[
             "Make {o} out of {a}",
             "Give {o} a surface of {a}",
@@ -91,13 +174,19 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
             "Let {o} look as if made from {a}",
             "Change the material of {o} to {a}",
         ],
+        Category::Pattern if says(&["stripe", "line", "wave", "zigzag", "chevron", "swirl"]) => &[
+            "Cover {o} with {a}",
+            "Print {a} on {o}",
+            "Decorate {o} with {a}",
+            "Let {a} run across {o}",
+            "Put {a} all over {o}",
+        ],
         Category::Pattern => &[
             "Cover {o} with {a}",
             "Print {a} on {o}",
             "Decorate {o} with {a}",
             "Wrap {o} in {a}",
-            "Let {a} run across {o}",
-            "Give {o} a surface with {a}",
+            "Put {a} all over {o}",
         ],
         Category::Overlay => match attribute.look {
             Some(Look::Overlay(OverlayKind::Frame, ..)) => &[
@@ -111,34 +200,53 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
                 | OverlayKind::Scratches
                 | OverlayKind::LightLeak
                 | OverlayKind::Scanlines
-                | OverlayKind::Vignette,
+                | OverlayKind::Vignette
+                | OverlayKind::Splatter,
                 ..,
             )) => &[
                 "Finish the picture of {o} with {a}",
-                "Overlay {a} on the picture",
+                "Overlay {a} on the picture of {o}",
                 "Give the image of {o} {a}",
                 "Let the picture of {o} show {a}",
-                "Print the picture of {o} with {a}",
+            ],
+            Some(Look::Overlay(OverlayKind::Rain, ..)) => &[
+                "Let {a} fall around {o}",
+                "Fill the air around {o} with {a}",
+                "Show {o} in {a}",
+                "Add {a} over the whole scene with {o}",
+                "Blend {a} over the image of {o}",
             ],
             _ => &[
-                "Overlay {a} on the picture",
+                "Overlay {a} on the picture of {o}",
                 "Fill the air around {o} with {a}",
-                "Add {a} over the whole scene",
+                "Add {a} over the whole scene with {o}",
                 "Let {a} drift across {o}",
                 "Blend {a} over the image of {o}",
-                "Top off the image with {a}",
+                "Top off the image of {o} with {a}",
             ],
         },
+        Category::Light if matches!(attribute.look, Some(Look::Light(LightKind::Rim, ..))) => &[
+            "Give {o} {a}",
+            "Relight {o} using {a}",
+            "Pick {o} out with {a}",
+            "Set {o} apart with {a}",
+        ],
         Category::Light if says(&["shad", "blinds", "dusk", "hour"]) => &[
             "Relight {o} using {a}",
             "Let {a} fall on {o}",
             "Show {o} in {a}",
             "Set the scene with {o} in {a}",
         ],
+        Category::Light if says(&["spotlight"]) => &[
+            "Light {o} with {a}",
+            "Put {o} under {a}",
+            "Turn {a} on {o}",
+            "Let {a} fall on {o}",
+        ],
         Category::Light => &[
             "Light {o} with {a}",
             "Bathe {o} in {a}",
-            "Illuminate the scene with {a}",
+            "Illuminate the scene around {o} with {a}",
             "Relight {o} using {a}",
             "Let {a} fall on {o}",
             "Cast {a} over {o}",
@@ -146,17 +254,23 @@ fn clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
     }
 }
 
-/// Second clauses, after "and": {a} is the wording, "it" the thing.
+/// Second clauses, after "and": {a} is the wording, {o} the thing, or "it" for it.
 fn second_clauses(attribute: &Attribute, wording: &str) -> &'static [&'static str] {
     let says = |words: &[&str]| words.iter().any(|w| wording.contains(w));
     match attribute.category {
-        Category::Color => &["recolor it in {a}", "shift its colors to {a}"],
+        Category::Color => &["recolor {o} in {a}", "repaint {o} in {a}"],
         Category::Tone => &["grade everything with {a}", "finish with {a}"],
-        Category::Style => &["style it all like {a}", "give it the look of {a}"],
-        Category::Object => &["add {a} beside it", "place {a} nearby", "include {a}"],
-        Category::Background => &["set it against {a}", "put {a} behind it"],
-        Category::Material => &["make it look like {a}", "give it the feel of {a}"],
-        Category::Pattern => &["decorate it with {a}", "print {a} on it"],
+        Category::Style => match manner(wording) {
+            Manner::Thing => &["style it all like {a}", "make {o} look like {a}"],
+            Manner::Look => &["give it all {a}", "finish with {a}"],
+            Manner::In => &["render it all in {a}", "redraw {o} in {a}"],
+            Manner::Art => &["style it all like {a}", "give {o} the look of {a}"],
+        },
+        Category::Object if overhead(attribute.name) => &["include {a}", "add {a}"],
+        Category::Object => &["add {a} beside {o}", "place {a} nearby", "include {a}"],
+        Category::Background => &["set {o} against {a}", "put {a} behind {o}"],
+        Category::Material => &["make {o} look like {a}", "give {o} the feel of {a}"],
+        Category::Pattern => &["decorate {o} with {a}", "print {a} on {o}"],
         Category::Overlay => match attribute.look {
             Some(Look::Overlay(OverlayKind::Frame, ..)) => &["put {a} around it all"],
             Some(Look::Overlay(
@@ -164,17 +278,25 @@ fn second_clauses(attribute: &Attribute, wording: &str) -> &'static [&'static st
                 | OverlayKind::Scratches
                 | OverlayKind::LightLeak
                 | OverlayKind::Scanlines
-                | OverlayKind::Vignette,
+                | OverlayKind::Vignette
+                | OverlayKind::Splatter,
                 ..,
             )) => &["add {a} over the scene", "finish with {a}"],
+            Some(Look::Overlay(OverlayKind::Rain, ..)) => {
+                &["let {a} fall around {o}", "add {a} over the scene"]
+            }
             _ => &[
                 "add {a} over the scene",
                 "finish with {a}",
-                "let {a} drift over it",
+                "let {a} drift over {o}",
             ],
         },
-        Category::Light if says(&["shad", "blinds", "dusk", "hour"]) => &["show it in {a}"],
-        Category::Light => &["light it with {a}", "bathe it in {a}"],
+        Category::Light if matches!(attribute.look, Some(Look::Light(LightKind::Rim, ..))) => {
+            &["give {o} {a}", "pick {o} out with {a}"]
+        }
+        Category::Light if says(&["shad", "blinds", "dusk", "hour"]) => &["show {o} in {a}"],
+        Category::Light if says(&["spotlight"]) => &["put {o} under {a}", "light {o} with {a}"],
+        Category::Light => &["light {o} with {a}", "bathe {o} in {a}"],
     }
 }
 
@@ -183,7 +305,7 @@ const TAILS: &[&str] = &[
     "to give it a {t} feel",
     "for a {t} touch",
     "so that it feels {t}",
-    "with a {t} spirit",
+    "with a {t} air",
 ];
 
 /// Feelings that go with a taste.
@@ -198,7 +320,7 @@ pub fn tones(cluster: Cluster) -> &'static [&'static str] {
         Cluster::Gothic => &["dark", "haunting"],
         Cluster::Kawaii => &["cute", "sweet"],
         Cluster::Steam => &["inventive", "mechanical"],
-        Cluster::Cosmic => &["cosmic", "vast"],
+        Cluster::Cosmic => &["cosmic", "otherworldly"],
         Cluster::Fantasy => &["magical", "enchanted"],
         Cluster::Boho => &["free-spirited", "earthy"],
         Cluster::Luxury => &["elegant", "opulent"],
@@ -211,7 +333,7 @@ pub fn tones(cluster: Cluster) -> &'static [&'static str] {
         Cluster::Noir => &["mysterious", "dramatic"],
         Cluster::Western => &["dusty", "adventurous"],
         Cluster::Painterly => &["artistic", "gentle"],
-        Cluster::Abyss => &["deep", "dreamlike"],
+        Cluster::Abyss => &["quiet", "dreamlike"],
         Cluster::Party => &["joyful", "lively"],
     }
 }
@@ -226,13 +348,19 @@ pub fn instruction(
 ) -> String {
     let main = attributes[0];
     let wording = say(random, main);
-    let clause = pick(random, clauses(main, &wording));
+    let clause = pick_apart(random, clauses(main, &wording), &wording);
     let mut text = fill(clause, object, &wording);
     if let Some(second) = attributes.get(1) {
         let wording = say(random, second);
-        let clause = pick(random, second_clauses(second, &wording));
+        let clause = pick_apart(random, second_clauses(second, &wording), &wording);
+        // "It" is the thing only where the thing was named last, and is one.
+        let thing =
+            match main.category == Category::Object || !text.contains(object) || plural(object) {
+                true => object,
+                false => "it",
+            };
         text += " and ";
-        text += &fill(clause, object, &wording);
+        text += &fill(clause, thing, &wording);
     }
     if let Some(tone) = tone {
         let tail = pick(random, TAILS).replace("{t}", tone);
@@ -246,12 +374,77 @@ fn pick<'a>(random: &mut Philox, from: &[&'a str]) -> &'a str {
     random.choose(from).copied().unwrap_or("")
 }
 
-/// One of the attribute's wordings; the name itself four times in ten.
+/// A clause that does not say again what the wording says: no "print a floral print", no "let
+/// drifting petals drift".
+fn pick_apart<'a>(random: &mut Philox, from: &[&'a str], wording: &str) -> &'a str {
+    let fresh: Vec<&str> = from
+        .iter()
+        .copied()
+        .filter(|c| !echoes(c, wording))
+        .collect();
+    match fresh.is_empty() {
+        true => pick(random, from),
+        false => pick(random, &fresh),
+    }
+}
+
+/// Whether two texts share a word of four letters or more, endings aside.
+fn echoes(a: &str, b: &str) -> bool {
+    let stems = |text: &str| -> Vec<String> {
+        text.to_lowercase()
+            .split(|c: char| !c.is_alphabetic())
+            .filter(|w| w.len() >= 4 && !["with", "from", "into", "look"].contains(w))
+            .map(|w| w.chars().take(5).collect::<String>())
+            .map(|w| w.trim_end_matches(['s', 'e', 'i']).to_string())
+            .collect()
+    };
+    let (a, b) = (stems(a), stems(b));
+    a.iter().any(|x| b.contains(x))
+}
+
+/// Whether a thing's name is a plural.
+fn plural(object: &str) -> bool {
+    object.ends_with('s') && !object.ends_with("ss") && !object.ends_with("us")
+}
+
+/// One of the attribute's wordings, as it stands in a sentence; the name itself four times in
+/// ten.
 pub fn say(random: &mut Philox, attribute: &Attribute) -> String {
     let wordings: Vec<_> = attribute.wordings().collect();
-    match random.uniform() < 0.4 {
-        true => attribute.name.to_string(),
-        false => pick(random, &wordings).to_string(),
+    let wording = match random.uniform() < 0.4 {
+        true => attribute.name,
+        false => pick(random, &wordings),
+    };
+    // Names are bare ("woodcut print"); a single thing wants its article.
+    let last = wording.rsplit(' ').next().unwrap_or(wording);
+    let single = match attribute.category {
+        Category::Style => [
+            "painting",
+            "sketch",
+            "drawing",
+            "print",
+            "screenprint",
+            "poster",
+            "still",
+            "mural",
+            "illustration",
+            "engraving",
+            "etching",
+            "portrait",
+            "render",
+            "collage",
+            "card",
+            "page",
+            "design",
+        ]
+        .contains(&last),
+        Category::Tone => ["tone", "tint", "grade", "haze", "cast"].contains(&last),
+        _ => false,
+    };
+    match single && !counted(wording) {
+        true if wording.starts_with(['a', 'e', 'i', 'o']) => format!("an {wording}"),
+        true => format!("a {wording}"),
+        false => wording.to_string(),
     }
 }
 
@@ -308,6 +501,51 @@ mod tests {
             }
         }
         assert!(said("falling snow").contains("the air"));
+    }
+
+    #[test]
+    fn single_things_have_their_article_and_clauses_do_not_echo_the_wording() {
+        for a in vocabulary::all() {
+            for i in 0..60 {
+                let text = instruction(&mut Philox::new(3, i), "the skis", &[a], None);
+                for fault in [
+                    "of woodcut print",
+                    "after woodcut print",
+                    "like chalk drawing",
+                    "with sepia tone",
+                    "a golden tint tint",
+                    "into a comic panel look",
+                    "as a comic panel look",
+                    "drifting petals drift",
+                    "Print printed",
+                    "Print a floral print",
+                    "with a warm amber grade to",
+                    "Grade the whole picture with a warm amber grade",
+                    "Wash the image in an old sepia wash",
+                    "Surround the skis with a ",
+                    "beams next to",
+                    "rain drift",
+                ] {
+                    let several = ["a bunch of", "a row of", "a cluster of"];
+                    let right = several.iter().any(|w| text.contains(w));
+                    assert!(right || !text.contains(fault), "{fault:?}: {text}");
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn it_is_the_thing_and_nothing_else() {
+        let airship = vocabulary::find("an airship").unwrap();
+        let coral = vocabulary::find("coral").unwrap();
+        let snow = vocabulary::find("snowy mountains").unwrap();
+        for i in 0..40 {
+            let random = &mut Philox::new(4, i);
+            let text = instruction(random, "the couch", &[airship, coral], None);
+            assert!(!text.contains(" it ") && !text.contains(" its "), "{text}");
+            let text = instruction(random, "the skis", &[snow, coral], None);
+            assert!(!text.contains(" it "), "{text}");
+        }
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! One decoder for the Qwen2, Qwen2.5 and Llama families.
+//! One decoder for the Qwen2, Qwen2.5, Llama and Mistral families.
 //!
 //! It is not a text generator (see [`crate::generate`]) and knows no strings: it takes token
 //! ids or embeddings (a soft prompt goes in front of the embedded text), and gives hidden
@@ -12,10 +12,12 @@
 //! 1. x += o(attention(rope(q(n)), rope(k(n)), v(n))), n = rms_norm(x);
 //! 2. x += down(silu(gate(n)) · up(n)), n = rms_norm(x).
 //!
-//! Reference: transformers' `modeling_qwen2.py` and `modeling_llama.py`.
+//! Reference: transformers' `modeling_qwen2.py`, `modeling_llama.py` and `modeling_mistral.py`.
 
+pub mod bf16;
 mod config;
 mod language;
+pub mod learn;
 pub mod packed;
 mod session;
 
@@ -29,9 +31,10 @@ use crate::weights::{Stored, Weights};
 use crate::{Error, Result};
 use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, DType, Device, Module, Tensor};
+use learn::{Plain, Products};
 use packed::{Activations, Packed};
 use simpatico_schema::random::Philox;
-use std::sync::Arc;
+use std::sync::{Arc, OnceLock};
 
 /// The linear maps of a layer that an adapter can change, as the checkpoint names them.
 pub const MODULES: [&str; 7] = [
@@ -182,6 +185,10 @@ pub struct Decoder {
     frequencies: Vec<f64>,
     device: Device,
     dtype: DType,
+    /// How it is multiplied while an adapter learns, and its weights prepared for that, when
+    /// they are first asked for.
+    products: Products,
+    plain: OnceLock<Option<Arc<Plain>>>,
 }
 
 /// Dropout on the inputs of the adapter, the same again for the same seed and step: layers
@@ -313,7 +320,8 @@ impl Decoder {
             device,
         };
         let embedding = loader.matrix("model.embed_tokens", config.vocab, config.hidden, None)?;
-        let head = match config.tied {
+        // Nobody asks the bare network for logits.
+        let head = match config.tied || loader.bare() {
             true => embedding.clone(),
             false => loader.matrix("lm_head", config.vocab, config.hidden, None)?,
         };
@@ -328,12 +336,36 @@ impl Decoder {
             config: config.clone(),
             device: device.clone(),
             dtype: loader.dtype(),
+            products: Products::F32,
+            plain: OnceLock::new(),
         })
     }
 
     /// Where it computes.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// Sets how constant weights are multiplied in [`learn`]'s passes.
+    pub fn learn_in(&mut self, products: Products) {
+        self.products = products;
+        self.plain = OnceLock::new();
+    }
+
+    /// How constant weights are multiplied in [`learn`]'s passes.
+    pub fn products(&self) -> Products {
+        learn::possible(self.products)
+    }
+
+    /// The weights for [`learn`]'s passes, prepared by the first call; `None` where this
+    /// decoder is not f32 on the CPU.
+    pub fn plain(&self) -> Result<Option<&Arc<Plain>>> {
+        if self.plain.get().is_none() {
+            let plain = Plain::of(self, self.products)?.map(Arc::new);
+            // Another thread's is the same.
+            let _ = self.plain.set(plain);
+        }
+        Ok(self.plain.get().and_then(Option::as_ref))
     }
 
     /// The dtype of hidden states.
@@ -513,6 +545,7 @@ impl Decoder {
     /// Adds an adapter's changes to the weights themselves. Quantised matrices that it
     /// touches become plain ones. [`Self::unmerge`] brings back the originals, to the bit.
     pub fn merge(&mut self, adapter: &Adapter) -> Result<()> {
+        self.plain = OnceLock::new();
         for (index, layer) in self.layers.iter_mut().enumerate() {
             for (module, projection) in layer.projections.iter_mut().enumerate() {
                 let Some(pair) = adapter.pair(index, module) else {
@@ -530,6 +563,7 @@ impl Decoder {
 
     /// Takes back everything that [`Self::merge`] did.
     pub fn unmerge(&mut self) {
+        self.plain = OnceLock::new();
         for layer in &mut self.layers {
             for projection in &mut layer.projections {
                 if let Some(before) = projection.unmerged.take() {
@@ -605,9 +639,18 @@ impl Loader<'_> {
         }
     }
 
+    /// Whether this is the bare network, without a head.
+    fn bare(&self) -> bool {
+        self.weights.contains("embed_tokens.weight")
+    }
+
     /// The file's name for a checkpoint's tensor.
     fn name(&self, module: &str, part: &str) -> String {
         match self.weights.gguf() {
+            // A checkpoint of the bare network (an encoder's) has no "model." in front.
+            None if self.bare() => {
+                format!("{}.{part}", module.strip_prefix("model.").unwrap_or(module))
+            }
             None => format!("{module}.{part}"),
             Some(_) => format!("{}.{part}", gguf_name(module)),
         }

@@ -333,14 +333,15 @@ impl Policy {
         let Some(soft) = self.soft.as_ref().filter(|_| !taste.unknown) else {
             return Ok(None);
         };
-        // Without a trained encoder in the store the text alone must do.
-        let vector = match snapshot.embedding(&request.user) {
-            Ok(embedding) => embedding.vector,
-            Err(_) => return Ok(None),
+        let own = || {
+            let embedding = snapshot.embedding(&request.user).map_err(store_error)?;
+            Ok(embedding.vector)
         };
-        let n = vector.len();
-        let vector = Tensor::from_vec(vector, (1, n), self.model.decoder.device())?;
-        Ok(Some(soft.forward(&vector)?.squeeze(0)?))
+        // Without a trained encoder in the store the text alone must do.
+        if soft.config.everyone.is_none() && own().is_err() {
+            return Ok(None);
+        }
+        Ok(Some(soft.of_user(own)?.squeeze(0)?))
     }
 
     /// What the snapshot says about the user, and what of it goes into the prompt.

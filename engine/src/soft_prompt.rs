@@ -30,6 +30,10 @@ pub struct SoftPromptConfig {
     pub scale: f64,
     /// Whether embeddings are brought to length √d first.
     pub normalize: bool,
+    /// The vector that stands for everyone, where training gave each of its users one of their
+    /// own and no graph gives one to anybody else (DPO-user): their mean.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub everyone: Option<Vec<f32>>,
 }
 
 /// The maps.
@@ -82,6 +86,20 @@ impl SoftPrompt {
             .forward(&inner)?
             .affine(self.config.scale, 0.0)?;
         Ok(out.reshape((b, self.config.tokens, self.config.hidden))?)
+    }
+
+    /// Tokens (1, tokens, hidden) for one user, whose embedding `own` reads if it is wanted.
+    pub fn of_user(&self, own: impl FnOnce() -> Result<Vec<f32>>) -> Result<Tensor> {
+        let vector = match &self.config.everyone {
+            Some(mean) => mean.clone(),
+            None => own()?,
+        };
+        let n = vector.len();
+        self.forward(&Tensor::from_vec(
+            vector,
+            (1, n),
+            self.first.weight().device(),
+        )?)
     }
 
     /// Writes parameters that [`Self::fresh`] made, with the sizes in the file's metadata.
@@ -143,6 +161,7 @@ mod tests {
             hidden: 48,
             scale: 0.1,
             normalize: true,
+            everyone: None,
         };
         let (soft, _) = SoftPrompt::fresh(config, 3, &Device::Cpu).unwrap();
         let users = Tensor::from_vec(Philox::new(1, 1).normals(64), (2, 32), &Device::Cpu).unwrap();
@@ -161,6 +180,7 @@ mod tests {
             hidden: 4,
             scale: 0.5,
             normalize: true,
+            everyone: None,
         };
         let (soft, params) = SoftPrompt::fresh(config.clone(), 3, &Device::Cpu).unwrap();
         let x = Tensor::new(&[[1f32, 2.0, 3.0, -1.0, 0.0, 0.5]], &Device::Cpu).unwrap();
@@ -182,6 +202,16 @@ mod tests {
             back.forward(&Tensor::zeros((1, 7), DType::F32, &Device::Cpu).unwrap())
                 .is_err()
         );
+        // A vector for everyone takes the place of the user's own.
+        let everyone = SoftPromptConfig {
+            everyone: Some(vec![1.0, 2.0, 3.0, -1.0, 0.0, 0.5]),
+            ..config
+        };
+        SoftPrompt::save(&everyone, &params, &path, DType::F32).unwrap();
+        let (back, _) = SoftPrompt::load(&path, &Device::Cpu).unwrap();
+        let for_all = back.of_user(|| unreachable!("nobody's own is asked for"));
+        let gap = (for_all.unwrap() - &y).unwrap().abs().unwrap().max_all();
+        assert!(gap.unwrap().to_scalar::<f32>().unwrap() < 1e-6);
         std::fs::write(&path, b"short").unwrap();
         assert!(SoftPrompt::load(&path, &Device::Cpu).is_err());
         std::fs::remove_file(path).unwrap();

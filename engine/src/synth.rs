@@ -14,22 +14,22 @@
 //! 3,000 users × 4 captions × 6 edit types give 72,000 pairs, 144,000 instructions. Everything is
 //! a function of the seed; user *i* uses stream *i* alone, so fewer users are a prefix of more.
 //!
-//! Files (`dataset synth`): events, attributes, users, captions, pairs as gzip JSON lines, and
-//! splits.json. [`read`] takes the same back.
+//! Files (`dataset synth`): events, attributes, users, captions, pairs as gzip JSON lines or as
+//! Parquet, and splits.json. [`read`] takes the same back.
 
 use crate::error::{Error, Result};
 use crate::grammar;
 use crate::params::write_whole;
 use crate::plot;
+use crate::table::{read_rows, write_rows};
 use crate::vocabulary::{self, Attribute, Category, Cluster, EditType};
-use flate2::{Compression, write::GzEncoder};
 use serde::{Deserialize, Serialize};
+use simpatico_schema::edit::PreferencePair;
 use simpatico_schema::formats::{Line, Lines};
 use simpatico_schema::random::Philox;
 use simpatico_schema::{Event, Polarity};
 use std::collections::{BTreeMap, BTreeSet};
-use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What to make.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -759,64 +759,87 @@ impl Taste {
     }
 }
 
+/// The tables of a data set.
+const TABLES: [&str; 5] = ["events", "attributes", "users", "captions", "pairs"];
+
+/// How a data set's tables are written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Format {
+    /// gzip JSON lines.
+    Jsonl,
+    /// Parquet.
+    Parquet,
+}
+
+impl Format {
+    /// The file of a table.
+    pub fn file(self, table: &str) -> String {
+        match self {
+            Self::Jsonl => format!("{table}.jsonl.gz"),
+            Self::Parquet => format!("{table}.parquet"),
+        }
+    }
+}
+
 /// Writes the data set's files into a folder and returns their names.
-pub fn write(synth: &Synth, folder: &Path) -> Result<Vec<String>> {
-    write_rows(&folder.join("events.jsonl.gz"), &synth.events)?;
-    write_rows(&folder.join("attributes.jsonl.gz"), &synth.attributes)?;
-    write_rows(&folder.join("users.jsonl.gz"), &synth.users)?;
-    write_rows(&folder.join("captions.jsonl.gz"), &synth.captions)?;
-    write_rows(&folder.join("pairs.jsonl.gz"), &synth.pairs)?;
+pub fn write(synth: &Synth, folder: &Path, format: Format) -> Result<Vec<String>> {
+    let path = |table: &str| folder.join(format.file(table));
+    write_rows(&path("events"), &synth.events)?;
+    write_rows(&path("attributes"), &synth.attributes)?;
+    write_rows(&path("users"), &synth.users)?;
+    write_rows(&path("captions"), &synth.captions)?;
+    write_rows(&path("pairs"), &synth.pairs)?;
     let splits = serde_json::to_vec_pretty(&synth.splits).map_err(json_error("splits.json"))?;
     write_whole(&folder.join("splits.json"), &splits)?;
-    let names = ["events", "attributes", "users", "captions", "pairs"];
-    let mut files: Vec<String> = names.iter().map(|n| format!("{n}.jsonl.gz")).collect();
+    let mut files: Vec<String> = TABLES.iter().map(|t| format.file(t)).collect();
     files.push("splits.json".into());
     Ok(files)
 }
 
-/// Reads a data set back from its folder.
+/// Reads a data set back from its folder, each table in whichever format is there.
 pub fn read(folder: &Path) -> Result<Synth> {
-    let path = folder.join("splits.json");
-    let splits = std::fs::read(&path).map_err(Error::io(&path))?;
+    let splits = folder.join("splits.json");
+    let splits = std::fs::read(&splits).map_err(Error::io(&splits))?;
+    let path = |table: &str| table_of(folder, table);
     Ok(Synth {
-        events: read_rows(&folder.join("events.jsonl.gz"))?,
-        attributes: read_rows(&folder.join("attributes.jsonl.gz"))?,
-        users: read_rows(&folder.join("users.jsonl.gz"))?,
-        captions: read_rows(&folder.join("captions.jsonl.gz"))?,
-        pairs: read_rows(&folder.join("pairs.jsonl.gz"))?,
+        events: read_rows(&path("events"))?,
+        attributes: read_rows(&path("attributes"))?,
+        users: read_rows(&path("users"))?,
+        captions: read_rows(&path("captions"))?,
+        pairs: read_rows(&path("pairs"))?,
         splits: serde_json::from_slice(&splits).map_err(json_error("splits.json"))?,
     })
 }
 
+/// A table's file, in whichever format is there.
+fn table_of(folder: &Path, table: &str) -> PathBuf {
+    let parquet = folder.join(Format::Parquet.file(table));
+    match parquet.is_file() {
+        true => parquet,
+        false => folder.join(Format::Jsonl.file(table)),
+    }
+}
+
+/// What of a data set goes into a store: its events, and the pairs that are not held out. A
+/// folder of these two tables is enough.
+pub fn read_to_store(folder: &Path) -> Result<(Vec<Event>, Vec<PreferencePair>)> {
+    #[derive(Deserialize)]
+    struct Row {
+        #[serde(flatten)]
+        pair: PreferencePair,
+        split: Option<Split>,
+    }
+    let rows: Vec<Row> = read_rows(&table_of(folder, "pairs"))?;
+    let kept = rows
+        .into_iter()
+        .filter(|r| r.split.is_none_or(|s| s == Split::Train))
+        .map(|r| r.pair)
+        .collect();
+    Ok((read_rows(&table_of(folder, "events"))?, kept))
+}
+
 fn json_error(file: &str) -> impl Fn(serde_json::Error) -> Error {
     move |e| Error::bad_model(file, format!("JSON: {e}"))
-}
-
-fn write_rows<T: Serialize>(path: &Path, rows: &[T]) -> Result<()> {
-    let mut gz = GzEncoder::new(Vec::new(), Compression::new(6));
-    for row in rows {
-        let mut line = serde_json::to_vec(row).map_err(json_error(&path.display().to_string()))?;
-        line.push(b'\n');
-        gz.write_all(&line).map_err(Error::io(path))?;
-    }
-    write_whole(path, &gz.finish().map_err(Error::io(path))?)
-}
-
-/// Reads JSON lines, plain or gzip. A bad line is an error that names it.
-pub fn read_rows<T: serde::de::DeserializeOwned>(path: &Path) -> Result<Vec<T>> {
-    let file = std::fs::File::open(path).map_err(Error::io(path))?;
-    let mut lines = Lines::new(file).map_err(Error::io(path))?;
-    let mut rows = Vec::new();
-    while let Some((number, line)) = lines.next_line().map_err(Error::io(path))? {
-        let bad = |reason: String| Error::bad_model(format!("{}:{number}", path.display()), reason);
-        match line {
-            Line::Text(text) => {
-                rows.push(serde_json::from_slice(text).map_err(|e| bad(format!("JSON: {e}")))?)
-            }
-            Line::TooLong(_) => return Err(bad("the line is too long".into())),
-        }
-    }
-    Ok(rows)
 }
 
 /// What the statistics page and the tests look at.
@@ -1167,9 +1190,12 @@ mod tests {
             ..SynthOptions::default()
         })
         .unwrap();
-        write(&synth, &folder).unwrap();
-        assert_eq!(read(&folder).unwrap(), synth);
-        std::fs::remove_dir_all(folder).unwrap();
+        for format in [Format::Jsonl, Format::Parquet] {
+            let files = write(&synth, &folder, format).unwrap();
+            assert_eq!(files.len(), 6);
+            assert_eq!(read(&folder).unwrap(), synth);
+            std::fs::remove_dir_all(&folder).unwrap();
+        }
     }
 
     #[test]

@@ -2,7 +2,9 @@
 //!
 //! MiniLM (BERT; mean over the tokens, length 1) as sentence-transformers computes it. The same
 //! code reads any BERT sentence encoder with mean pooling (gte-small, the judge of `eval
-//! prompts`). The token states serve the small picture model as its text input.
+//! prompts`), and decoders made into encoders, with the last token's state for a text
+//! (Linq-Embed-Mistral, the paper's). The token states serve the small picture model as its text
+//! input.
 //!
 //! Not here: training of encoders.
 //!
@@ -16,6 +18,7 @@
 //! ```
 
 use crate::error::{Error, Result};
+use crate::lm::{self, Decoder, Placement, Precision};
 use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::bert::{BertModel, Config};
@@ -26,9 +29,21 @@ use tokenizers::{Tokenizer, TruncationParams};
 /// The most texts in one forward pass.
 const BATCH_TEXTS: usize = 64;
 
+/// The networks that are known.
+enum Network {
+    /// BERT; a text is the mean of its tokens.
+    Bert(BertModel),
+    /// A decoder; a text is its last token, which has seen the others.
+    Decoder {
+        decoder: Decoder,
+        /// Put behind each text where the tokenizer does not do so itself.
+        end: Option<u32>,
+    },
+}
+
 /// A sentence encoder.
 pub struct TextEncoder {
-    model: BertModel,
+    network: Network,
     tokenizer: Tokenizer,
     device: Device,
     /// Length of a vector.
@@ -41,15 +56,15 @@ pub struct TextEncoder {
 pub struct TokenStates {
     /// The last layer's states, (b, t, dim); 0 where the mask is 0.
     pub states: Tensor,
-    /// Their mean over the tokens at length 1, (b, dim).
+    /// The texts' vectors at length 1, (b, dim): their states' mean, or a decoder's last state.
     pub pooled: Tensor,
     /// (b, t), f32: 1 for a token, 0 for padding.
     pub mask: Tensor,
 }
 
 impl TextEncoder {
-    /// Opens a folder with config.json, tokenizer.json and model.safetensors; the maximum length
-    /// is sentence_bert_config.json's, or the positions the model has.
+    /// Opens a folder with config.json, tokenizer.json and model.safetensors (or shards with their
+    /// index); the maximum length is sentence_bert_config.json's, or the positions the model has.
     pub fn open(folder: &Path, device: &Device) -> Result<Self> {
         let read = |name: &str| -> Result<Vec<u8>> {
             let path = folder.join(name);
@@ -60,43 +75,56 @@ impl TextEncoder {
                 path,
             })
         };
-        let weights = folder.join("model.safetensors");
-        if !weights.is_file() {
-            read("model.safetensors")?;
-        }
         let file = |name: &str| folder.join(name).display().to_string();
-        let config: Config = serde_json::from_slice(&read("config.json")?)
-            .map_err(|e| Error::bad_model(file("config.json"), e.to_string()))?;
-        let mut max_tokens = config.max_position_embeddings;
-        if let Ok(bytes) = std::fs::read(folder.join("sentence_bert_config.json")) {
-            let value: serde_json::Value = serde_json::from_slice(&bytes)
-                .map_err(|e| Error::bad_model(file("sentence_bert_config.json"), e.to_string()))?;
-            let given = value["max_seq_length"]
-                .as_u64()
-                .and_then(|n| usize::try_from(n).ok());
-            max_tokens = given.unwrap_or(max_tokens).min(max_tokens);
-        }
-        let tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
+        let json = |name: &str| -> Result<serde_json::Value> {
+            serde_json::from_slice(&read(name)?)
+                .map_err(|e| Error::bad_model(file(name), e.to_string()))
+        };
+        let config = json("config.json")?;
+        let mut tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
             .map_err(|e| Error::bad_model(file("tokenizer.json"), e.to_string()))?;
-        let vb = Weights::open(&weights)?.var_builder(DType::F32, device);
-        Self::new(&config, tokenizer, vb, max_tokens, device)
-    }
-
-    /// From parts already read.
-    pub fn new(
-        config: &Config,
-        mut tokenizer: Tokenizer,
-        vb: candle_nn::VarBuilder,
-        max_tokens: usize,
-        device: &Device,
-    ) -> Result<Self> {
         tokenizer.with_padding(None);
+        let decoder = matches!(
+            config["model_type"].as_str(),
+            Some("mistral" | "llama" | "qwen2")
+        );
+        let (network, dim, positions) = if decoder {
+            let text = config.to_string();
+            let config = lm::Config::from_json(&file("config.json"), &text)?;
+            let end = match json("tokenizer_config.json") {
+                Ok(settings) if settings["add_eos_token"].as_bool() == Some(true) => {
+                    config.eos.first().copied()
+                }
+                _ => None,
+            };
+            let weights = Weights::open(folder)?;
+            let dense = Precision::Dense(DType::F32);
+            let decoder = Decoder::load(&weights, &config, dense, device)?;
+            let (dim, positions) = (config.hidden, config.positions);
+            (Network::Decoder { decoder, end }, dim, positions)
+        } else {
+            let weights = folder.join("model.safetensors");
+            if !weights.is_file() {
+                read("model.safetensors")?;
+            }
+            let config: Config = serde_json::from_value(config)
+                .map_err(|e| Error::bad_model(file("config.json"), e.to_string()))?;
+            let vb = Weights::open(&weights)?.var_builder(DType::F32, device);
+            let model = BertModel::load(vb, &config)?;
+            let (dim, positions) = (config.hidden_size, config.max_position_embeddings);
+            (Network::Bert(model), dim, positions)
+        };
+        let given = match folder.join("sentence_bert_config.json").is_file() {
+            true => json("sentence_bert_config.json")?["max_seq_length"].as_u64(),
+            false => None,
+        };
+        let given = given.and_then(|n| usize::try_from(n).ok());
         Ok(Self {
-            model: BertModel::load(vb, config)?,
+            network,
             tokenizer,
             device: device.clone(),
-            dim: config.hidden_size,
-            max_tokens,
+            dim,
+            max_tokens: given.unwrap_or(positions).min(positions),
         })
     }
 
@@ -133,19 +161,38 @@ impl TextEncoder {
         let shape = (rows.len(), longest);
         let ids = Tensor::from_vec(ids, shape, &self.device)?;
         let mask = Tensor::from_vec(mask, shape, &self.device)?;
-        // The padding adds the lowest f32 to the scores: exp gives exactly 0, so a text's
-        // states do not depend on its company beyond the order of additions.
-        let states = self.model.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
-        let states = states.broadcast_mul(&mask.unsqueeze(2)?)?; // (b, t, dim)
-        let count = mask.sum_keepdim(1)?.clamp(1e-9, f64::INFINITY)?;
-        let mean = states.sum(1)?.broadcast_div(&count)?; // (b, dim)
-        let length = mean
+        let (states, of_text) = match &self.network {
+            Network::Bert(model) => {
+                // The padding adds the lowest f32 to the scores: exp gives exactly 0, so a text's
+                // states do not depend on its company beyond the order of additions.
+                let states = model.forward(&ids, &ids.zeros_like()?, Some(&mask))?;
+                let states = states.broadcast_mul(&mask.unsqueeze(2)?)?; // (b, t, dim)
+                let count = mask.sum_keepdim(1)?.clamp(1e-9, f64::INFINITY)?;
+                let mean = states.sum(1)?.broadcast_div(&count)?; // (b, dim)
+                (states, mean)
+            }
+            Network::Decoder { decoder, .. } => {
+                let rows_of_ids: Vec<Vec<u32>> = ids.to_vec2()?;
+                let refs: Vec<&[u32]> = rows_of_ids.iter().map(Vec::as_slice).collect();
+                // Padding stands behind, where no text's token sees it.
+                let x = decoder.embed(&refs)?;
+                let states = decoder.hidden(&x, &Placement::Causal, None, None, None)?;
+                let last = rows
+                    .iter()
+                    .enumerate()
+                    .map(|(i, row)| states.get(i)?.get(row.len().saturating_sub(1)));
+                let last = last.collect::<candle_core::Result<Vec<_>>>()?;
+                let states = states.broadcast_mul(&mask.unsqueeze(2)?)?;
+                (states, Tensor::stack(&last, 0)?)
+            }
+        };
+        let length = of_text
             .sqr()?
             .sum_keepdim(1)?
             .sqrt()?
             .clamp(1e-12, f64::INFINITY)?;
         Ok(TokenStates {
-            pooled: mean.broadcast_div(&length)?,
+            pooled: of_text.broadcast_div(&length)?,
             states,
             mask,
         })
@@ -153,8 +200,12 @@ impl TextEncoder {
 
     fn token_ids(&self, texts: &[&str], max_tokens: usize) -> Result<Vec<Vec<u32>>> {
         let mut tokenizer = self.tokenizer.clone();
+        let end = match &self.network {
+            Network::Decoder { end, .. } => *end,
+            Network::Bert(_) => None,
+        };
         let cut = TruncationParams {
-            max_length: max_tokens,
+            max_length: max_tokens - usize::from(end.is_some()),
             ..TruncationParams::default()
         };
         let failed = |e: tokenizers::Error| Error::BadRequest(format!("tokenizing: {e}"));
@@ -162,11 +213,12 @@ impl TextEncoder {
         texts
             .iter()
             .map(|text| {
-                Ok(tokenizer
-                    .encode(text.trim(), true)
-                    .map_err(failed)?
-                    .get_ids()
-                    .to_vec())
+                let framed = tokenizer.encode(text.trim(), true).map_err(failed)?;
+                let mut ids = framed.get_ids().to_vec();
+                if end.is_some() && ids.last().copied() != end {
+                    ids.extend(end);
+                }
+                Ok(ids)
             })
             .collect()
     }
@@ -211,6 +263,23 @@ mod tests {
     fn minilm() -> Option<TextEncoder> {
         let folder = std::env::var_os("SIMPATICO_MINILM").map(std::path::PathBuf::from)?;
         TextEncoder::open(&folder, &Device::Cpu).ok()
+    }
+
+    #[test]
+    fn a_decoders_sentence_vectors_are_those_of_transformers() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lm/mistral");
+        let encoder = TextEncoder::open(&folder, &Device::Cpu).unwrap();
+        let golden = std::fs::read(folder.join("sentences.json")).unwrap();
+        let golden: serde_json::Value = serde_json::from_slice(&golden).unwrap();
+        let golden = golden.as_array().unwrap();
+        let texts: Vec<&str> = golden.iter().map(|g| g["text"].as_str().unwrap()).collect();
+        for (vector, want) in encoder.encode(&texts).unwrap().iter().zip(golden) {
+            let want = want["vector"].as_array().unwrap();
+            assert_eq!(vector.len(), want.len());
+            for (x, y) in vector.iter().zip(want) {
+                assert!((f64::from(*x) - y.as_f64().unwrap()).abs() <= 1e-4);
+            }
+        }
     }
 
     #[test]

@@ -21,9 +21,11 @@
 //! Numerics follow TRL 1.16: sums of log-probabilities over completion tokens, means over pairs,
 //! the names of the metrics.
 
+pub mod edits;
 pub mod runs;
 
 use crate::error::{Error, Result};
+use crate::lm::learn::{self, Plain, Said, Tree};
 use crate::lm::{Decoder, Dropout, Placement};
 use crate::lora::Adapter;
 use crate::nn;
@@ -39,6 +41,7 @@ use std::collections::BTreeMap;
 use std::io::Write;
 use std::ops::ControlFlow;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Instant;
 
 // ---------------------------------------------------------------------- log-probabilities
@@ -70,7 +73,8 @@ pub struct Scores {
 const HIDDEN: f32 = -1e30;
 
 /// Scores all completions of all rows in one forward pass. `soft` is (rows, s, hidden).
-/// `details` fills entropy, correct and logits, which cost a pass over the logits.
+/// `details` fills entropy, correct and logits. f32 on the CPU without dropout goes through
+/// [`learn`], everything else through tensor operations.
 pub fn score(
     model: &Decoder,
     adapter: Option<&Adapter>,
@@ -87,6 +91,88 @@ pub fn score(
         .iter()
         .map(|r| Layout::of(r, s))
         .collect::<Result<Vec<_>>>()?;
+    let lengths: Vec<usize> = layouts
+        .iter()
+        .flat_map(|l| l.targets.iter().map(Vec::len))
+        .collect();
+    let plain = match dropout {
+        Some(_) => None,
+        None => model.plain()?,
+    };
+    let (token_logps, said) = match plain {
+        Some(plain) => branched(model, plain, adapter, soft, &layouts)?,
+        None => padded(model, adapter, dropout, soft, &layouts, s, details)?,
+    };
+    let n = token_logps.dim(0)?;
+    let mut owner = vec![0f32; lengths.len() * n];
+    let mut owners = Vec::with_capacity(n);
+    for (o, length) in lengths.iter().enumerate() {
+        owners.extend(std::iter::repeat_n(o, *length));
+    }
+    for (i, o) in owners.iter().enumerate() {
+        owner[o * n + i] = 1.0;
+    }
+    let owner = Tensor::from_vec(owner, (lengths.len(), n), model.device())?;
+    let mut scores = Scores {
+        logps: owner.matmul(&token_logps.unsqueeze(1)?)?.squeeze(1)?,
+        entropy: vec![0.0; lengths.len()],
+        correct: vec![0; lengths.len()],
+        logits: vec![0.0; lengths.len()],
+        lengths,
+        tokens: layouts.iter().map(|l| l.ids.len() + s).sum(),
+    };
+    for (owner, said) in owners.into_iter().zip(said) {
+        scores.entropy[owner] += f64::from(said.entropy);
+        scores.logits[owner] += f64::from(said.mean);
+        scores.correct[owner] += usize::from(said.best);
+    }
+    Ok(scores)
+}
+
+/// Log-probabilities of all completions' tokens (n), by [`learn`].
+fn branched(
+    model: &Decoder,
+    plain: &Arc<Plain>,
+    adapter: Option<&Adapter>,
+    soft: Option<&Tensor>,
+    layouts: &[Layout],
+) -> Result<(Tensor, Vec<Said>)> {
+    let ids: Vec<u32> = layouts.iter().flat_map(|l| l.ids.iter().copied()).collect();
+    let words = model.embed(&[&ids])?.squeeze(0)?; // (tokens, hidden)
+    let (mut parts, mut trees, mut first) = (Vec::new(), Vec::new(), 0);
+    let (mut positions, mut targets, mut begin) = (Vec::new(), Vec::new(), 0);
+    for (b, layout) in layouts.iter().enumerate() {
+        let mut trunk = layout.prompt;
+        if let Some(soft) = soft {
+            parts.push(soft.get(b)?);
+            trunk += soft.dim(1)?;
+        }
+        parts.push(words.narrow(0, first, layout.ids.len())?);
+        first += layout.ids.len();
+        for (at, target) in layout.targets.iter().flatten() {
+            positions.push((begin + at) as u32);
+            targets.push(*target);
+        }
+        let branches = layout.spans.iter().map(|s| s.1).collect();
+        trees.push(Tree { trunk, branches });
+        begin += trees.last().map_or(0, Tree::tokens);
+    }
+    let x = Tensor::cat(&parts, 0)?;
+    let hidden = learn::hidden(plain, &x, &trees, adapter)?;
+    let positions = Tensor::new(positions, model.device())?;
+    learn::log_probabilities(plain, &hidden.index_select(&positions, 0)?, &targets)
+}
+
+/// The same by tensor operations, rows padded to one length.
+fn padded(
+    model: &Decoder,
+    adapter: Option<&Adapter>,
+    dropout: Option<Dropout>,
+    soft: Option<&Tensor>,
+    layouts: &[Layout],
+    s: usize,
+    details: bool,
+) -> Result<(Tensor, Vec<Said>)> {
     let longest = layouts.iter().map(|l| l.ids.len()).max().unwrap_or(0);
     let padded: Vec<Vec<u32>> = layouts
         .iter()
@@ -104,60 +190,40 @@ pub fn score(
     let t = s + longest;
     let placement = match layouts.iter().all(|l| l.branches == 1) {
         true => Placement::Causal,
-        false => branching(&layouts, s, t, model.device())?,
+        false => branching(layouts, s, t, model.device())?,
     };
     let hidden = model.hidden(&x, &placement, adapter, dropout, None)?;
-    let mut positions = Vec::new();
-    let mut targets = Vec::new();
-    let mut owners = Vec::new();
-    let mut lengths = Vec::new();
+    let (mut positions, mut targets) = (Vec::new(), Vec::new());
     for (b, layout) in layouts.iter().enumerate() {
-        for completion in &layout.targets {
-            for (at, target) in completion {
-                positions.push((b * t + at) as u32);
-                targets.push(*target);
-                owners.push(lengths.len());
-            }
-            lengths.push(completion.len());
+        for (at, target) in layout.targets.iter().flatten() {
+            positions.push((b * t + at) as u32);
+            targets.push(*target);
         }
     }
     let n = targets.len();
     let positions = Tensor::from_vec(positions, n, model.device())?;
     let width = hidden.dim(2)?;
     let picked = hidden
-        .reshape((rows.len() * t, width))?
+        .reshape((layouts.len() * t, width))?
         .index_select(&positions, 0)?;
     let logits = model.logits(&picked)?; // (n, vocab)
     let all = nn::log_softmax(&logits)?;
     let index = Tensor::from_vec(targets.clone(), (n, 1), model.device())?;
-    let token_logps = all.gather(&index, 1)?; // (n, 1)
-    let mut owner = vec![0f32; lengths.len() * n];
-    owners
-        .iter()
-        .enumerate()
-        .for_each(|(i, o)| owner[o * n + i] = 1.0);
-    let owner = Tensor::from_vec(owner, (lengths.len(), n), model.device())?;
-    let logps = owner.matmul(&token_logps)?.squeeze(1)?;
-    let mut scores = Scores {
-        logps,
-        entropy: vec![0.0; lengths.len()],
-        correct: vec![0; lengths.len()],
-        logits: vec![0.0; lengths.len()],
-        lengths,
-        tokens: layouts.iter().map(|l| l.ids.len() + s).sum(),
-    };
-    if details {
-        let all = all.detach();
-        let entropy = (all.exp()? * &all)?.sum(1)?.neg()?.to_vec1::<f32>()?;
-        let means = logits.detach().mean(1)?.to_vec1::<f32>()?;
-        let best = all.argmax(D::Minus1)?.to_vec1::<u32>()?;
-        for (i, owner) in owners.iter().enumerate() {
-            scores.entropy[*owner] += f64::from(entropy[i]);
-            scores.logits[*owner] += f64::from(means[i]);
-            scores.correct[*owner] += usize::from(best[i] == targets[i]);
-        }
+    let token_logps = all.gather(&index, 1)?.squeeze(1)?;
+    if !details {
+        return Ok((token_logps, Vec::new()));
     }
-    Ok(scores)
+    let all = all.detach();
+    let entropy = (all.exp()? * &all)?.sum(1)?.neg()?.to_vec1::<f32>()?;
+    let means = logits.detach().mean(1)?.to_vec1::<f32>()?;
+    let best = all.argmax(D::Minus1)?.to_vec1::<u32>()?;
+    let said = entropy.into_iter().zip(means).zip(best).zip(targets);
+    let said = said.map(|(((entropy, mean), best), target)| Said {
+        entropy,
+        mean,
+        best: best == target,
+    });
+    Ok((token_logps, said.collect()))
 }
 
 /// Where the tokens of a row lie, without the soft prompt.
@@ -443,7 +509,7 @@ impl DpoOptions {
             steps: 3000,
             groups: 12,
             warmup: 0,
-            rows_per_pass: 4,
+            rows_per_pass: 8,
             dropout: 0.05,
             adam: AdamWOptions::default(),
             weight_decay: 0.01,
@@ -463,7 +529,6 @@ impl DpoOptions {
             groups: 2,
             warmup: 10,
             sft_weight: 0.1,
-            rows_per_pass: 1,
             dropout: 0.0,
             weight_decay: 0.0,
             checkpoint_steps: 25,
@@ -570,7 +635,8 @@ pub struct Metrics {
     pub collaborative_loss: f64,
     /// Tokens through the network a second.
     pub tokens_per_second: f64,
-    /// Of a plain matrix product's speed on this device, measured at the start.
+    /// Of a plain matrix product's speed on this device, measured at the start, counting the
+    /// layers' constant weights alone (once forwards and once backwards).
     pub mfu: f64,
 }
 
@@ -765,7 +831,7 @@ impl<'a> Recorder<'a> {
         let path = journal.folder.join("metrics.jsonl");
         let mut lines: Vec<Metrics> = match first_step {
             0 => Vec::new(),
-            _ => crate::synth::read_rows(&path).unwrap_or_default(),
+            _ => crate::table::read_rows(&path).unwrap_or_default(),
         };
         lines.retain(|m| m.step <= first_step);
         let recorder = Self {
@@ -775,7 +841,7 @@ impl<'a> Recorder<'a> {
             first_step,
             total,
             flops_per_token: 4.0 * parameters(model),
-            peak_flops: matmul_flops(model.device())?,
+            peak_flops: matmul_flops(model)?,
         };
         recorder.rewrite()?;
         Ok(recorder)
@@ -867,8 +933,12 @@ fn parameters(model: &Decoder) -> f64 {
     (c.layers * layer) as f64
 }
 
-/// The speed of a plain f32 product of 512 × 576 × 1,536: what MFU is a share of.
-fn matmul_flops(device: &Device) -> Result<f64> {
+/// What MFU is a share of: a plain product of 512 × 576 × 1,536 on all cores used.
+fn matmul_flops(model: &Decoder) -> Result<f64> {
+    if model.plain()?.is_some() {
+        return Ok(learn::peak(model.products()) * rayon::current_num_threads() as f64);
+    }
+    let device = model.device();
     let a = Tensor::ones((512, 576), DType::F32, device)?;
     let b = Tensor::ones((576, 1536), DType::F32, device)?;
     let mut best = f64::INFINITY;
@@ -1019,6 +1089,9 @@ impl<'a> Course<'a> {
 
 // ------------------------------------------------------------------------------------ SFT
 
+/// Prompts in one forward pass.
+const SFT_ROWS: usize = 8;
+
 /// Trains the adapter on prompts with good completions; returns the last metrics. The loss is
 /// the mean over completion tokens.
 pub fn train_sft(
@@ -1035,7 +1108,7 @@ pub fn train_sft(
         .collect();
     let plan = Plan {
         kind: "sft",
-        settings: format!("{options:?}"),
+        settings: format!("{options:?} {:?}", model.products()),
         prompts: &mut groups.iter().map(|g| g.prompt.as_slice()),
         sets: vec![Group {
             vars,
@@ -1057,14 +1130,16 @@ pub fn train_sft(
             .map(Vec::len)
             .sum();
         let (mut loss_sum, mut correct, mut used) = (0.0, 0, 0);
-        for (n, i) in picked.iter().enumerate() {
-            let group = &groups[*i];
-            let row = Row {
-                prompt: &group.prompt,
-                completions: group.completions.iter().map(Vec::as_slice).collect(),
-            };
-            let dropout = dropout(options.dropout, options.seed, step * options.groups + n);
-            let scores = score(model, Some(adapter), dropout, None, &[row], true)?;
+        for (n, some) in picked.chunks(SFT_ROWS).enumerate() {
+            let rows: Vec<Row> = some
+                .iter()
+                .map(|i| Row {
+                    prompt: &groups[*i].prompt,
+                    completions: groups[*i].completions.iter().map(Vec::as_slice).collect(),
+                })
+                .collect();
+            let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
+            let scores = score(model, Some(adapter), dropout, None, &rows, true)?;
             let loss = (scores.logps.sum_all()? * (-1.0 / count as f64))?;
             loss_sum += f64::from(loss.to_scalar::<f32>()?);
             course
@@ -1217,30 +1292,27 @@ pub fn dpo_batch(
 ) -> Result<BatchResult> {
     let pairs: usize = picked.iter().map(|i| groups[*i].pairs.len()).sum();
     let mut tally = Tally::default();
-    for (n, i) in picked.iter().enumerate() {
-        let parts = parts_of(*i, policy, groups, options, step)?;
-        for (m, chunk) in same_rows(&parts, options.rows_per_pass)
-            .into_iter()
-            .enumerate()
-        {
-            let soft = soft_rows(policy, chunk)?;
-            let rows: Vec<Row> = chunk.iter().map(|p| groups[p.group].row()).collect();
-            let pass = (step * options.groups + n) * 64 + m;
-            let dropout = dropout(options.dropout, options.seed, pass);
-            let own = chunk.iter().any(|p| p.own);
-            let scores = score(
-                model,
-                Some(policy.adapter),
-                dropout,
-                soft.as_ref(),
-                &rows,
-                own,
-            )?;
-            let loss = chunk_loss(
-                chunk, &scores, groups, reference, pairs, options, &mut tally,
-            )?;
-            optimizer.accumulate(&loss.backward()?, 1.0)?;
-        }
+    let mut parts = Vec::new();
+    for i in picked {
+        parts.extend(parts_of(*i, policy, groups, options, step)?);
+    }
+    for (n, chunk) in parts.chunks(options.rows_per_pass.max(1)).enumerate() {
+        let soft = soft_rows(policy, chunk)?;
+        let rows: Vec<Row> = chunk.iter().map(|p| groups[p.group].row()).collect();
+        let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
+        let own = chunk.iter().any(|p| p.own);
+        let scores = score(
+            model,
+            Some(policy.adapter),
+            dropout,
+            soft.as_ref(),
+            &rows,
+            own,
+        )?;
+        let loss = chunk_loss(
+            chunk, &scores, groups, reference, pairs, options, &mut tally,
+        )?;
+        optimizer.accumulate(&loss.backward()?, 1.0)?;
     }
     Ok(BatchResult {
         loss: tally.loss,
@@ -1295,19 +1367,15 @@ fn chunk_loss(
         }
         at += n;
     }
-    if chunk.len() == 1 && chunk[0].own {
-        tally.add(scores, &logps, &reference, options.loss.beta);
-    } else {
-        tally_own_rows(
-            chunk,
-            scores,
-            &logps,
-            &reference,
-            groups,
-            options.loss.beta,
-            tally,
-        );
-    }
+    tally_own_rows(
+        chunk,
+        scores,
+        &logps,
+        &reference,
+        groups,
+        options.loss.beta,
+        tally,
+    );
     tally.tokens += scores.tokens as u64;
     let weights = Tensor::from_vec(weights, total / 2, device)?;
     let mut loss = (losses * weights)?.sum_all()?;
@@ -1349,21 +1417,6 @@ fn tally_own_rows(
         }
         at += n;
     }
-}
-
-/// Parts in chunks of at most `most` rows; rows of a chunk have the same text, so that nothing
-/// is padded.
-fn same_rows(parts: &[Part], most: usize) -> Vec<&[Part]> {
-    let mut chunks = Vec::new();
-    let mut start = 0;
-    for end in 1..=parts.len() {
-        let full = end - start >= most.max(1);
-        if end == parts.len() || full || parts[end].group != parts[start].group {
-            chunks.push(&parts[start..end]);
-            start = end;
-        }
-    }
-    chunks
 }
 
 fn parts_of(
@@ -1517,7 +1570,7 @@ pub fn train_dpo(
     used.iter().zip(cached).for_each(|(i, l)| logps[*i] = l);
     let plan = Plan {
         kind: "dpo",
-        settings: format!("{options:?}"),
+        settings: format!("{options:?} {:?}", model.products()),
         prompts: &mut groups.iter().map(|g| g.prompt.as_slice()),
         sets: dpo_groups(policy, options).0,
         adam: &options.adam,
@@ -1557,14 +1610,25 @@ pub fn train_dpo(
     )
 }
 
+/// The parameter that holds a vector for each user, where there is no graph.
+pub const USERS_TABLE: &str = "users";
+
 /// The files of a trained policy: what a bundle holds of it.
 fn save_policy(policy: &Policy, folder: &Path) -> Result<()> {
     policy
         .adapter
         .save(&folder.join("adapter"), Some(DType::F16))?;
     if let Some((soft, params)) = policy.soft {
+        // Vectors of users' own have no place for anybody else: their mean stands for all.
+        let table = policy
+            .users
+            .and_then(|u| u.vars.iter().find(|(name, _)| name == USERS_TABLE));
+        let mut config = soft.config.clone();
+        if let Some((_, table)) = table {
+            config.everyone = Some(table.as_detached_tensor().mean(0)?.to_vec1()?);
+        }
         SoftPrompt::save(
-            &soft.config,
+            &config,
             params,
             &folder.join("soft_prompt.safetensors"),
             DType::F16,

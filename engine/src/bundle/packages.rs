@@ -218,7 +218,7 @@ pub const MODELS: &[Model] = &[
         files: &[file(
             "model.gguf",
             "part{}.bin",
-            QWEN_BYTES,
+            1_117_320_768,
             "cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046",
         )],
     },
@@ -227,8 +227,6 @@ pub const MODELS: &[Model] = &[
 const DINO_SHA256: &str = "088b9fb62af15bb367a22cbd2fcffac363340f256544fea0e4b60352603f3a34";
 const ALEX_SHA256: &str = "3ffed5b809c136393a3be639933483928fc3385b426ff70572fe5581f47e9abc";
 const VGG_SHA256: &str = "a66cccb2761e2c9b45959b968b7ebb5502523b9a01dbcb35779ae532c0e33346";
-/// Not known to the byte: its SHA-256 alone decides.
-const QWEN_BYTES: u64 = 0;
 
 /// Where models come from.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -1,4 +1,5 @@
-//! With real weights, where they are at hand: SmolLM2-135M-Instruct as Q4_1.
+//! With real weights, where they are at hand: SmolLM2-135M-Instruct as Q4_1, and Qwen2.5-Coder-1.5B as
+//! Q4_K_M.
 
 use super::*;
 use crate::chat::{Role, Turn};
@@ -7,9 +8,12 @@ use candle_core::{DType, Device};
 use std::path::{Path, PathBuf};
 use std::time::Instant;
 
-/// The model, or `None` with a line that says so.
 fn smollm2(precision: Precision) -> Option<LanguageModel> {
-    const FILE: &str = "SmolLM2-135M-Instruct.Q4_1.gguf";
+    model("SmolLM2-135M-Instruct.Q4_1.gguf", precision)
+}
+
+/// The model, or `None` with a line that says so.
+fn model(file: &str, precision: Precision) -> Option<LanguageModel> {
     let root = std::env::var_os("SIMPATICO_MODELS")
         .map(PathBuf::from)
         .or_else(|| {
@@ -18,8 +22,8 @@ fn smollm2(precision: Precision) -> Option<LanguageModel> {
                 cache.or_else(|| Some(Path::new(&std::env::var_os("HOME")?).join(".cache")));
             Some(cache?.join("simpatico/models"))
         })?;
-    let Some(path) = find(&root, FILE, 4) else {
-        println!("skipped: {FILE} is not under {}", root.display());
+    let Some(path) = find(&root, file, 4) else {
+        println!("skipped: {file} is not under {}", root.display());
         return None;
     };
     Some(LanguageModel::open(&path, precision, &Device::Cpu).unwrap())
@@ -76,14 +80,36 @@ fn greedy_tokens_equal_those_of_llama_cpp() {
         return;
     };
     let text = include_str!("../../../tests/golden/lm/greedy_smollm2.json");
-    let rows: Vec<Row> = serde_json::from_str(text).unwrap();
+    let equal = equal_answers(&model, text, 0.01);
+    assert!(equal >= 15, "{equal} equal");
+}
+
+/// llama.cpp ran this file as it is, and rounds activations to 8 bits: what it decides by less
+/// than that rounding moves a logit is a tie.
+#[test]
+#[ignore = "a model of 1.1 GB and some minutes"]
+fn greedy_tokens_of_the_larger_qwen_equal_those_of_llama_cpp() {
+    let file = "qwen2.5-coder-1.5b-instruct/model.gguf";
+    let Some(model) = model(file, Precision::Quantised) else {
+        return;
+    };
+    let text = include_str!("../../../tests/golden/lm/greedy_qwen.json");
+    let equal = equal_answers(&model, text, 0.3);
+    assert!(equal >= 15, "{equal} equal");
+}
+
+/// How many of the answers are llama.cpp's to the last token; tells of the others.
+fn equal_answers(model: &LanguageModel, golden: &str, tie: f32) -> usize {
+    let rows: Vec<Row> = serde_json::from_str(golden).unwrap();
     let (mut equal, mut ties) = (0, 0);
     for (i, row) in rows.iter().enumerate() {
-        let got = answer(&model, trusted(&model, &row.prompt), 30).tokens;
+        let begun = Instant::now();
+        let got = answer(model, trusted(model, &row.prompt), row.tokens.len()).tokens;
+        println!("prompt {i}: {:.1} s", begun.elapsed().as_secs_f64());
         let differ = row.tokens.iter().zip(&got).position(|(a, b)| a != b);
         match differ {
             None => equal += 1,
-            Some(at) if row.gaps[at] < 0.01 => ties += 1,
+            Some(at) if row.gaps[at] < tie => ties += 1,
             Some(at) => println!("prompt {i}: token {at}, gap {}", row.gaps[at]),
         }
     }
@@ -91,7 +117,7 @@ fn greedy_tokens_equal_those_of_llama_cpp() {
         "{equal} of {} answers equal, {ties} part at a near-tie",
         rows.len()
     );
-    assert!(equal >= 15, "{equal} equal");
+    equal
 }
 
 #[test]

@@ -77,16 +77,18 @@ impl Config {
         let read = Json { name, json: &json };
         let family = match read.text("model_type")? {
             "qwen2" => Family::Qwen2,
-            "llama" => Family::Llama,
+            // The same network; its window is seen to below.
+            "llama" | "mistral" => Family::Llama,
             other => {
                 return Err(Error::bad_model(
                     name,
-                    format!("model_type {other:?}; qwen2 and llama are known"),
+                    format!("model_type {other:?}; qwen2, llama and mistral are known"),
                 ));
             }
         };
         let sliding = json.get("layer_types").and_then(Value::as_array);
-        if sliding.is_some_and(|l| l.iter().any(|t| t != "full_attention"))
+        let mistral = json.get("model_type").and_then(Value::as_str) == Some("mistral");
+        if !mistral && sliding.is_some_and(|l| l.iter().any(|t| t != "full_attention"))
             || json.get("use_sliding_window") == Some(&Value::Bool(true))
         {
             return Err(Error::bad_model(
@@ -100,6 +102,10 @@ impl Config {
             return Err(Error::bad_model(name, "hidden_act is not silu"));
         }
         let (hidden, heads) = (read.size("hidden_size")?, read.size("num_attention_heads")?);
+        // Within a sliding window all attention is full.
+        let window = json.get("sliding_window").and_then(Value::as_u64);
+        let window = window.filter(|_| mistral);
+        let window = window.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
         // transformers 5 gathers what was rope_theta and rope_scaling.
         let rope = json.get("rope_parameters").or(json.get("rope_scaling"));
         let rope_theta = rope
@@ -121,7 +127,7 @@ impl Config {
             heads,
             kv_heads: read.size_or("num_key_value_heads", heads)?,
             head_dim: read.size_or("head_dim", hidden / heads.max(1))?,
-            positions: read.size("max_position_embeddings")?,
+            positions: read.size("max_position_embeddings")?.min(window),
             eps: json
                 .get("rms_norm_eps")
                 .and_then(Value::as_f64)

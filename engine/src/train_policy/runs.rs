@@ -100,6 +100,8 @@ pub struct RunOptions {
     pub recorded: Vec<PreferencePair>,
     /// Prompts of the data set for each recorded one, against forgetting.
     pub replay: usize,
+    /// SFT: edit instructions of others ([`edits::read`]), which then give half of the prompts.
+    pub edits: Option<PathBuf>,
     /// Goes on from the folder's checkpoint, if there is one.
     pub resume: bool,
 }
@@ -118,6 +120,7 @@ impl RunOptions {
             encoder: None,
             recorded: Vec::new(),
             replay: 3,
+            edits: None,
             resume: false,
         }
     }
@@ -166,7 +169,17 @@ fn sft(
     settings.checkpoint_steps = tweaks.checkpoint_steps.unwrap_or(settings.checkpoint_steps);
     settings.seed = options.seed;
     let n = (settings.steps * settings.groups).min(150_000 / 6);
-    let groups = sft_groups(synth, &model.tokenizer, template(model)?, n, options.seed)?;
+    let (tokenizer, template) = (&model.tokenizer, template(model)?);
+    let groups = match &options.edits {
+        None => sft_groups(synth, tokenizer, template, n, options.seed)?,
+        Some(path) => {
+            let edits = edits::read(path)?;
+            let half = n.div_ceil(2);
+            let mut groups = edits::groups(&edits, tokenizer, template, half, options.seed)?;
+            groups.extend(sft_groups(synth, tokenizer, template, half, options.seed)?);
+            groups
+        }
+    };
     let adapter = match start {
         Some(adapter) => adapter.trainable()?,
         None => model.trainable(lora(options.preset), options.seed)?,
@@ -274,6 +287,7 @@ fn dpo(
                 hidden: model.decoder.config.hidden,
                 scale: embedding_size(model)?,
                 normalize: true,
+                everyone: None,
             };
             let (soft, params) = SoftPrompt::fresh(config, options.seed, device)?;
             if matches!(form, Form::Collaborative { .. }) {
@@ -309,11 +323,11 @@ fn dpo(
         let shape = (index.len(), vectors.dim(1)?);
         table
             .builder(DType::F32)
-            .get_with_hints(shape, "users", init)?;
+            .get_with_hints(shape, USERS_TABLE, init)?;
     }
     let users = Conditioning {
         index,
-        embeddings: match (&encoder, table.get("users")) {
+        embeddings: match (&encoder, table.get(USERS_TABLE)) {
             (Some(encoder), _) => Box::new(|| encoder.embeddings()),
             (None, Some(var)) => Box::new(move || Ok(var.as_tensor().clone())),
             (None, None) => Box::new(|| Ok(vectors.clone())),

@@ -1,10 +1,11 @@
-"""Greedy tokens of llama.cpp on 20 prompts, for greedy_smollm2.json.
+"""Greedy tokens of llama.cpp on 20 prompts, for greedy_smollm2.json and greedy_qwen.json.
 
 Usage: pip install xllamacpp gguf; python make_llamacpp_greedy.py MODEL.gguf OUT.json
+(greedy_qwen.json, of Qwen2.5-Coder-1.5B-Instruct Q4_K_M, with --as-is: as F32 it has 6 GB.)
 The model's weights are first written out as F32 (their values do not change): with quantised
 weights llama.cpp rounds activations to 8 bits, and that noise (0.1 to 0.2 in a logit of this
 model) decides many a close choice. Keys and values are kept as F32 too, for the same reason.
-With --as-is the file is run as it is, for its speed.
+With --as-is the file is run as it is, also for its speed (--threads N, 2 unless told otherwise).
 Each row has the prompt's text, the up to 30 tokens that llama.cpp chooses, and for each of them the gap between its log-probability and that of the runner-up (a tie is a small gap).
 """
 import json, os, struct, sys, tempfile
@@ -76,7 +77,8 @@ else:
     params.flash_attn_type = xl.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
 params.n_ctx = 2048
 params.n_parallel = 1
-params.cpuparams.n_threads = 2 if "--as-is" in sys.argv else 1
+threads = int(sys.argv[sys.argv.index("--threads") + 1]) if "--threads" in sys.argv else 2
+params.cpuparams.n_threads = threads if "--as-is" in sys.argv else 1
 params.cpuparams_batch.n_threads = params.cpuparams.n_threads
 params.warmup = True
 server = xl.Server(params)

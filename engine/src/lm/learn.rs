@@ -17,7 +17,7 @@
 //! Rows are put together into units of a size that depends on their lengths alone, and units
 //! are worked on side by side: the result does not depend on the number of cores.
 //!
-//! Not here: dropout, quantised or bf16 weights, other devices; [`Plain::of`] says no, and the
+//! Not here: dropout, quantised or bf16 weights, other devices; `Plain::of` says no, and the
 //! caller goes through tensor operations ([`Decoder::hidden`]), of which this is a faster copy
 //! (a test compares them).
 

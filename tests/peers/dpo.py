@@ -6,12 +6,16 @@ checkpointing, all pairs in one batch: TRL at its quickest here. Prints a JSON o
 """
 import json, os, statistics, sys, time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import uuid
+import datasets.fingerprint
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+# The trainer cannot be pickled for its cache's name; any name does.
+datasets.fingerprint.Hasher.hash = classmethod(lambda cls, value: uuid.uuid4().hex)
 path, pairs = sys.argv[1:3]
 threads = len(os.sched_getaffinity(0))
 torch.set_num_threads(threads)

@@ -19,6 +19,7 @@ use crate::provenance::sha256_file;
 use crate::{Error, Result};
 
 pub mod archive;
+pub mod onnx;
 pub mod packages;
 pub mod pickle;
 

@@ -141,7 +141,9 @@ fn branched(
     let words = model.embed(&[&ids])?.squeeze(0)?; // (tokens, hidden)
     let (mut parts, mut trees, mut first) = (Vec::new(), Vec::new(), 0);
     let (mut positions, mut targets, mut begin) = (Vec::new(), Vec::new(), 0);
+    let mut counts = Vec::with_capacity(layouts.len());
     for (b, layout) in layouts.iter().enumerate() {
+        counts.push(layout.targets.iter().map(Vec::len).sum());
         let mut trunk = layout.prompt;
         if let Some(soft) = soft {
             parts.push(soft.get(b)?);
@@ -160,7 +162,8 @@ fn branched(
     let x = Tensor::cat(&parts, 0)?;
     let hidden = learn::hidden(plain, &x, &trees, adapter)?;
     let positions = Tensor::new(positions, model.device())?;
-    learn::log_probabilities(plain, &hidden.index_select(&positions, 0)?, &targets)
+    let picked = hidden.index_select(&positions, 0)?;
+    learn::log_probabilities(plain, &picked, &targets, &counts)
 }
 
 /// The same by tensor operations, rows padded to one length.

@@ -6,12 +6,16 @@ checkpointing, all pairs in one batch: TRL at its quickest here. Prints a JSON o
 """
 import json, os, statistics, sys, time
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+import uuid
+import datasets.fingerprint
 import torch
 from datasets import Dataset
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
+# The trainer cannot be pickled for its cache's name; any name does.
+datasets.fingerprint.Hasher.hash = classmethod(lambda cls, value: uuid.uuid4().hex)
 path, pairs = sys.argv[1:3]
 threads = len(os.sched_getaffinity(0))
 torch.set_num_threads(threads)
@@ -33,7 +37,11 @@ class Clock(TrainerCallback):
 
 
 for dtype in [torch.float32, torch.bfloat16]:
-    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    # Read from GGUF the weights are dense, but the model still says that it is quantised.
+    read = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=dtype)
+    model = type(read)(type(read.config).from_dict(
+        {k: v for k, v in read.config.to_dict().items() if k != "quantization_config"})).to(dtype)
+    model.load_state_dict(read.state_dict())
     options = DPOConfig(
         output_dir="/tmp/trl", use_cpu=True, bf16=False, per_device_train_batch_size=len(rows), max_steps=4,
         gradient_checkpointing=False, precompute_ref_log_probs=True, save_strategy="no",

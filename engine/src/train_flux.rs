@@ -223,6 +223,27 @@ fn append_line(path: &Path, line: &impl Serialize) -> Result<()> {
     writeln!(file, "{text}").map_err(Error::io(path))
 }
 
+/// The safetensors files of a folder whose names begin with `prefix`, by name; at least one.
+fn prepared(folder: &Path, prefix: &str, help: &str) -> Result<Vec<PathBuf>> {
+    let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
+    let mut files: Vec<PathBuf> = entries
+        .flatten()
+        .map(|entry| entry.path())
+        .filter(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(prefix) && name.ends_with(".safetensors")
+        })
+        .collect();
+    files.sort();
+    match files.is_empty() {
+        true => Err(Error::MissingModel {
+            path: folder.join(format!("{prefix}.safetensors")),
+            help: help.into(),
+        }),
+        false => Ok(files),
+    }
+}
+
 /// Fresh parameters for these weights, under a prefix.
 fn fresh(params: &Params, prefix: &str, shapes: &[NameAndShape], seed: u64) -> Result<()> {
     for (name, value) in init::random(shapes, seed, &Device::Cpu)? {

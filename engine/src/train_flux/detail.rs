@@ -13,7 +13,7 @@
 //! unsure, since a sharp wrong picture then costs less than a soft right one.
 
 use super::judge_run::{Training, run_from};
-use super::{Report, Rhythm, fresh, latest};
+use super::{Report, Rhythm, fresh, latest, prepared};
 use crate::flux::detail::{Detail, shapes};
 use crate::params::{Params, load_tensors, save_tensors, write_whole};
 use crate::{Error, Result};
@@ -78,22 +78,7 @@ impl Samples {
     /// # Errors
     /// If there is none, or one is damaged.
     pub fn open_all(folder: &Path) -> Result<Self> {
-        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-        let mut files: Vec<_> = entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name.starts_with("samples") && name.ends_with(".safetensors")
-            })
-            .collect();
-        files.sort();
-        if files.is_empty() {
-            return Err(Error::MissingModel {
-                path: folder.join("samples.safetensors"),
-                help: "make samples first".into(),
-            });
-        }
+        let files = prepared(folder, "samples", "make samples first")?;
         let mut parts: [Vec<Tensor>; 3] = Default::default();
         for file in &files {
             let mut found = load_tensors(file, &Device::Cpu)?;

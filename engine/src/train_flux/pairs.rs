@@ -4,6 +4,7 @@
 //! pair can be trained on many times with other noise, so it is done once.
 
 use super::autoencoder::pictures;
+use super::prepared;
 use crate::canny::canny;
 use crate::flux::text::prompt_of_states;
 use crate::flux::vae::Vae;
@@ -231,26 +232,12 @@ impl Pairs {
     /// # Errors
     /// If there is none, or one is damaged.
     pub fn open_all(folder: &Path) -> Result<Self> {
-        let entries = std::fs::read_dir(folder).map_err(Error::io(folder))?;
-        let mut files: Vec<_> = entries
-            .flatten()
-            .map(|entry| entry.path())
-            .filter(|path| {
-                let name = path.file_name().unwrap_or_default().to_string_lossy();
-                name.starts_with("pairs") && name.ends_with(".safetensors")
-            })
-            .collect();
-        files.sort();
+        let files = prepared(folder, "pairs", "prepare pairs first")?;
         let parts = files
             .iter()
             .map(|file| Self::open(file))
             .collect::<Result<Vec<_>>>()?;
-        let Some(first) = parts.first() else {
-            return Err(Error::MissingModel {
-                path: folder.join("pairs.safetensors"),
-                help: "prepare pairs first".into(),
-            });
-        };
+        let first = &parts[0];
         let join = |of: &dyn Fn(&Self) -> &Tensor| -> Result<Tensor> {
             let all: Vec<&Tensor> = parts.iter().map(of).collect();
             Ok(Tensor::cat(&all, 0)?)

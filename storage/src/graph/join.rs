@@ -1,26 +1,25 @@
-//! All pairs of users with at least so great an overlap.
+//! Many users against everyone: who is most like each of them, or all pairs that share much.
 //!
 //! One user at a time would be counted against everyone, which is what a question does, and
-//! most of a question's time goes into lists and into memory. Here a block of users is turned
-//! into bitmaps that stay in a cache, everybody who comes after is counted against it with
-//! nothing but bitmaps, and each pair is met once.
+//! most of a question's time goes into lists and into memory. Here a thousand users at a time
+//! become a table with a row of bits for each token, and everybody who asks is counted against
+//! it with nothing but those rows. Counts are compared as digits, so that a pair of no interest
+//! is never written down.
 
-use super::Graph;
-use super::kernel::{Bitmaps, MAX_COUNTED};
-use super::postings::BLOCK_USERS;
+use super::kernel::{MAX_COUNTED, Row, TABLE_USERS};
 use super::registers::Edges;
+use super::{Graph, UserId};
 use simpatico_schema::{OverlapMode, Sign};
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Mutex, PoisonError};
 
-/// Users of a block.
-const BLOCK: usize = 8 * BLOCK_USERS;
-/// Words of a block's bitmap.
-const WORDS: usize = BLOCK / 64;
 /// Pairs of one user with a block that are kept; with more, the user is left out.
-const FOUND_MAX: usize = 64;
+const FOUND_MAX: usize = 16;
 /// Users taken by a thread at once.
 const STEP: usize = 1_024;
+/// Users who ask at once, so many that making the tables is little beside asking them.
+const ASKING: usize = 1 << 17;
+/// Neighbors of all who ask at once, so few that they fit the memory of a small machine.
+const KEPT: usize = 1 << 23;
 
 /// What a join found.
 #[derive(Default)]
@@ -32,18 +31,26 @@ pub(crate) struct Joined {
     pub left_out: Vec<u32>,
 }
 
-/// A block of users as bitmaps, by token.
-struct Block {
-    from: usize,
-    /// Where a token's words begin; `u32::MAX` for a token nobody in the block has.
-    places: Vec<u32>,
-    words: Vec<u64>,
+/// The tokens of the users who ask, read from their records once for all blocks.
+struct Asking {
+    /// Where each user's tokens end.
+    ends: Vec<usize>,
+    tokens: Vec<u32>,
+}
+
+/// The best of one user so far.
+struct Best<'a> {
+    /// What an overlap must reach to be among them.
+    least: u8,
+    found: usize,
+    /// (overlap, rank) by overlap falling, then rank rising; the first `found` of them.
+    kept: &'a mut [(u32, u32)],
 }
 
 impl Graph {
     /// All pairs with an overlap of at least `least`, which is 1 to 255, of which one is a
-    /// probing user; `None` probes everyone. About a fifth of a nanosecond a pair looked at,
-    /// on `threads` threads; some ten megabytes.
+    /// probing user; `None` probes everyone. About a tenth of a nanosecond a pair looked at,
+    /// on `threads` threads; some ten megabytes, and four bytes an edge of those who probe.
     pub(crate) fn join(
         &self,
         probing: Option<&[u32]>,
@@ -51,42 +58,31 @@ impl Graph {
         mode: OverlapMode,
         threads: usize,
     ) -> Joined {
+        let everyone: Vec<u32> = (0..self.users.end()).collect();
+        let users = probing.unwrap_or(&everyone);
+        let asking = self.asking(users, mode);
         let joined = Mutex::new(Joined::default());
-        let end = self.users.end();
-        for from in (0..end).step_by(BLOCK) {
-            let block = self.block(from, mode);
+        let mut table = self.table(mode);
+        for (number, members) in everyone.chunks(TABLE_USERS).enumerate() {
+            self.flip(&mut table, members, mode);
             // Where everyone probes, the later of two users finds the pair.
-            let first = if probing.is_none() { from } else { 0 };
-            let count = probing.map_or((end - first) as usize, <[u32]>::len);
-            let next = AtomicUsize::new(0);
-            let work = || {
+            let first = if probing.is_none() {
+                number * TABLE_USERS
+            } else {
+                0
+            };
+            let steps = (first..users.len()).step_by(STEP);
+            in_turn(steps, threads, |steps| {
                 let mut found = Joined::default();
-                let (mut counts, mut singles) = (vec![0; BLOCK], Vec::new());
-                loop {
-                    let start = next.fetch_add(STEP, Ordering::Relaxed);
-                    if start >= count {
-                        break;
-                    }
-                    for i in start..count.min(start + STEP) {
-                        let user = probing.map_or(first + i as u32, |users| users[i]);
-                        let bitmaps = Bitmaps {
-                            singles: std::mem::take(&mut singles),
-                            pairs: Vec::new(),
-                        };
-                        singles =
-                            self.probe(user, &block, least, bitmaps, &mut counts, mode, &mut found);
-                    }
+                for at in steps.flat_map(|from| from..users.len().min(from + STEP)) {
+                    let asker = (users[at], asking.tokens(at));
+                    self.probe(asker, (members, &table), least, &mut found);
                 }
                 let mut joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
                 joined.pairs.append(&mut found.pairs);
                 joined.left_out.append(&mut found.left_out);
-            };
-            std::thread::scope(|scope| {
-                for _ in 1..threads {
-                    scope.spawn(work);
-                }
-                work();
             });
+            self.flip(&mut table, members, mode);
         }
         let mut joined = joined.into_inner().unwrap_or_else(PoisonError::into_inner);
         joined.left_out.sort_unstable();
@@ -94,69 +90,134 @@ impl Graph {
         joined
     }
 
+    /// The most similar users of each of these many users, in their order, as
+    /// [`Graph::similar`] finds them.
+    ///
+    /// Blocks are made of users in the order of their names, so that of two with one overlap
+    /// the earlier found is the better, and one more of the same is passed over unseen.
+    pub(super) fn most_similar(
+        &self,
+        users: &[UserId],
+        k: usize,
+        mode: OverlapMode,
+        threads: usize,
+        mut sink: impl FnMut(UserId, &[(UserId, u32)]),
+    ) {
+        let order = self.users_by_name();
+        let mut table = self.table(mode);
+        let k = k.min(order.len());
+        if k == 0 {
+            users.iter().for_each(|user| sink(*user, &[]));
+            return;
+        }
+        let at_once = (KEPT / k).clamp(1, ASKING);
+        for users in users.chunks(at_once) {
+            let ids: Vec<u32> = users.iter().map(|user| user.0).collect();
+            let asking = self.asking(&ids, mode);
+            let mut kept = vec![(0, 0); users.len() * k];
+            let rows = kept.chunks_mut(k);
+            let (least, found) = (1, 0);
+            let best = rows.map(|kept| Best { least, found, kept });
+            let mut best: Vec<_> = best.collect();
+            for (number, members) in order.chunks(TABLE_USERS).enumerate() {
+                self.flip(&mut table, members, mode);
+                let first = number * TABLE_USERS;
+                let steps = best.chunks_mut(STEP).enumerate();
+                in_turn(steps, threads, |steps| {
+                    for (step, best) in steps {
+                        for (i, best) in best.iter_mut().enumerate() {
+                            let at = step * STEP + i;
+                            let tokens = asking.tokens(at);
+                            if tokens.len() > MAX_COUNTED {
+                                continue;
+                            }
+                            let (kernel, least) = (self.kernel, best.least);
+                            kernel.find(
+                                &table,
+                                tokens,
+                                least,
+                                k,
+                                &mut |index, count| match members[index] == ids[at] {
+                                    true => best.least,
+                                    false => best.offer((first + index) as u32, count),
+                                },
+                            );
+                        }
+                    }
+                });
+                self.flip(&mut table, members, mode);
+            }
+            for ((at, &user), best) in users.iter().enumerate().zip(&best) {
+                if asking.tokens(at).len() > MAX_COUNTED {
+                    sink(user, &self.similar(user, k, mode));
+                    continue;
+                }
+                let named = best.kept[..best.found].iter();
+                let named = named.map(|&(count, rank)| (UserId(order[rank as usize]), count));
+                sink(user, &named.collect::<Vec<_>>());
+            }
+        }
+    }
+
+    /// All users but the forgotten, by name rising. O(n log n).
+    fn users_by_name(&self) -> Vec<u32> {
+        let all = (0..self.users.end()).map(|user| (self.users.bytes(user), user));
+        let mut order: Vec<_> = all.filter(|(name, _)| !name.is_empty()).collect();
+        order.sort_unstable();
+        order.into_iter().map(|(_, user)| user).collect()
+    }
+
     /// What is common to two users: an attribute, or an attribute and a sign.
-    fn tokens(&self, user: u32, mode: OverlapMode) -> impl Iterator<Item = usize> {
+    fn tokens(&self, user: u32, mode: OverlapMode) -> impl Iterator<Item = u32> {
         let token = move |(attribute, sign): (u32, Sign)| match mode {
-            OverlapMode::Shared => attribute as usize,
-            OverlapMode::Agreeing => attribute as usize * 2 + sign.index(),
+            OverlapMode::Shared => attribute,
+            OverlapMode::Agreeing => attribute * 2 + sign.index() as u32,
         };
         Edges::new(self.records.get(user as usize)).map(token)
     }
 
-    fn block(&self, from: u32, mode: OverlapMode) -> Block {
-        let tokens = self.attributes.end() as usize * 2;
-        let (mut places, mut words) = (vec![u32::MAX; tokens], Vec::new());
-        let users = from..self.users.end().min(from + BLOCK as u32);
-        for user in users {
-            let bit = (user - from) as usize;
-            for token in self.tokens(user, mode) {
-                if places[token] == u32::MAX {
-                    places[token] = words.len() as u32;
-                    words.resize(words.len() + WORDS, 0);
-                }
-                words[places[token] as usize + bit / 64] |= 1 << (bit % 64);
-            }
+    fn asking(&self, users: &[u32], mode: OverlapMode) -> Asking {
+        let (mut ends, mut tokens) = (Vec::with_capacity(users.len()), Vec::new());
+        for &user in users {
+            tokens.extend(self.tokens(user, mode));
+            ends.push(tokens.len());
         }
-        let from = from as usize;
-        Block {
-            from,
-            places,
-            words,
+        Asking { ends, tokens }
+    }
+
+    /// A table of no users: a row for each token.
+    fn table(&self, mode: OverlapMode) -> Vec<Row> {
+        let signs = 1 + usize::from(mode == OverlapMode::Agreeing);
+        vec![Row::default(); self.attributes.end() as usize * signs]
+    }
+
+    /// Puts at most [`TABLE_USERS`] users into a table, or takes them out again.
+    fn flip(&self, table: &mut [Row], members: &[u32], mode: OverlapMode) {
+        for (index, &user) in members.iter().enumerate() {
+            for token in self.tokens(user, mode) {
+                table[token as usize].flip(index);
+            }
         }
     }
 
-    /// Finds a user's pairs with a block. Gives the list that `bitmaps` was made of back.
-    #[allow(clippy::too_many_arguments)]
-    fn probe<'b>(
+    /// Finds a user's pairs with the users of a table.
+    fn probe(
         &self,
-        user: u32,
-        block: &'b Block,
+        (user, tokens): (u32, &[u32]),
+        (members, table): (&[u32], &[Row]),
         least: u8,
-        mut bitmaps: Bitmaps<'b>,
-        counts: &mut [u8],
-        mode: OverlapMode,
         found: &mut Joined,
-    ) -> Vec<&'b [u64]> {
-        bitmaps.singles.clear();
-        let mut degree = 0;
-        for token in self.tokens(user, mode) {
-            degree += 1;
-            let place = block.places[token] as usize;
-            if let Some(words) = block.words.get(place..place.saturating_add(WORDS)) {
-                bitmaps.singles.push(words);
-            }
-        }
-        if degree > MAX_COUNTED {
+    ) {
+        if tokens.len() > MAX_COUNTED {
             found.left_out.push(user);
-            return bitmaps.singles;
+            return;
         }
-        if bitmaps.singles.len() < usize::from(least) {
-            return bitmaps.singles;
+        if tokens.len() < usize::from(least) {
+            return;
         }
-        self.kernel.count(&bitmaps, counts);
         let before = found.pairs.len();
-        self.kernel.scan(counts, least, &mut |index, count| {
-            let other = (block.from + index) as u32;
+        let mut offer = |index: usize, count| {
+            let other = members[index];
             if other != user {
                 found.pairs.push((user, other, u32::from(count)));
             }
@@ -164,11 +225,53 @@ impl Graph {
                 true => u8::MAX,
                 false => least,
             }
-        });
+        };
+        self.kernel
+            .find(table, tokens, least, usize::MAX, &mut offer);
         if found.pairs.len() - before > FOUND_MAX {
             found.pairs.truncate(before);
             found.left_out.push(user);
         }
-        bitmaps.singles
     }
+}
+
+impl Asking {
+    fn tokens(&self, at: usize) -> &[u32] {
+        let from = at.checked_sub(1).map_or(0, |before| self.ends[before]);
+        &self.tokens[from..self.ends[at]]
+    }
+}
+
+impl Best<'_> {
+    /// Takes one in who ranks after all before; returns what the next one must reach.
+    fn offer(&mut self, rank: u32, count: u8) -> u8 {
+        let overlap = u32::from(count);
+        let place = self.kept[..self.found].partition_point(|kept| kept.0 >= overlap);
+        if place < self.kept.len() {
+            self.found = (self.found + 1).min(self.kept.len());
+            self.kept[place..self.found].rotate_right(1);
+            self.kept[place] = (overlap, rank);
+        }
+        if self.found == self.kept.len() {
+            let last = self.kept.last().map_or(u32::MAX, |kept| kept.0);
+            self.least = u8::try_from(last + 1).unwrap_or(u8::MAX);
+        }
+        self.least
+    }
+}
+
+/// Gives `work` to several threads, each of which takes one of `parts` after the other.
+fn in_turn<T: Send>(
+    parts: impl Iterator<Item = T> + Send,
+    threads: usize,
+    work: impl Fn(&mut dyn Iterator<Item = T>) + Sync,
+) {
+    let parts = Mutex::new(parts);
+    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
+    std::thread::scope(|scope| {
+        for _ in 1..threads {
+            scope.spawn(|| work(&mut std::iter::from_fn(next)));
+        }
+        work(&mut std::iter::from_fn(next));
+    });
 }

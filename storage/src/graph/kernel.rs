@@ -34,6 +34,23 @@ pub(crate) enum Kernel {
     Avx512,
 }
 
+/// Kernel blocks of a table's row: two, for a processor's caches fetch lines in pairs.
+const ROW_BLOCKS: usize = 2;
+/// The users of a table.
+pub(crate) const TABLE_USERS: usize = ROW_BLOCKS * BLOCK_USERS;
+
+/// Who of a table's users has a token; aligned, for a load that crosses cache lines costs two.
+#[derive(Clone, Copy, Default)]
+#[repr(align(128))]
+pub(crate) struct Row([[u64; BLOCK_WORDS]; ROW_BLOCKS]);
+
+impl Row {
+    /// Puts a user in, or out.
+    pub fn flip(&mut self, place: usize) {
+        self.0[place / BLOCK_USERS][place % BLOCK_USERS / 64] ^= 1 << (place % 64);
+    }
+}
+
 /// Bitmaps to be added: singly, or two that exclude each other (one attribute's likes and
 /// dislikes), which are joined before they are added. Bits past a bitmap's end are 0.
 #[derive(Default)]
@@ -107,6 +124,32 @@ impl Kernel {
             #[cfg(target_arch = "x86_64")]
             // SAFETY: this value is only made by `present`, after it found the features.
             Self::Avx512 => unsafe { x86::scan_avx512(counts, least, found) },
+        }
+    }
+
+    /// Calls `found(place, count)` for the [`TABLE_USERS`] places that are in at least `least`,
+    /// which is positive, of these `tokens`' rows of the `table`; each call says what `least`
+    /// is from then on. Where more than `enough` of 512 places are in more than that, it rises
+    /// before they are told. At most [`MAX_COUNTED`] tokens; one the table has no row for is
+    /// passed over. Sums are compared as digits, a few instructions for 512 places, and only
+    /// what is found is read out.
+    #[allow(unsafe_code)]
+    pub fn find(
+        self,
+        table: &[Row],
+        tokens: &[u32],
+        least: u8,
+        enough: usize,
+        found: &mut impl FnMut(usize, u8) -> u8,
+    ) {
+        match self {
+            Self::Portable => find::<[u64; 8]>(table, tokens, least, enough, found),
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the feature.
+            Self::Avx2 => unsafe { x86::find_avx2(table, tokens, least, enough, found) },
+            #[cfg(target_arch = "x86_64")]
+            // SAFETY: this value is only made by `present`, after it found the features.
+            Self::Avx512 => unsafe { x86::find_avx512(table, tokens, least, enough, found) },
         }
     }
 
@@ -188,6 +231,8 @@ trait Lanes: Copy {
     unsafe fn and(self, other: Self) -> Self;
     /// The sum of three bits in each place: (weight one, weight two).
     unsafe fn add(a: Self, b: Self, c: Self) -> (Self, Self);
+    /// The bits as words.
+    unsafe fn words(self) -> [u64; BLOCK_WORDS];
     /// Writes the number with these binary digits for each of the 512 places.
     unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]);
     /// Bit i says whether `counts[i]` is at least `least`.
@@ -216,8 +261,8 @@ fn add_up<L: Lanes>(bitmaps: &Bitmaps<'_>, counts: &mut [u8]) {
                 L::load(block_at(a, at)).or(L::load(block_at(b, at)))
             };
             let mut digits = [L::zero(); DIGITS];
-            add_each::<L>(&mut digits, digit_count, bitmaps.singles.len(), single);
-            add_each::<L>(&mut digits, digit_count, bitmaps.pairs.len(), pair);
+            add_each(&mut digits, digit_count, bitmaps.singles.len(), single);
+            add_each(&mut digits, digit_count, bitmaps.pairs.len(), pair);
             L::spread(&digits[..digit_count], counts);
         }
     }
@@ -238,8 +283,8 @@ fn block_at(words: &[u64], at: usize) -> &[u64; BLOCK_WORDS] {
 /// Adds `n` one-bit vectors to the digits.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn add_each<L: Lanes>(
-    digits: &mut [L; DIGITS],
+unsafe fn add_each<L: Lanes, const D: usize>(
+    digits: &mut [L; D],
     digit_count: usize,
     n: usize,
     input: impl Fn(usize) -> L,
@@ -248,17 +293,45 @@ unsafe fn add_each<L: Lanes>(
     unsafe {
         let mut i = 0;
         while i + 8 <= n {
-            let (ones, twos_a) = L::add(digits[0], input(i), input(i + 1));
-            let (ones, twos_b) = L::add(ones, input(i + 2), input(i + 3));
-            let (twos, fours_a) = L::add(digits[1], twos_a, twos_b);
-            let (ones, twos_a) = L::add(ones, input(i + 4), input(i + 5));
-            let (ones, twos_b) = L::add(ones, input(i + 6), input(i + 7));
-            let (twos, fours_b) = L::add(twos, twos_a, twos_b);
-            let (fours, eights) = L::add(digits[2], fours_a, fours_b);
-            (digits[0], digits[1], digits[2]) = (ones, twos, fours);
-            carry_into(digits, 3, digit_count, eights);
+            add_eight(digits, digit_count, |j| input(i + j));
             i += 8;
         }
+        add_few(digits, digit_count, n - i, |j| input(i + j));
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn add_eight<L: Lanes, const D: usize>(
+    digits: &mut [L; D],
+    digit_count: usize,
+    input: impl Fn(usize) -> L,
+) {
+    // SAFETY: as of the caller.
+    unsafe {
+        let (ones, twos_a) = L::add(digits[0], input(0), input(1));
+        let (ones, twos_b) = L::add(ones, input(2), input(3));
+        let (twos, fours_a) = L::add(digits[1], twos_a, twos_b);
+        let (ones, twos_a) = L::add(ones, input(4), input(5));
+        let (ones, twos_b) = L::add(ones, input(6), input(7));
+        let (twos, fours_b) = L::add(twos, twos_a, twos_b);
+        let (fours, eights) = L::add(digits[2], fours_a, fours_b);
+        (digits[0], digits[1], digits[2]) = (ones, twos, fours);
+        carry_into(digits, 3, digit_count, eights);
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn add_few<L: Lanes, const D: usize>(
+    digits: &mut [L; D],
+    digit_count: usize,
+    n: usize,
+    input: impl Fn(usize) -> L,
+) {
+    // SAFETY: as of the caller.
+    unsafe {
+        let mut i = 0;
         while i + 2 <= n {
             let (ones, twos) = L::add(digits[0], input(i), input(i + 1));
             digits[0] = ones;
@@ -274,7 +347,12 @@ unsafe fn add_each<L: Lanes>(
 /// Adds a one-bit vector of weight `1 << digit`.
 #[inline(always)]
 #[allow(unsafe_code)]
-unsafe fn carry_into<L: Lanes>(digits: &mut [L; DIGITS], from: usize, to: usize, mut carry: L) {
+unsafe fn carry_into<L: Lanes, const D: usize>(
+    digits: &mut [L; D],
+    from: usize,
+    to: usize,
+    mut carry: L,
+) {
     for digit in &mut digits[from..to.max(from)] {
         // SAFETY: as of the caller.
         unsafe {
@@ -283,6 +361,106 @@ unsafe fn carry_into<L: Lanes>(digits: &mut [L; DIGITS], from: usize, to: usize,
             *digit = sum;
         }
     }
+}
+
+#[inline(always)]
+fn find<L: Lanes>(
+    table: &[Row],
+    tokens: &[u32],
+    least: u8,
+    enough: usize,
+    found: &mut impl FnMut(usize, u8) -> u8,
+) {
+    // With their number known the digits stay in registers.
+    match tokens.len() {
+        0..32 => find_among::<L, 5>(table, tokens, least, enough, found),
+        32..64 => find_among::<L, 6>(table, tokens, least, enough, found),
+        _ => find_among::<L, DIGITS>(table, tokens, least, enough, found),
+    }
+}
+
+#[inline(always)]
+#[allow(unsafe_code)]
+fn find_among<L: Lanes, const D: usize>(
+    table: &[Row],
+    tokens: &[u32],
+    mut least: u8,
+    enough: usize,
+    found: &mut impl FnMut(usize, u8) -> u8,
+) {
+    let row = |token: &u32| {
+        table
+            .get(*token as usize)
+            .unwrap_or(&Row([[0; BLOCK_WORDS]; 2]))
+    };
+    // SAFETY: the caller has made sure of the machine's features (trait's contract).
+    let sums = unsafe {
+        let mut sums = [[L::zero(); D]; ROW_BLOCKS];
+        let (eights, rest) = tokens.as_chunks::<8>();
+        for eight in eights {
+            let rows = eight.each_ref().map(row);
+            for (block, digits) in sums.iter_mut().enumerate() {
+                add_eight(digits, D, |i| L::load(&rows[i].0[block]));
+            }
+        }
+        for (block, digits) in sums.iter_mut().enumerate() {
+            add_few(digits, D, rest.len(), |i| L::load(&row(&rest[i]).0[block]));
+        }
+        sums
+    };
+    for (block, digits) in sums.iter().enumerate() {
+        // SAFETY: as above.
+        let mut hits = unsafe { have_at_least(digits, least) };
+        if hits == [0; BLOCK_WORDS] {
+            continue;
+        }
+        let ones = |hits: &[u64; BLOCK_WORDS]| hits.iter().map(|w| w.count_ones()).sum::<u32>();
+        while ones(&hits) as usize > enough && least < u8::MAX {
+            // SAFETY: as above.
+            let more = unsafe { have_at_least(digits, least + 1) };
+            if ones(&more) as usize <= enough {
+                break;
+            }
+            (hits, least) = (more, least + 1);
+        }
+        // SAFETY: as above.
+        let digits = digits.map(|digit| unsafe { digit.words() });
+        for (word, mut hits) in hits.into_iter().enumerate() {
+            while hits != 0 {
+                let bit = hits.trailing_zeros();
+                hits &= hits - 1;
+                let digits = digits.iter().enumerate();
+                let count = digits.map(|(weight, digit)| (digit[word] >> bit & 1) << weight);
+                let count = count.sum::<u64>() as u8;
+                if count >= least {
+                    least = found(block * BLOCK_USERS + word * 64 + bit as usize, count);
+                }
+            }
+        }
+    }
+}
+
+/// The places where the number with these digits is at least `least`, which is positive.
+#[inline(always)]
+#[allow(unsafe_code)]
+unsafe fn have_at_least<L: Lanes>(digits: &[L], least: u8) -> [u64; BLOCK_WORDS] {
+    let first = least.trailing_zeros() as usize;
+    if first >= digits.len() || u32::from(least) >> digits.len() != 0 {
+        return [0; BLOCK_WORDS];
+    }
+    // From the lowest digit up: a digit above that of `least` decides, an equal one leaves it.
+    let mut hits = digits[first];
+    for (weight, digit) in digits.iter().enumerate().skip(first + 1) {
+        // SAFETY: as of the caller.
+        hits = unsafe {
+            match least >> weight & 1 {
+                1 => digit.and(hits),
+                _ => digit.or(hits),
+            }
+        };
+    }
+    // SAFETY: as of the caller.
+    unsafe { hits.words() }
 }
 
 #[inline(always)]
@@ -347,6 +525,11 @@ impl Lanes for [u64; 8] {
     }
 
     #[inline(always)]
+    unsafe fn words(self) -> [u64; BLOCK_WORDS] {
+        self
+    }
+
+    #[inline(always)]
     unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]) {
         const EACH: u64 = 0x0101_0101_0101_0101;
         for (eight, counts) in counts.as_chunks_mut::<8>().0.iter_mut().enumerate() {
@@ -375,7 +558,7 @@ impl Lanes for [u64; 8] {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod x86 {
-    use super::{BLOCK_USERS, BLOCK_WORDS, Bitmaps, Lanes};
+    use super::{BLOCK_USERS, BLOCK_WORDS, Bitmaps, Lanes, Row};
     use std::arch::x86_64::*;
 
     #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
@@ -396,6 +579,28 @@ mod x86 {
     #[target_feature(enable = "avx512f,avx512bw,bmi1,bmi2,popcnt")]
     pub fn scan_avx512(counts: &[u8], least: u8, found: &mut impl FnMut(usize, u8) -> u8) {
         super::scan::<__m512i>(counts, least, found);
+    }
+
+    #[target_feature(enable = "avx2,bmi1,bmi2,popcnt")]
+    pub fn find_avx2(
+        table: &[Row],
+        tokens: &[u32],
+        least: u8,
+        enough: usize,
+        found: &mut impl FnMut(usize, u8) -> u8,
+    ) {
+        super::find::<[__m256i; 2]>(table, tokens, least, enough, found);
+    }
+
+    #[target_feature(enable = "avx512f,avx512bw,bmi1,bmi2,popcnt")]
+    pub fn find_avx512(
+        table: &[Row],
+        tokens: &[u32],
+        least: u8,
+        enough: usize,
+        found: &mut impl FnMut(usize, u8) -> u8,
+    ) {
+        super::find::<__m512i>(table, tokens, least, enough, found);
     }
 
     #[target_feature(enable = "avx2")]
@@ -463,11 +668,19 @@ mod x86 {
         }
 
         #[inline(always)]
+        unsafe fn words(self) -> [u64; BLOCK_WORDS] {
+            let mut words = [0; BLOCK_WORDS];
+            // SAFETY: see above the impl.
+            unsafe { _mm512_storeu_si512(words.as_mut_ptr().cast(), self) };
+            words
+        }
+
+        #[inline(always)]
         unsafe fn spread(digits: &[Self], counts: &mut [u8; BLOCK_USERS]) {
             let mut masks = [[0_u64; BLOCK_WORDS]; super::DIGITS];
             for (masks, digit) in masks.iter_mut().zip(digits) {
                 // SAFETY: see above the impl.
-                unsafe { _mm512_storeu_si512(masks.as_mut_ptr().cast(), *digit) };
+                *masks = unsafe { digit.words() };
             }
             for (word, counts) in counts.as_chunks_mut::<64>().0.iter_mut().enumerate() {
                 // SAFETY: see above the impl.
@@ -547,6 +760,18 @@ mod x86 {
                 let half = a.xor(b);
                 (half.xor(c), a.and(b).or(half.and(c)))
             }
+        }
+
+        #[inline(always)]
+        unsafe fn words(self) -> [u64; BLOCK_WORDS] {
+            let mut words = [0; BLOCK_WORDS];
+            let at = words.as_mut_ptr().cast::<__m256i>();
+            // SAFETY: see above the impl; 64 bytes are written to 8 u64.
+            unsafe {
+                _mm256_storeu_si256(at, self[0]);
+                _mm256_storeu_si256(at.add(1), self[1]);
+            }
+            words
         }
 
         #[inline(always)]

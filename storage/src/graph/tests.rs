@@ -95,6 +95,13 @@ fn assert_same(graph: &Graph, model: &Model, random: &mut Philox) {
             let expected = model.similar(user, k, mode);
             assert_eq!(graph.similar(UserId(user), k, mode), expected, "{user} {k}");
         }
+        let mut asked = Vec::new();
+        graph.similar_all(k, mode, 1, |user, best| {
+            assert_eq!(best, model.similar(user.0, k, mode), "{user:?} {k}");
+            asked.push(user.0);
+        });
+        let live = (0..model.users.len()).filter(|user| model.users[*user].is_some());
+        assert!(live.eq(asked.iter().map(|user| *user as usize)));
         assert_eq!(graph.max_overlap(mode), model.max_overlap(mode));
     }
 }
@@ -206,17 +213,16 @@ fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
         let mut edges = vec![BTreeMap::new(); users as usize];
         for user in 0..users {
             graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
-            // One user likes everything: more than the byte counters hold.
-            let wanted = if user == 99 {
-                attributes
-            } else {
-                random.below(40)
+            // One user likes everything, more than the byte counters hold, and one half of it.
+            let wanted = match user {
+                99 => attributes,
+                98 => attributes / 2,
+                _ => random.below(40),
             };
             for i in 0..wanted {
-                let attribute = if user == 99 {
-                    i
-                } else {
-                    random.below(attributes)
+                let attribute = match user {
+                    98 | 99 => i,
+                    _ => random.below(attributes),
                 };
                 set_edge(&mut graph, &mut edges, user, attribute, &mut random);
             }
@@ -265,7 +271,7 @@ fn check_some(graph: &mut Graph, edges: &[BTreeMap<u32, Sign>], random: &mut Phi
         common.count() as u32
     };
     let mut asked: Vec<_> = (0..6).map(|_| UserId(random.below(users))).collect();
-    asked.push(UserId(99));
+    asked.extend([UserId(98), UserId(99)]);
     for mode in [OverlapMode::Shared, OverlapMode::Agreeing] {
         let k = [1, 10, 70, 5_000][random.below(4) as usize];
         let mut expected = Vec::new();
@@ -292,10 +298,14 @@ fn check_some(graph: &mut Graph, edges: &[BTreeMap<u32, Sign>], random: &mut Phi
                 "{kernel:?}"
             );
             assert_eq!(graph.similar(asked[0], k, mode), expected[0], "{kernel:?}");
+            // The way of very many questions.
+            let mut answers = Vec::new();
+            graph.most_similar(&asked, k, mode, 2, |_, best| answers.push(best.to_vec()));
+            assert_eq!(answers, expected, "{kernel:?}");
         }
         let mut max = 0;
-        graph.similar_all(1, mode, 2, |user, best| {
-            assert_eq!(graph.similar(user, 1, mode), best);
+        graph.similar_all(k, mode, 2, |user, best| {
+            assert_eq!(graph.similar(user, k, mode), best);
             max = max.max(best.first().map_or(0, |n| n.1));
         });
         assert_eq!(graph.max_overlap(mode), max);

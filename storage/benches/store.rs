@@ -16,6 +16,7 @@ use simpatico_storage::{Ack, Options, Store};
 use std::io::{BufRead, BufReader, BufWriter, Write};
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
+use std::time::{Duration, Instant};
 
 /// Events to an append.
 const APPEND: usize = 8_192;
@@ -141,40 +142,16 @@ fn ask(
     });
     let figure = format!("{name} snapshot and top-10, us (median, p99)");
     report.add(&figure, json!([median, p99]));
-    let stop = AtomicBool::new(false);
-    let appended = AtomicU64::new(0);
-    let measured = std::thread::scope(|scope| {
-        scope.spawn(|| {
-            let mut random = Philox::new(SEED, 1 << 61);
-            while !stop.load(Ordering::Relaxed) {
-                let events: Vec<_> = (0..64)
-                    .map(|_| random_event(workload, &mut random))
-                    .collect();
-                if store.append(&events).is_err() {
-                    return;
-                }
-                appended.fetch_add(64, Ordering::Relaxed);
-            }
-        });
-        let (taken, measured) = seconds(|| {
-            median_us(&users, |user| {
-                let _ = store
-                    .snapshot()
-                    .overlaps(user, 10, mode)
-                    .map(|found| found.len());
-            })
-        });
-        stop.store(true, Ordering::Relaxed);
-        (taken, measured)
-    });
-    let (taken, (median, p99)) = measured;
-    let figure = format!("{name} snapshot and top-10 under a stream, us (median, p99)");
-    report.add(&figure, json!([median, p99]));
-    let stream = appended.into_inner() as f64 / taken;
-    report.add(
-        &format!("{name} that stream, durable events/s"),
-        json!(stream.round()),
-    );
+    for (words, pause) in [
+        ("a stream", Duration::from_micros(1_280)),
+        ("a flood", Duration::ZERO),
+    ] {
+        let asked = Asked {
+            users: &users,
+            mode,
+        };
+        while_events_arrive(name, workload, store, &asked, (words, pause), report);
+    }
     // At W3 from nothing it takes half a minute and more, which is measured where asked for.
     if workload.users <= 100_000 || std::env::var_os("BENCH_W3_MAXIMUM").is_some() {
         let (first, answer) = seconds(|| store.snapshot().max_overlap(mode));
@@ -193,6 +170,57 @@ fn ask(
         report.add(&figure, json!([median, p99]));
     }
     Ok(())
+}
+
+struct Asked<'a> {
+    users: &'a [String],
+    mode: OverlapMode,
+}
+
+/// Questions while another thread appends 64 durable events at a time, with this pause between
+/// the beginnings of two appends.
+fn while_events_arrive(
+    name: &str,
+    workload: &Workload,
+    store: &Store,
+    asked: &Asked<'_>,
+    (words, pause): (&str, Duration),
+    report: &mut Report,
+) {
+    let stop = AtomicBool::new(false);
+    let appended = AtomicU64::new(0);
+    let (taken, (median, p99)) = std::thread::scope(|scope| {
+        scope.spawn(|| {
+            let mut random = Philox::new(SEED, 1 << 61);
+            let mut next = Instant::now();
+            while !stop.load(Ordering::Relaxed) {
+                let events: Vec<_> = (0..64)
+                    .map(|_| random_event(workload, &mut random))
+                    .collect();
+                if store.append(&events).is_err() {
+                    return;
+                }
+                appended.fetch_add(64, Ordering::Relaxed);
+                next = (next + pause).max(Instant::now());
+                std::thread::sleep(next - Instant::now());
+            }
+        });
+        let measured = seconds(|| {
+            median_us(asked.users, |user| {
+                let _ = store
+                    .snapshot()
+                    .overlaps(user, 10, asked.mode)
+                    .map(|found| found.len());
+            })
+        });
+        stop.store(true, Ordering::Relaxed);
+        measured
+    });
+    let figure = format!("{name} snapshot and top-10 under {words}, us (median, p99)");
+    report.add(&figure, json!([median, p99]));
+    let rate = appended.into_inner() as f64 / taken;
+    let figure = format!("{name} that {}, durable events/s", &words[2..]);
+    report.add(&figure, json!(rate.round()));
 }
 
 fn random_event(workload: &Workload, random: &mut Philox) -> Event {

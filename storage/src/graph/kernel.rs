@@ -176,12 +176,10 @@ pub(crate) fn count_list(ids: &[u16], counts: &mut [u8; 65_536]) {
     }
 }
 
-/// Fetches the beginnings of lists, which lie all over memory, while something else runs.
-pub(crate) fn prefetch_lists(lists: &[&[u16]]) {
-    for ids in lists {
-        for line in 0..(ids.len() / 32 + 1).min(4) {
-            prefetch(ids.as_ptr().wrapping_add(line * 32));
-        }
+/// Fetches some cache lines of a list, as far as it has them.
+pub(crate) fn prefetch_list(ids: &[u16], lines: std::ops::Range<usize>) {
+    for line in lines.start..lines.end.min(ids.len() / 32 + 1) {
+        prefetch(ids.as_ptr().wrapping_add(line * 32));
     }
 }
 

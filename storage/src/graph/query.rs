@@ -7,12 +7,17 @@
 //! 4. At the end few candidates are left; only those that tie for the last places have
 //!    their names compared.
 
-use super::kernel::{Bitmaps, Kernel, MAX_COUNTED, count_list, prefetch_lists};
+use super::kernel::{Bitmaps, Kernel, MAX_COUNTED, count_list, prefetch_list};
 use super::postings::{BLOCK_USERS, Chunk, Layout, Posting};
 use std::sync::Arc;
 
 /// With more ties, ranks decide instead of names where they are at hand.
 const MANY_TIES: usize = 2_048;
+
+/// Cache lines of each list that are fetched while bitmaps are added; the rest, of the longest
+/// one that is no bitmap, is while the lists before it are.
+const LINES_FIRST: usize = 4;
+const LINES_MOST: usize = 16;
 
 /// An attribute's posting, or its likes and its dislikes.
 pub(crate) type Source<'a> = (&'a Posting, Option<&'a Posting>);
@@ -105,9 +110,14 @@ impl<'a> Question<'a> {
                 (None, None) => {}
             }
         }
-        prefetch_lists(&self.lists);
-        kernel.count(&self.bitmaps, &mut counters.bytes[..end]);
         for ids in &self.lists {
+            prefetch_list(ids, 0..LINES_FIRST);
+        }
+        kernel.count(&self.bitmaps, &mut counters.bytes[..end]);
+        for (i, ids) in self.lists.iter().enumerate() {
+            if let Some(later) = self.lists.get(i + 4) {
+                prefetch_list(later, LINES_FIRST..LINES_MOST);
+            }
             count_list(ids, &mut counters.bytes);
         }
     }

@@ -195,6 +195,10 @@ impl Graph {
     /// none: `Unchanged`. Costs O(the user's registers), a few bytes each, and nothing that
     /// grows with the attribute's degree.
     pub fn set(&mut self, user: UserId, attribute: AttributeId, to: Register<'_>) -> Change {
+        // While the user's record is on its way from memory, so is the place in the posting.
+        if let Some(both) = self.postings.get(attribute.0 as usize) {
+            both.iter().for_each(|p| p.fetch_place(user.0, self.layout));
+        }
         let change = self.set_register(user, attribute, to);
         if let Change::Applied { old, new } = change {
             self.move_edge(user.0, attribute.0, old, new);

@@ -146,24 +146,30 @@ fn measure(workload: &Workload, graph: &Graph, dims: [usize; 4], learned: bool) 
             "without vectors of their own"
         }
     );
-    let started = Instant::now();
     let mut random = Philox::new(SEED, 1 << 20);
-    for attribute in 0..workload.attributes {
-        let feature: Vec<f32> = (0..dims[0]).map(|_| random.uniform() - 0.5).collect();
-        sage.set_attribute_feature(AttributeId(attribute), Some(&feature))
-            .expect("the feature fits");
-    }
+    let mut draw = |n: u32, dim: usize| -> Vec<Vec<f32>> {
+        let mut vector = || (0..dim).map(|_| random.uniform() - 0.5).collect();
+        (0..n).map(|_| vector()).collect()
+    };
+    let features = draw(workload.attributes, dims[0]);
+    let vectors = draw(if learned { workload.users } else { 0 }, dims[1]);
+    let started = Instant::now();
+    let features: Vec<_> = (0..).map(AttributeId).zip(&features).collect();
+    let features: Vec<_> = features.iter().map(|(a, f)| (*a, f.as_slice())).collect();
+    sage.set_attribute_features(&features, 2)
+        .expect("the features fit");
     println!("attribute features set: {:.2?}", started.elapsed());
     let started = Instant::now();
-    for user in (0..workload.users).map(UserId) {
-        if learned {
-            let feature: Vec<f32> = (0..dims[1]).map(|_| random.uniform() - 0.5).collect();
-            sage.set_user_feature(user, Some(&feature), &[])
-                .expect("the feature fits");
-        }
-        sage.on_new_edges(user, graph.edges(user));
-    }
-    println!("users and edges taken in: {:.2?}", started.elapsed());
+    let vectors: Vec<_> = (0..).map(UserId).zip(&vectors).collect();
+    let vectors: Vec<_> = vectors.iter().map(|(u, f)| (*u, f.as_slice())).collect();
+    sage.set_user_features(&vectors, |_, _| (), 2)
+        .expect("the features fit");
+    println!("users' vectors set: {:.2?}", started.elapsed());
+    let started = Instant::now();
+    let posting = |attribute, sign| graph.posting(attribute, sign);
+    let all = (0..workload.users).map(UserId);
+    sage.load_edges(all, workload.attributes, posting, 2);
+    println!("edges taken in: {:.2?}", started.elapsed());
 
     // The large model's baseline takes minutes: a tenth of the users stands for all.
     let share = if dims[3] > 512 { 10 } else { 1 };

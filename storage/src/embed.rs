@@ -23,6 +23,10 @@ pub(crate) enum Embedder {
     Broken(Arc<(std::path::PathBuf, String)>),
 }
 
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(1, usize::from)
+}
+
 fn refuse(path: &Path) -> impl FnOnce(SageError) -> StoreError {
     move |e| StoreError::Encoder {
         path: path.into(),
@@ -63,19 +67,19 @@ impl State {
 
     /// Takes features and edges in. Fails where a feature has not the encoder's length.
     pub(crate) fn fill_sage(&self, mut sage: Sage, path: &Path) -> Result<Sage> {
-        for attribute in (0..self.graph.attribute_count() as u32).map(AttributeId) {
-            if let Some(feature) = self.feature(attribute) {
-                sage.set_attribute_feature(attribute, Some(feature))
-                    .map_err(refuse(path))?;
-            }
-        }
-        for (user, feature) in self.user_features.iter() {
-            sage.set_user_feature(UserId(*user), Some(feature), &[])
-                .map_err(refuse(path))?;
-        }
-        for user in self.users() {
-            sage.on_new_edges(user, self.graph.edges(user));
-        }
+        let attributes = (0..self.graph.attribute_count() as u32).map(AttributeId);
+        let with_feature = |a| self.feature(a).map(|feature| (a, feature.as_ref()));
+        let features: Vec<_> = attributes.filter_map(with_feature).collect();
+        sage.set_attribute_features(&features, threads())
+            .map_err(refuse(path))?;
+        let learned = self.user_features.iter();
+        let learned: Vec<_> = learned.map(|(u, f)| (UserId(*u), f.as_ref())).collect();
+        // Their edges come with everybody's.
+        sage.set_user_features(&learned, |_, _| (), threads())
+            .map_err(refuse(path))?;
+        let (graph, attributes) = (&self.graph, self.graph.attribute_count() as u32);
+        let posting = |attribute, sign| graph.posting(attribute, sign);
+        sage.load_edges(self.users(), attributes, posting, threads());
         Ok(sage)
     }
 
@@ -111,8 +115,13 @@ impl State {
 
     /// Lets the embedder follow an attribute's vector. The caller has checked its length.
     pub(crate) fn on_feature(&mut self, attribute: AttributeId, vector: &[f32]) {
+        self.on_features(&[(attribute, vector)]);
+    }
+
+    /// Lets the embedder follow many attributes' vectors. The caller has checked their length.
+    pub(crate) fn on_features(&mut self, features: &[(AttributeId, &[f32])]) {
         if let Embedder::Ready(sage) = &mut self.sage
-            && let Err(e) = sage.set_attribute_feature(attribute, Some(vector))
+            && let Err(e) = sage.set_attribute_features(features, threads())
         {
             self.break_encoder(&e);
         }
@@ -120,11 +129,17 @@ impl State {
 
     /// Lets the embedder follow a user's vector. The caller has checked its length.
     pub(crate) fn on_user_feature(&mut self, user: UserId, vector: &[f32]) {
-        if let Embedder::Ready(sage) = &mut self.sage {
-            let edges: Vec<_> = self.graph.edges(user).collect();
-            if let Err(e) = sage.set_user_feature(user, Some(vector), &edges) {
-                self.break_encoder(&e);
-            }
+        self.on_user_features(&[(user, vector)]);
+    }
+
+    /// Lets the embedder follow many users' vectors. The caller has checked their length.
+    pub(crate) fn on_user_features(&mut self, features: &[(UserId, &[f32])]) {
+        let graph = &self.graph;
+        let edges_of = |user, edges: &mut Vec<_>| edges.extend(graph.edges(user));
+        if let Embedder::Ready(sage) = &mut self.sage
+            && let Err(e) = sage.set_user_features(features, edges_of, threads())
+        {
+            self.break_encoder(&e);
         }
     }
 
@@ -203,8 +218,7 @@ impl Snapshot {
         let graph = &self.state.graph;
         let users: Vec<UserId> = self.state.users().collect();
         let tie = |a, b| graph.user_name(a).cmp(graph.user_name(b));
-        let threads = std::thread::available_parallelism().map_or(1, |n| n.get());
-        let top = sage.top_by_cosine(id, &users, k, self.edges_of(), tie, threads);
+        let top = sage.top_by_cosine(id, &users, k, self.edges_of(), tie, threads());
         let neighbor = |(id, cosine)| Neighbor {
             user: graph.user_name(id).into(),
             overlap: None,

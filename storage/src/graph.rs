@@ -33,7 +33,8 @@ mod ranks;
 mod registers;
 pub(crate) mod tree;
 
-use kernel::{Kernel, prefetch};
+use kernel::Kernel;
+pub(crate) use kernel::prefetch;
 use maximum::{ChangeCounts, Maximum, next_version};
 use names::Names;
 use pack::Packs;

@@ -44,7 +44,7 @@ mod tests;
 pub use crate::graph::{AttributeId, UserId};
 pub use encoder::{ENCODER_VERSION, Encoder, EncoderConfig, MAX_DIM, Relations, SageError};
 
-use crate::graph::tree::Tree;
+use crate::graph::{prefetch, tree::Tree};
 use cache::{Cache, Entry};
 use kernel::Level;
 use simpatico_schema::Sign;
@@ -159,12 +159,36 @@ impl Sage {
         let expected = self.encoder.config().in_dim_attribute;
         check_feature("an attribute's feature", feature, expected)?;
         let parts = feature.map(|x| parts_of_attribute(&self.encoder, self.level, Some(x)));
+        self.set_attribute_parts(attribute, parts);
+        Ok(())
+    }
+
+    /// [`Self::set_attribute_feature`] of many attributes, one after the other, but many times
+    /// faster: their products are made together, on `threads` threads. Fails with nothing
+    /// changed.
+    pub fn set_attribute_features(
+        &mut self,
+        features: &[(AttributeId, &[f32])],
+        threads: usize,
+    ) -> Result<(), SageError> {
+        let expected = self.encoder.config().in_dim_attribute;
+        let what = "an attribute's feature";
+        for (_, feature) in features {
+            check_feature(what, Some(feature), expected)?;
+        }
+        let parts = parts_of_many(&self.encoder.attribute_in, self.level, features, threads);
+        for ((attribute, _), parts) in features.iter().zip(parts) {
+            self.set_attribute_parts(*attribute, parts);
+        }
+        Ok(())
+    }
+
+    fn set_attribute_parts(&mut self, attribute: AttributeId, parts: Option<Arc<[f32]>>) {
         let version = self.tick();
         let state = self.attributes.get_mut(attribute.0 as usize);
         state.parts = parts;
         state.touch(version);
         self.attributes_changed = version;
-        Ok(())
     }
 
     /// Sets a user's learned vector; `None` removes it. A user without one counts as having
@@ -177,17 +201,47 @@ impl Sage {
         feature: Option<&[f32]>,
         edges: &[(AttributeId, Sign)],
     ) -> Result<(), SageError> {
-        check_feature(
-            "a user's feature",
-            feature,
-            self.encoder.config().in_dim_user,
-        )?;
+        let expected = self.encoder.config().in_dim_user;
+        check_feature("a user's feature", feature, expected)?;
         let parts = feature.map(|x| parts_of_user(&self.encoder, self.level, x));
+        self.set_user_parts(user, parts, edges);
+        Ok(())
+    }
+
+    /// [`Self::set_user_feature`] of many users, one after the other, but many times faster:
+    /// their products are made together, on `threads` threads. `edges_of` appends a user's
+    /// edges. Fails with nothing changed.
+    pub fn set_user_features(
+        &mut self,
+        features: &[(UserId, &[f32])],
+        edges_of: impl Fn(UserId, &mut Vec<(AttributeId, Sign)>),
+        threads: usize,
+    ) -> Result<(), SageError> {
+        let expected = self.encoder.config().in_dim_user;
+        for (_, feature) in features {
+            check_feature("a user's feature", Some(feature), expected)?;
+        }
+        let parts = parts_of_many(&self.encoder.user_in, self.level, features, threads);
+        let mut edges = Vec::new();
+        for ((user, _), parts) in features.iter().zip(parts) {
+            edges.clear();
+            edges_of(*user, &mut edges);
+            self.set_user_parts(*user, parts, &edges);
+        }
+        Ok(())
+    }
+
+    fn set_user_parts(
+        &mut self,
+        user: UserId,
+        parts: Option<Arc<[f32]>>,
+        edges: &[(AttributeId, Sign)],
+    ) {
         let version = self.tick();
         *self.users.get_mut(user.0 as usize) = version;
         let old = self.learned_parts(user).cloned();
         if old.is_none() && parts.is_none() {
-            return Ok(());
+            return;
         }
         *self.learned.get_mut(user.0 as usize) = parts.clone();
         for &(attribute, sign) in edges {
@@ -202,7 +256,6 @@ impl Sage {
             state.touch(version);
         }
         self.attributes_changed = version;
-        Ok(())
     }
 
     /// Takes in that the edge between user and attribute was `old` and is `new`. Costs
@@ -251,25 +304,49 @@ impl Sage {
         }
     }
 
-    /// Takes in new edges of one user, none of which was there: [`Self::on_edge`] for each,
-    /// but faster. For loading.
-    pub fn on_new_edges(
+    /// Takes in the edges of a whole graph, none of which was there: [`Self::on_edge`] for each,
+    /// but many times faster, on `threads` threads. `users` are those with edges; `posting`
+    /// gives the users with an edge of a sign to an attribute, and there are `attributes`.
+    pub fn load_edges<P: Iterator<Item = UserId>>(
         &mut self,
-        user: UserId,
-        edges: impl IntoIterator<Item = (AttributeId, Sign)>,
+        users: impl IntoIterator<Item = UserId>,
+        attributes: u32,
+        posting: impl Fn(AttributeId, Sign) -> P + Sync,
+        threads: usize,
     ) {
-        if self.learned_parts(user).is_some() {
-            for (attribute, sign) in edges {
-                self.on_edge(user, attribute, None, Some(sign));
-            }
-            return;
-        }
         let version = self.tick();
-        *self.users.get_mut(user.0 as usize) = version;
-        for (attribute, sign) in edges {
-            let relation = self.relation(sign);
-            let state = self.attributes.get_mut(attribute.0 as usize);
-            state.degree[relation] += 1;
+        for user in users {
+            *self.users.get_mut(user.0 as usize) = version;
+        }
+        let hidden = self.encoder.config().hidden;
+        let numbers = Mutex::new(0..attributes);
+        let loaded = Mutex::new(Vec::with_capacity(attributes as usize));
+        in_threads(threads, || {
+            while let Some(number) = next(&numbers) {
+                let mut state = Attribute::default();
+                for sign in [Sign::Like, Sign::Dislike] {
+                    let relation = self.relation(sign);
+                    let users: Vec<UserId> = posting(AttributeId(number), sign).collect();
+                    state.degree[relation] += users.len() as u32;
+                    let learned = users.iter().filter_map(|user| self.learned_parts(*user));
+                    let learned: Vec<&[f32]> = learned.map(|parts| parts.as_ref()).collect();
+                    for (i, parts) in learned.iter().enumerate() {
+                        // Users of one attribute are far from each other in memory.
+                        if let Some(later) = learned.get(i + 4) {
+                            let message = &later[(1 + relation) * hidden..][..hidden];
+                            message.chunks(16).for_each(|line| prefetch(line.as_ptr()));
+                        }
+                        state.add(self.level, &self.encoder, relation, parts);
+                    }
+                }
+                let mut loaded = loaded.lock().unwrap_or_else(PoisonError::into_inner);
+                loaded.push((number, state.degree, state.sums));
+            }
+        });
+        for (number, degree, sums) in loaded.into_inner().unwrap_or_else(PoisonError::into_inner) {
+            let state = self.attributes.get_mut(number as usize);
+            (state.degree, state.sums) = (degree, sums);
+            // Without learned users the hidden layer does not depend on degrees.
             if state.sums.is_some() {
                 state.touch(version);
                 self.attributes_changed = version;
@@ -618,14 +695,43 @@ fn parts_of_attribute(encoder: &Encoder, level: Level, feature: Option<&[f32]>) 
             &zero
         }
     };
-    let mut parts = encoder.attribute_in.apply(level, feature);
-    kernel::limit(&mut parts);
-    parts.into()
+    limited(encoder.attribute_in.apply(level, feature))
 }
 
 /// [root | message per relation] of a user, from its learned feature.
 fn parts_of_user(encoder: &Encoder, level: Level, feature: &[f32]) -> Arc<[f32]> {
-    let mut parts = encoder.user_in.apply(level, feature);
+    limited(encoder.user_in.apply(level, feature))
+}
+
+/// The parts of many attributes or users, from features of the right length: the same bits as
+/// one by one.
+fn parts_of_many<I: Sync>(
+    panels: &kernel::Panels,
+    level: Level,
+    features: &[(I, &[f32])],
+    threads: usize,
+) -> Vec<Option<Arc<[f32]>>> {
+    let mut parts = vec![None; features.len()];
+    let blocks = Mutex::new(features.chunks(BATCH).zip(parts.chunks_mut(BATCH)));
+    in_threads(threads.min(features.len().div_ceil(BATCH)), || {
+        while let Some((features, parts)) = next(&blocks) {
+            // Without inputs there is nothing to tell rows apart by.
+            if panels.inputs() == 0 {
+                parts.fill_with(|| Some(limited(panels.apply(level, &[]))));
+                continue;
+            }
+            let rows: Vec<&[f32]> = features.iter().map(|(_, feature)| *feature).collect();
+            let products = panels.apply_many(level, &rows.concat());
+            let width = products.len() / features.len();
+            for (part, product) in parts.iter_mut().zip(products.chunks_exact(width)) {
+                *part = Some(limited(product.to_vec()));
+            }
+        }
+    });
+    parts
+}
+
+fn limited(mut parts: Vec<f32>) -> Arc<[f32]> {
     kernel::limit(&mut parts);
     parts.into()
 }

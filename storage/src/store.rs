@@ -799,15 +799,22 @@ impl Store {
             if let Some(dim) = inner.state.attribute_dim() {
                 check_dims(features, dim)?;
             }
-            for (name, vector) in features {
+            // The embedder follows at the end, all at once, which is many times faster.
+            let sage = std::mem::take(&mut inner.state.sage);
+            let mut set = Vec::with_capacity(features.len());
+            let done = features.iter().try_for_each(|(name, vector)| {
                 let attribute = inner.define_attribute(shared, name)?;
                 let record = Record::Feature {
                     attribute,
                     vector: Cow::Borrowed(vector),
                 };
                 inner.record(shared, &record)?;
-            }
-            Ok(())
+                set.push((AttributeId(attribute), vector.as_slice()));
+                Ok(())
+            });
+            inner.state.sage = sage;
+            inner.state.on_features(&set);
+            done
         })?;
         Ok(())
     }
@@ -821,15 +828,21 @@ impl Store {
             if let Some(dim) = inner.state.user_dim() {
                 check_dims(features, dim)?;
             }
-            for (name, vector) in features {
+            let sage = std::mem::take(&mut inner.state.sage);
+            let mut set = Vec::with_capacity(features.len());
+            let done = features.iter().try_for_each(|(name, vector)| {
                 let user = inner.define_user(shared, name)?;
                 let record = Record::UserFeature {
                     user,
                     vector: Cow::Borrowed(vector),
                 };
                 inner.record(shared, &record)?;
-            }
-            Ok(())
+                set.push((UserId(user), vector.as_slice()));
+                Ok(())
+            });
+            inner.state.sage = sage;
+            inner.state.on_user_features(&set);
+            done
         })?;
         Ok(())
     }

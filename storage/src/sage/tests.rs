@@ -224,6 +224,30 @@ impl Model {
         embed_all_from_nothing(encoder, &attributes, &users, &edges).unwrap()
     }
 
+    /// A Sage that took all of this in at once; the vectors in two goes, the second after the
+    /// edges.
+    fn loaded(&self, encoder: &Arc<Encoder>, cache_bytes: usize, random: &mut Philox) -> Sage {
+        let mut sage = Sage::with_cache(encoder.clone(), cache_bytes);
+        let of = |user: UserId, edges: &mut Vec<_>| edges.extend(self.own_edges(user.0));
+        let (late_users, late) = (random.below(USERS), random.below(ATTRIBUTES));
+        let users = self.users.iter().map(|(u, x)| (UserId(*u), x.as_slice()));
+        let (first, then): (Vec<_>, Vec<_>) = users.partition(|(u, _)| u.0 < late_users);
+        sage.set_user_features(&first, |_, _| (), 2).unwrap();
+        let attributes = self.attributes.iter();
+        let attributes = attributes.map(|(a, x)| (AttributeId(*a), x.as_slice()));
+        let (early, later): (Vec<_>, Vec<_>) = attributes.partition(|(a, _)| a.0 < late);
+        sage.set_attribute_features(&early, 1).unwrap();
+        let posting = |attribute: AttributeId, sign| {
+            let edges = self.edges.iter();
+            let these = edges.filter(move |(key, s)| key.1 == attribute.0 && **s == sign);
+            these.map(|(key, _)| UserId(key.0))
+        };
+        sage.load_edges((0..USERS).map(UserId), ATTRIBUTES, posting, 2);
+        sage.set_attribute_features(&later, 2).unwrap();
+        sage.set_user_features(&then, of, 1).unwrap();
+        sage
+    }
+
     /// Every user's embedding, alone and in a batch, is the recomputed one.
     fn assert_equal(&self, sage: &Sage) {
         let expected = self.recomputed(sage.encoder());
@@ -300,6 +324,9 @@ fn thousands_of_random_histories_equal_a_recomputation_from_nothing_bit_for_bit(
         let mut kept = Vec::new();
         for _ in 0..25 {
             step(&mut sage, &mut model, &mut random);
+            if random.below(16) == 0 {
+                sage = model.loaded(sage.encoder(), bytes, &mut random);
+            }
             if random.below(4) == 0 {
                 model.assert_equal(&sage);
             }

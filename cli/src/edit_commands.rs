@@ -97,7 +97,7 @@ pub struct Settings {
     #[arg(long)]
     true_cfg: Option<f32>,
     /// How many pictures
-    #[arg(short = 'n', default_value_t = 1, value_name = "COUNT")]
+    #[arg(short = 'n', default_value_t = 1, value_name = "COUNT", value_parser = pictures)]
     count: usize,
     /// Output size
     #[arg(long, value_name = "WxH", value_parser = size)]
@@ -184,6 +184,11 @@ fn share(text: &str) -> Result<f32, String> {
         Ok(x) if (0.0..=1.0).contains(&x) => Ok(x),
         _ => Err("expected a number from 0 to 1".into()),
     }
+}
+
+fn pictures(text: &str) -> Result<usize, String> {
+    let count = text.parse().ok().filter(|n| *n > 0);
+    count.ok_or_else(|| "expected at least 1".into())
 }
 
 /// A LoRA file and how strongly it acts.

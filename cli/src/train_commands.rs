@@ -25,7 +25,7 @@ use simpatico_engine::sage_train::{
 use simpatico_engine::synth::{self, Synth, SynthOptions};
 use simpatico_engine::table;
 use simpatico_engine::text_vectors::{self, TextEncoder};
-use simpatico_engine::train_flux::{self, Rhythm, autoencoder, flow, pairs, patches};
+use simpatico_engine::train_flux::{self, Compute, Rhythm, autoencoder, flow, pairs, patches};
 use simpatico_engine::train_policy::runs::{Method, Preset, RunOptions, Tweaks, run as run_policy};
 use simpatico_engine::train_policy::{Loss, NeighborMode, Progress};
 use simpatico_engine::{DType, Device, Error};
@@ -247,6 +247,9 @@ pub struct FluxArgs {
     /// Drawings the picture autoencoder is fitted to
     #[arg(long, value_name = "N", default_value_t = 400)]
     drawings: usize,
+    /// What to compute in, f32 or bf16; without it f32 on a CPU and bf16 on a GPU
+    #[arg(long, value_name = "DTYPE", value_parser = ["f32", "bf16"])]
+    dtype: Option<String>,
 }
 
 pub fn run(command: TrainCommand, common: &Common, output: &Output) -> Result<Outcome> {
@@ -822,6 +825,8 @@ fn train_policy(
 fn flux(args: &FluxArgs, common: &Common, output: &Output) -> Result<()> {
     let started = Instant::now();
     let out = &args.out;
+    let device = simpatico_engine::device(common.device.as_deref())?;
+    let compute = Compute::on(device, args.dtype.as_deref())?;
     prepare_folder(out, args.resume, "flow.json")?;
     let bundle = Bundle::find(&common.bundle)?;
     let text = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
@@ -861,7 +866,7 @@ fn flux(args: &FluxArgs, common: &Common, output: &Output) -> Result<()> {
     options.seed = common.seed;
     let made = pairs::Pairs::open_all(out)?;
     let mut teller = Teller::new(output, "steps");
-    flow::run(&options, &made, &rhythm, &mut |at| {
+    flow::run(&options, &made, &compute, &rhythm, &mut |at| {
         let words = format!("loss {:.4}", at.loss);
         teller.tell(at.step, at.steps, Some(at.seconds_left), &words);
         !cancelled()

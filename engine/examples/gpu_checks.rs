@@ -8,6 +8,8 @@
 //! - `decode DEVICE BUNDLE PROMPT NEW BATCH`: tokens a second of prefill and decoding.
 //! - `logits DEVICE BUNDLE LENGTH OUT`: a prompt's tokens and the logits after each.
 //! - `dpo DEVICE BUNDLE GROUPS STEPS`: collaborative DPO, tokens a second.
+//! - `train DEVICE BUNDLE flow|vae STEPS BATCH`: training the small Flux as shipped, on random
+//!   pairs, or an autoencoder, in the device's usual dtype and in f32; the bundle is not looked at.
 //! - `full DEVICE BUNDLE SIDE`: a request that cannot fit, then one that can.
 //! - `same DEVICE BUNDLE CUT_OUTS`: the edits of a bundle in f32 on this device and on the CPU.
 
@@ -27,6 +29,8 @@ use simpatico_engine::lora::LoraConfig;
 use simpatico_engine::params::save_tensors;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::soft_prompt::{SoftPrompt, SoftPromptConfig};
+use simpatico_engine::train_flux::pairs::Pairs;
+use simpatico_engine::train_flux::{Compute, Progress, Rhythm, autoencoder, flow};
 use simpatico_engine::train_policy::{
     Conditioning, DpoOptions, PairGroup, Policy, TokenPair, dpo_batch, dpo_optimizer,
 };
@@ -63,6 +67,12 @@ fn main() -> Result<()> {
         "decode" => decode(bundle, &device, number(0)?, number(1)?, number(2)?)?,
         "logits" => logits(bundle, &device, number(0)?, file(1)?)?,
         "dpo" => dpo(bundle, &device, number(0)?, number(1)?)?,
+        "train" => train(
+            &device,
+            rest.first().ok_or("flow or vae")?,
+            number(1)?,
+            number(2)?,
+        )?,
         "full" => full(bundle, &device, number(0)? as u32)?,
         "same" => same(bundle, &device, file(0)?)?,
         other => return Err(format!("no stage {other}").into()),
@@ -370,6 +380,70 @@ fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Valu
     Ok(json!({
         "groups": count, "k": 3, "steps": steps, "seconds_a_step": seconds,
         "tokens_per_s": worked as f64 / seconds,
+    }))
+}
+
+fn train(device: &Device, network: &str, steps: usize, batch: usize) -> Result<Value> {
+    let shipped = flow::Options::shipped();
+    let config = &shipped.config;
+    let random = |stream, shape: &[usize]| {
+        let values = Philox::new(13, stream).normals(shape.iter().product());
+        Tensor::from_vec(values, shape, &Device::Cpu)
+    };
+    let latents = [64, config.in_channels / 4, 16, 16];
+    let pairs = Pairs {
+        source: random(0, &latents)?,
+        target: random(1, &latents)?,
+        control: random(2, &latents)?,
+        text: random(3, &[64, 20, config.joint_attention_dim])?,
+        pooled: random(4, &[64, config.pooled_projection_dim])?,
+        no_text: random(5, &[1, 20, config.joint_attention_dim])?,
+        no_pooled: random(6, &[1, config.pooled_projection_dim])?,
+    };
+    // The mean loss of the steps and the seconds they took.
+    let run = |compute: &Compute, steps| -> Result<(f64, f64)> {
+        let folder = tempfile::tempdir()?;
+        let rhythm = Rhythm {
+            report_s: 1e9,
+            checkpoint_s: 1e9,
+            ..Rhythm::usual(folder.path())
+        };
+        let mut last = (0.0, 0.0);
+        let mut tell = |p: &Progress| {
+            last = (p.loss, p.seconds);
+            true
+        };
+        if network == "vae" {
+            let options = autoencoder::Options {
+                steps,
+                batch,
+                ..autoencoder::Options::shipped()
+            };
+            autoencoder::run(&options, compute, &rhythm, &mut tell)?;
+        } else {
+            let options = flow::Options {
+                steps,
+                batch,
+                ..shipped.clone()
+            };
+            flow::run(&options, &pairs, compute, &rhythm, &mut tell)?;
+        }
+        Ok(last)
+    };
+    let samples_per_s = |compute: &Compute, steps: usize| -> Result<f64> {
+        run(compute, 2)?; // compiles and allocates
+        Ok((steps * batch) as f64 / run(compute, steps)?.1)
+    };
+    let here = Compute::on(device.clone(), None)?;
+    let exact = Compute::on(device.clone(), Some("f32"))?;
+    let cpu = Compute::cpu();
+    let (loss, wanted) = (run(&here, 1)?.0, run(&cpu, 1)?.0);
+    Ok(json!({
+        "network": network, "steps": steps, "batch": batch, "dtype": format!("{:?}", here.dtype),
+        "samples_per_s": samples_per_s(&here, steps)?,
+        "samples_per_s_in_f32": samples_per_s(&exact, steps)?,
+        "samples_per_s_on_the_cpu": samples_per_s(&cpu, steps.min(10))?,
+        "loss_off_the_cpus": (loss - wanted).abs() / wanted,
     }))
 }
 

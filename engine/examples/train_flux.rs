@@ -1,4 +1,16 @@
-//! Trains the small Flux: `train_flux STAGE FOLDER [STEPS]`, and so on.
+//! Trains the small Flux: `train_flux STAGE FOLDER [ARGUMENTS] [--device cpu|cuda|cuda:N|metal]
+//! [--dtype f32|bf16]`. What each stage takes stands at its place below.
+//!
+//! `flow`, `detail`, `guidance` and `vae` train on the device (default: the best there is), in
+//! bf16 on a GPU and f32 on a CPU unless told; they save every two minutes and go on from where
+//! they stopped, on whatever device, when called again. `samples` and `sample` use it too. The
+//! rest is drawing pictures and fitting them, on the CPU. What ships, on a GPU:
+//!
+//! ```text
+//! cargo run --release --features cuda --example train_flux -- flow RUN 21000 6000
+//! ```
+//!
+//! with RUN from `patches`, `pairs`, `artwork` and `photos` (bundles/default/flux/MODEL_CARD.md).
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;
@@ -6,27 +18,28 @@ use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::Mode;
 use simpatico_engine::flux::text::prompt_of_states;
-use simpatico_engine::flux::{init, names, vae::Vae};
+use simpatico_engine::flux::vae::{Config, Vae};
+use simpatico_engine::flux::{init, names};
 use simpatico_engine::params::{load_tensors, save_tensors};
 use simpatico_engine::picture::Picture;
 use simpatico_engine::render::artwork::{self, Artwork};
 use simpatico_engine::render::{Object, Subject};
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
-    Progress, Rhythm, autoencoder, detail, flow, guidance, pairs, patches, save_grid,
+    Compute, Progress, Rhythm, autoencoder, detail, flow, guidance, pairs, patches, save_grid,
 };
 use simpatico_schema::edit::EditSettings;
 use std::path::Path;
 use std::sync::Arc;
 
 /// The patch autoencoder of a run, scaled.
-fn patch_vae(folder: &Path) -> Result<Vae, Box<dyn std::error::Error>> {
+fn patch_vae(folder: &Path, device: &Device) -> Result<Vae, Box<dyn std::error::Error>> {
     let weights = load_tensors(&folder.join("patches.safetensors"), &Device::Cpu)?;
-    let vae = Vae::new(
-        &patches::config(),
-        init::builder(&weights, DType::F32, &Device::Cpu),
-    )?;
-    Ok(autoencoder::scaled(vae)?)
+    let on = |config: &Config, device: &Device| {
+        Vae::new(config, init::builder(&weights, DType::F32, device))
+    };
+    let scaled = autoencoder::scaled(on(&patches::config(), &Device::Cpu)?)?;
+    Ok(on(scaled.config(), device)?)
 }
 
 /// Those that training may see.
@@ -46,7 +59,7 @@ fn prepare_pairs(
     let mut options = pairs::Options::shipped();
     options.pairs = count.unwrap_or(options.pairs);
     options.first = first.unwrap_or(0);
-    let vae = patch_vae(folder)?;
+    let vae = patch_vae(folder, &Device::Cpu)?;
     let config = vae.config();
     println!(
         "scaling {} shift {}",
@@ -78,10 +91,11 @@ fn prepare_samples(
     bundle: &str,
     subjects: &[Subject],
     (count, first): (usize, usize),
+    device: &Device,
 ) -> Result<(), Box<dyn std::error::Error>> {
     const STEPS: usize = 8;
     const BATCH: usize = 16;
-    let engine = Engine::open(bundle, &Device::Cpu)?;
+    let engine = Engine::open(bundle, device)?;
     let scratch = tempfile::tempdir()?;
     let store = simpatico_storage::Store::open(scratch.path(), Default::default())?;
     let begun = std::time::Instant::now();
@@ -136,9 +150,19 @@ fn prepare_samples(
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
-    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut arguments: Vec<String> = std::env::args().skip(1).collect();
+    let mut option = |name: &str| -> Result<Option<String>, String> {
+        let Some(at) = arguments.iter().position(|a| a == name) else {
+            return Ok(None);
+        };
+        let told = arguments.drain(at..(at + 2).min(arguments.len())).nth(1);
+        told.map(Some).ok_or(format!("{name} wants a word"))
+    };
+    let (device, dtype) = (option("--device")?, option("--dtype")?);
+    let device = simpatico_engine::device(device.as_deref())?;
+    let compute = Compute::on(device.clone(), dtype.as_deref())?;
     let [stage, folder, rest @ ..] = arguments.as_slice() else {
-        return Err("train_flux STAGE FOLDER [STEPS]".into());
+        return Err("train_flux STAGE FOLDER [ARGUMENTS] [--device D] [--dtype T]".into());
     };
     let rhythm = Rhythm::usual(folder);
     std::fs::create_dir_all(folder)?;
@@ -154,7 +178,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         "vae" => {
             let mut options = autoencoder::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
-            autoencoder::run(&options, &rhythm, &mut tell)?;
+            autoencoder::run(&options, &compute, &rhythm, &mut tell)?;
         }
         "patches" => {
             let seen = autoencoder::pictures(&autoencoder::sample_scenes(400), 128)?;
@@ -163,7 +187,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             save_tensors(&rhythm.folder.join("patches.safetensors"), &weights, &[])?;
         }
         "rebuild" => {
-            let vae = patch_vae(&rhythm.folder)?;
+            let vae = patch_vae(&rhythm.folder, &Device::Cpu)?;
             let scenes: Vec<_> = (0..16)
                 .map(|i| pairs::pair(Object::HELD_OUT, 2, 9, i).target)
                 .collect();
@@ -217,20 +241,20 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 _ => trained(artwork::photographs(pictures.as_ref())?),
             };
             let range = (number(1).unwrap_or(4000), number(2).unwrap_or(0));
-            prepare_samples(&rhythm.folder, stage, bundle, &subjects, range)?;
+            prepare_samples(&rhythm.folder, stage, bundle, &subjects, range, &device)?;
         }
         "flow" => {
             let mut options = flow::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
             options.cooldown = number(1).unwrap_or(options.steps / 4);
             let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
-            flow::run(&options, &pairs, &rhythm, &mut tell)?;
+            flow::run(&options, &pairs, &compute, &rhythm, &mut tell)?;
         }
         "detail" => {
             let mut options = detail::Options::shipped();
             options.steps = number(0).unwrap_or(options.steps);
             let samples = detail::Samples::open_all(&rhythm.folder)?;
-            detail::run(&options, &samples, &rhythm, &mut tell)?;
+            detail::run(&options, &samples, &compute, &rhythm, &mut tell)?;
         }
         // FOLDER VAE: into the autoencoder of an exported flow.
         "export-detail" => {
@@ -240,18 +264,18 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         }
         // FOLDER [STEPS]: after `flow`, the guidance scale as an input.
         "guidance" => {
-            let mut options = guidance::Options::shipped();
+            let mut options = guidance::options();
             options.steps = number(0).unwrap_or(options.steps);
             options.cooldown = options.cooldown.min(options.steps / 4);
             let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
-            guidance::run(&options, &pairs, &rhythm, &mut tell)?;
-            let missed = guidance::missed(&rhythm.folder, &options, &pairs, 16)?;
+            guidance::run(&options, &pairs, &compute, &rhythm, &mut tell)?;
+            let missed = guidance::missed(&rhythm.folder, &options, &pairs, &compute, 16)?;
             println!("of what guidance adds it misses {missed:.3} (mean square)");
         }
         // FOLDER OUT; `export-guided` after the stage `guidance`.
         "export" | "export-guided" => {
             let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);
-            let vae = patch_vae(&rhythm.folder)?;
+            let vae = patch_vae(&rhythm.folder, &Device::Cpu)?;
             let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
             let kind = names::Kind::Vae;
             simpatico_engine::train_flux::export(
@@ -268,14 +292,15 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         "sample" => {
-            let vae = patch_vae(&rhythm.folder)?;
-            let encoder =
-                TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
+            let vae = patch_vae(&rhythm.folder, &device)?;
+            let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &device)?;
             let made: Vec<_> = (0..10)
                 .map(|i| pairs::pair(Object::HELD_OUT, 1, 77, i))
                 .collect();
             let scenes = |f: &dyn Fn(&pairs::Pair) -> simpatico_engine::render::Scene| {
-                autoencoder::pictures(&made.iter().map(f).collect::<Vec<_>>(), 128)
+                autoencoder::pictures(&made.iter().map(f).collect::<Vec<_>>(), 128)?
+                    .to_device(&device)
+                    .map_err(simpatico_engine::Error::from)
             };
             let before = scenes(&|p| p.source.clone())?;
             let wanted = scenes(&|p| p.target.clone())?;
@@ -283,9 +308,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 .iter()
                 .map(|p| {
                     let picture = Picture::from_rgb(128, 128, p.source.render(128));
-                    canny(&picture, 100, 200)
-                        .to_picture()
-                        .to_tensor(&Device::Cpu)
+                    canny(&picture, 100, 200).to_picture().to_tensor(&device)
                 })
                 .collect::<Result<_, _>>()?;
             let drawn = Tensor::cat(&drawn, 0)?;

@@ -13,11 +13,11 @@
 use crate::canny::{canny, edge_agreement};
 use crate::conv::{Conv2d, group_norm_silu};
 use crate::flux::detail::squares;
-use crate::params::{load_tensors, save_tensors, write_whole};
+use crate::params::{Params, load_tensors, save_tensors, write_whole};
 use crate::picture::Picture;
 use crate::render::{Scene, Subject};
-use crate::train_flux::judge_run::{Training, run};
-use crate::train_flux::{Report as Tell, Rhythm};
+use crate::train_flux::training::{self, Training};
+use crate::train_flux::{Compute, Report as Tell, Rhythm, latest};
 use crate::vocabulary::{self, Attribute, Category};
 use crate::{Error, Result};
 use candle_core::{D, DType, Device, Tensor};
@@ -337,7 +337,7 @@ fn vary(rgb: &[u8], random: &mut Philox) -> Vec<u8> {
 }
 
 /// Trains a judge on scenes of these subjects, or goes on training, and writes it (half
-/// precision) into `out`. The same options give the same weights, however often interrupted.
+/// precision) into `out`, on the CPU. The same options give the same weights, however often interrupted.
 ///
 /// # Errors
 /// If there are no subjects, or a file cannot be written.
@@ -356,14 +356,7 @@ pub fn train(
     let pool: Vec<Shown> = (0..options.pictures as u64)
         .map(|i| show(subjects, options.seed, i))
         .collect();
-    let training = Training {
-        stage: "judge",
-        steps: options.steps,
-        lr: options.lr,
-        seed: options.seed,
-    };
-    let build = |vb: VarBuilder| Judge::new(vb);
-    let loss = |judge: &Judge, step: usize| -> Result<Tensor> {
+    let draw = |step: usize| -> Result<_> {
         let mut random = Philox::new(options.seed, 1 << 40 | step as u64);
         let mut pictures = Vec::new();
         let mut targets: [Vec<u32>; 5] = Default::default();
@@ -374,16 +367,31 @@ pub fn train(
                 all.push(class);
             }
         }
-        let scores = judge.forward(&batch(&pictures.iter().collect::<Vec<_>>())?)?;
+        Ok((batch(&pictures.iter().collect::<Vec<_>>())?, targets))
+    };
+    let loss = |judge: &Judge, (pictures, targets): &(Tensor, [Vec<u32>; 5])| -> Result<Tensor> {
         let mut sum = Tensor::zeros((), DType::F32, &Device::Cpu)?;
-        for (scores, classes) in scores.iter().zip(targets) {
-            let classes = Tensor::from_vec(classes, options.batch, &Device::Cpu)?;
+        for (scores, classes) in judge.forward(pictures)?.iter().zip(targets) {
+            let classes = Tensor::new(classes.as_slice(), &Device::Cpu)?;
             sum = (sum + candle_nn::loss::cross_entropy(scores, &classes)?)?;
         }
         Ok(sum)
     };
-    let weights = run(&training, rhythm, build, loss, tell)?;
-    let half = weights
+    let compute = Compute::cpu();
+    let params = Params::new(options.seed, compute.device.clone());
+    Judge::new(params.builder(compute.dtype))?;
+    let training = Training::cosine("judge", options.steps, options.lr);
+    training::run(
+        &training,
+        &compute,
+        &params,
+        rhythm,
+        Judge::new,
+        draw,
+        loss,
+        tell,
+    )?;
+    let half = latest(&rhythm.folder, "judge")?
         .into_iter()
         .map(|(name, value)| Ok((name, value.to_dtype(DType::F16)?)))
         .collect::<Result<Vec<_>>>()?;

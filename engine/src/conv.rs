@@ -3,8 +3,9 @@
 //! candle's own convolution is as fast forwards, but its gradient goes through a transposed
 //! convolution that is written for any layout and, on a CPU, takes the time of dozens of
 //! forward passes. Here a convolution is: unfold the picture into columns, multiply. Its
-//! gradients are: multiply, fold the columns back. Anything but contiguous f32 on the CPU
-//! with a gradient to carry goes to candle's.
+//! gradients are: multiply, fold the columns back. Half precision on the CPU, for which candle
+//! has no convolution, is computed in f32 and rounded, as a GPU does it. Anything else goes to
+//! candle's.
 //!
 //! Not here: groups and dilation.
 
@@ -38,6 +39,12 @@ impl Conv2d {
             && learns_on_cpu(&[x, &self.weight, bias])
         {
             return Ok(conv2d(x, &self.weight, bias, padding, stride)?);
+        }
+        if x.device().is_cpu() && matches!(x.dtype(), DType::BF16 | DType::F16) {
+            let wide = |t: &Tensor| t.to_dtype(DType::F32);
+            let bias = self.bias.as_ref().map(wide).transpose()?;
+            let exact = Self::new(wide(&self.weight)?, bias, self.config);
+            return Ok(exact.forward(&wide(x)?)?.to_dtype(x.dtype())?);
         }
         let y = x.conv2d(&self.weight, padding, stride, 1, 1)?;
         Ok(match &self.bias {

@@ -65,7 +65,18 @@ pub enum Error {
     },
     /// A tensor operation failed: a bug of ours, or a device that gave up.
     #[error(transparent)]
-    Tensor(#[from] candle_core::Error),
+    Tensor(candle_core::Error),
+}
+
+impl From<candle_core::Error> for Error {
+    /// Without the stack that candle writes into its messages under RUST_BACKTRACE: a damaged
+    /// file is explained in one line.
+    fn from(mut error: candle_core::Error) -> Self {
+        while let candle_core::Error::WithBacktrace { inner, .. } = error {
+            error = *inner;
+        }
+        Self::Tensor(error)
+    }
 }
 
 impl Error {
@@ -81,5 +92,19 @@ impl Error {
             file: file.into(),
             reason: reason.into(),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_tensor_error_is_told_without_its_stack() {
+        let error = candle_core::Error::WithBacktrace {
+            inner: Box::new(candle_core::Error::Msg("holds a NaN".into())),
+            backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
+        };
+        assert_eq!(Error::from(error).to_string(), "holds a NaN");
     }
 }

@@ -38,6 +38,7 @@ pub mod detail;
 pub mod init;
 pub mod lora;
 pub mod names;
+pub mod t5;
 pub mod text;
 pub mod transformer;
 pub mod vae;

@@ -487,9 +487,21 @@ pub fn log_softmax(x: &Tensor) -> Result<Tensor> {
     Ok(shifted.broadcast_sub(&norm)?)
 }
 
+/// Half precision is made f32 where a gradient is wanted: candle writes the slopes of these as
+/// a dozen operations, each of which would round.
+fn with_exact_slope(
+    x: &Tensor,
+    f: impl Fn(&Tensor) -> CandleResult<Tensor>,
+) -> CandleResult<Tensor> {
+    match x.track_op() && x.dtype() != wide(x.dtype()) {
+        true => f(&x.to_dtype(DType::F32)?)?.to_dtype(x.dtype()),
+        false => f(x),
+    }
+}
+
 /// x·sigmoid(x).
 pub fn silu(x: &Tensor) -> Result<Tensor> {
-    Ok(x.silu()?)
+    Ok(with_exact_slope(x, Tensor::silu)?)
 }
 
 /// silu(gate)·up, the inside of a gated MLP.
@@ -514,7 +526,7 @@ pub fn gelu_tanh(x: &Tensor) -> Result<Tensor> {
     if crate::conv::learns_on_cpu(&[x]) {
         return Ok(crate::fused::gelu_tanh(x)?);
     }
-    Ok(x.gelu()?)
+    Ok(with_exact_slope(x, Tensor::gelu)?)
 }
 
 /// Exact GELU (BERT, ViT).

@@ -299,12 +299,17 @@ impl AdamW {
         )))
     }
 
+    /// Asks the device once, not once a tensor: on a GPU each question waits for all work.
     fn gradient_norm(&self) -> Result<f64> {
-        let mut sum = 0.0;
-        for g in self.slots.iter().filter_map(|s| s.gradient.as_ref()) {
-            sum += f64::from(g.sqr()?.sum_all()?.to_scalar::<f32>()?);
+        let all = self.slots.iter().filter_map(|s| s.gradient.as_ref());
+        let squares = all
+            .map(|g| g.sqr()?.sum_all())
+            .collect::<candle_core::Result<Vec<_>>>()?;
+        if squares.is_empty() {
+            return Ok(0.0);
         }
-        Ok(sum.sqrt())
+        let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
+        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
     }
 
     /// The averaged weights by name; empty where no average is kept.

@@ -4,7 +4,8 @@
 //! `VarBuilder` fills as it is built. It differs from candle's `VarMap` in three ways that
 //! training needs: the order is the names' (never a hash's), a parameter's first value depends
 //! only on the seed and its name (so that adding a layer moves no other), and files are
-//! checked before anything is changed.
+//! checked before anything is changed. Variables made here are f32, whatever dtype a network
+//! computes in.
 //!
 //! Not here: optimisation (`optim`), or any network.
 //!
@@ -45,6 +46,9 @@ impl Params {
     }
 
     /// A builder that networks take their weights from; names not yet known are made.
+    ///
+    /// With another dtype than f32 a network gets copies that pass their gradient on to the
+    /// variables: build it anew after each step, or it goes on computing with the old weights.
     pub fn builder(&self, dtype: DType) -> VarBuilder<'static> {
         VarBuilder::from_backend(Box::new(self.clone()), dtype, self.device.clone())
     }
@@ -69,7 +73,7 @@ impl Params {
 
     /// Adds or replaces a variable.
     pub fn insert(&self, name: impl Into<String>, value: &Tensor) -> Result<Var> {
-        let var = Var::from_tensor(&value.contiguous()?)?;
+        let var = Var::from_tensor(&value.to_device(&self.device)?.contiguous()?)?;
         self.lock().insert(name.into(), var.clone());
         Ok(var)
     }
@@ -146,18 +150,18 @@ impl SimpleBackend for Params {
                 let (expected, got) = (shape.dims(), var.dims());
                 candle_core::bail!("parameter {name}: expected shape {expected:?}, got {got:?}");
             }
-            return Ok(var.as_tensor().clone());
+            return var.as_tensor().to_dtype(dtype);
         }
         let value = initial_value(self.seed, name, &shape, init)?;
-        let var = Var::from_tensor(&value.to_dtype(dtype)?.to_device(device)?)?;
-        let tensor = var.as_tensor().clone();
+        let var = Var::from_tensor(&value.to_device(device)?)?;
+        let tensor = var.as_tensor().to_dtype(dtype)?;
         self.lock().insert(name.to_string(), var);
         Ok(tensor)
     }
 
-    fn get_unchecked(&self, name: &str, _: DType, _: &Device) -> candle_core::Result<Tensor> {
+    fn get_unchecked(&self, name: &str, dtype: DType, _: &Device) -> candle_core::Result<Tensor> {
         match self.lock().get(name) {
-            Some(var) => Ok(var.as_tensor().clone()),
+            Some(var) => var.as_tensor().to_dtype(dtype),
             None => candle_core::bail!("parameter {name}: not there, and its shape is unknown"),
         }
     }

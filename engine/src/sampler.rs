@@ -414,12 +414,13 @@ impl<'a> Field<'a> {
     pub fn new(c: &Conditions<'a>, schedule: &Schedule, b: usize) -> Result<Self> {
         let device = c.prompt.text.device();
         let times = &schedule.sigmas[..schedule.steps()];
-        let ids = image_ids(c.rows, c.columns, device)?;
+        let ids = image_ids(c.rows, c.columns, &Device::Cpu)?;
         let rope_for = |prompt: &Prompt| {
             Rope::new(
                 c.flux.config(),
-                &text_ids(prompt.text.dim(1)?, device)?,
+                &text_ids(prompt.text.dim(1)?, &Device::Cpu)?,
                 &ids,
+                device,
             )
         };
         let rope = rope_for(&c.prompt)?;

@@ -11,16 +11,17 @@
 //! 5. [`guidance`], where wanted: the guidance scale becomes an input, so that a step runs the
 //!    transformer once instead of twice.
 //!
-//! What step n trains on is a pure function of the seed and n, so a checkpoint is weights,
-//! moments and a number. Not here: sampling with the trained model ([`crate::sampler`]).
+//! What step n trains on is a pure function of the seed and n, drawn on the CPU whatever the
+//! device ([`Compute`]), so a checkpoint is weights, moments and a number. Not here: sampling
+//! with the trained model ([`crate::sampler`]).
 
 pub mod autoencoder;
 pub mod detail;
 pub mod flow;
 pub mod guidance;
-pub(crate) mod judge_run;
 pub mod pairs;
 pub mod patches;
+pub(crate) mod training;
 
 use crate::flux::names::NameAndShape;
 use crate::flux::{init, names};
@@ -32,6 +33,45 @@ use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
+
+/// Where a run computes, and in what.
+#[derive(Clone, Debug)]
+pub struct Compute {
+    /// The device of weights, moments and batches.
+    pub device: Device,
+    /// The dtype that networks compute in, f32 or bf16. Weights, moments, averages and losses
+    /// are f32 whatever it is.
+    pub dtype: DType,
+}
+
+impl Compute {
+    /// f32 on the CPU: the same bytes every time.
+    pub fn cpu() -> Self {
+        Self {
+            device: Device::Cpu,
+            dtype: DType::F32,
+        }
+    }
+
+    /// On this device in what `word` says, "f32" or "bf16"; `None`: f32 on a CPU, bf16 on a GPU.
+    ///
+    /// # Errors
+    /// For other words. (f16 would need its losses scaled.) A card too old for bf16, below compute
+    /// capability 8.0, says so at the first step.
+    pub fn on(device: Device, word: Option<&str>) -> Result<Self> {
+        let dtype = match word {
+            None if device.is_cpu() => DType::F32,
+            None | Some("bf16") => DType::BF16,
+            Some("f32") => DType::F32,
+            Some(other) => {
+                return Err(Error::BadRequest(format!(
+                    "dtype: expected f32 or bf16, got {other:?}"
+                )));
+            }
+        };
+        Ok(Self { device, dtype })
+    }
+}
 
 /// Where a run stands, told once every few seconds.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -94,7 +134,8 @@ struct Run<'a> {
     begun_at: State,
     reported: Instant,
     saved: Instant,
-    losses: Vec<f64>,
+    /// Since the last report; on the device, so that a step need not wait for it.
+    losses: Vec<Tensor>,
 }
 
 impl<'a> Run<'a> {
@@ -133,43 +174,47 @@ impl<'a> Run<'a> {
     /// Books one step; saves and reports when it is time. `false`: stop.
     fn after_step(
         &mut self,
-        loss: f64,
+        loss: Tensor,
         gradient: f64,
         params: &Params,
         adam: &AdamW,
         report: Report,
     ) -> Result<bool> {
-        if !loss.is_finite() {
-            return Err(Error::BadRequest(format!(
-                "step {}: the loss is {loss}; lower the learning rate and resume from the last \
-                 checkpoint in {}",
-                self.state.step,
-                self.rhythm.folder.display()
-            )));
-        }
         self.state.step += 1;
         self.state.seconds = self.begun_at.seconds + self.begun.elapsed().as_secs_f64();
         self.losses.push(loss);
         let done = self.state.step >= self.steps;
         let due = |since: Instant, every: f64| since.elapsed() > Duration::from_secs_f64(every);
+        let save = done || due(self.saved, self.rhythm.checkpoint_s);
         let mut go_on = true;
-        if done || due(self.reported, self.rhythm.report_s) {
+        if save || due(self.reported, self.rhythm.report_s) {
             go_on = self.tell(gradient, report)?;
         }
-        if done || !go_on || due(self.saved, self.rhythm.checkpoint_s) {
+        if save || !go_on {
             self.save(params, adam)?;
         }
         Ok(go_on && !done)
     }
 
     fn tell(&mut self, gradient: f64, report: Report) -> Result<bool> {
+        let losses = Tensor::stack(&self.losses, 0)?.to_vec1::<f32>()?;
+        let first = self.state.step - losses.len();
+        if let Some(i) = losses.iter().position(|loss| !loss.is_finite()) {
+            return Err(Error::BadRequest(format!(
+                "step {}: the loss is {}; lower the learning rate and resume from the last \
+                 checkpoint in {}",
+                first + i,
+                losses[i],
+                self.rhythm.folder.display()
+            )));
+        }
         let here = (self.state.step - self.begun_at.step).max(1) as f64;
         let pace = self.begun.elapsed().as_secs_f64() / here;
         let progress = Progress {
             stage: self.stage.into(),
             step: self.state.step,
             steps: self.steps,
-            loss: self.losses.iter().sum::<f64>() / self.losses.len().max(1) as f64,
+            loss: losses.iter().map(|loss| f64::from(*loss)).sum::<f64>() / losses.len() as f64,
             gradient,
             seconds: self.state.seconds,
             seconds_left: pace * self.steps.saturating_sub(self.state.step) as f64,

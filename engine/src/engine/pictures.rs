@@ -22,7 +22,8 @@ use crate::edit::{Hooks, Seconds, Stage};
 use crate::flux::controlnet::{self, ControlNet};
 use crate::flux::lora::Lora;
 use crate::flux::names::{self, Kind};
-use crate::flux::text::{self, Clip, ClipConfig, T5, T5Config};
+use crate::flux::t5::{self, T5};
+use crate::flux::text::{self, Clip, ClipConfig};
 use crate::flux::transformer::{self, FluxTransformer, pack, unpack};
 use crate::flux::vae::{self, Vae};
 use crate::picture::{Frame, Mask, Picture};
@@ -254,8 +255,10 @@ impl Pictures {
             Some(folder) => read_json(&bundle.path(folder)?.join("scheduler_config.json"))?,
             None => ScheduleConfig::dev(),
         };
+        let vae_config: vae::Config = read_json(&bundle.path(&roles.vae)?.join("config.json"))?;
+        vae_config.check()?;
         Ok(Self {
-            vae_config: read_json(&bundle.path(&roles.vae)?.join("config.json"))?,
+            vae_config,
             bundle: bundle.clone(),
             loras: loras.to_vec(),
             roles,
@@ -294,7 +297,7 @@ impl Pictures {
                 tokens,
             } => {
                 let folder = self.bundle.path(t5)?;
-                let t5_config: T5Config = read_json(&folder.join("config.json"))?;
+                let t5_config: t5::Config = read_json(&folder.join("config.json"))?;
                 let t5_weights = Weights::open(&folder)?;
                 let folder = self.bundle.path(clip)?;
                 let clip_config: ClipConfig = read_json(&folder.join("config.json"))?;
@@ -314,11 +317,18 @@ impl Pictures {
         })
     }
 
+    fn transformer_config(&self) -> Result<transformer::Config> {
+        let folder = self.bundle.path(&self.roles.transformer)?;
+        let config: transformer::Config = read_json(&folder.join("config.json"))?;
+        config.check()?;
+        Ok(config)
+    }
+
     fn networks(&self, residency: Residency) -> Result<Arc<Networks>> {
         self.networks.get(|| {
             let streamed = residency == Residency::Streamed;
             let folder = self.bundle.path(&self.roles.transformer)?;
-            let config: transformer::Config = read_json(&folder.join("config.json"))?;
+            let config = self.transformer_config()?;
             let weights = Weights::open(&folder)?;
             let mut vb = names::open(&weights, Kind::Transformer, 0, self.dtype, &self.device)?;
             let shapes = names::transformer_shapes(&config);
@@ -371,14 +381,14 @@ impl Pictures {
             FluxText::T5Clip { t5, clip, .. } => bytes(t5, self.dtype)? + bytes(clip, self.dtype)?,
         };
         let flux = bytes(&self.roles.transformer, self.dtype)?;
-        let folder = self.bundle.path(&self.roles.transformer)?;
-        let config: transformer::Config = read_json(&folder.join("config.json"))?;
+        let config = self.transformer_config()?;
         let mut streamed = streamed_bytes(&names::transformer_shapes(&config), self.dtype);
         let mut control = 0;
         if let Some(location) = &self.roles.controlnet {
             control = bytes(location, self.dtype)?;
             let folder = self.bundle.path(location)?;
             let config: controlnet::Config = read_json(&folder.join("config.json"))?;
+            config.trunk.check()?;
             let own = streamed_bytes(&names::controlnet_shapes(&config), self.dtype);
             streamed = (streamed.0 + own.0, streamed.1.max(own.1));
         }

@@ -12,10 +12,11 @@ use super::transformer::{
     After, Block, Config as TrunkConfig, Inputs, Modulation, Modulator, Residuals, Rope, Spread,
     Trunk, drop_held, held, linear, pack,
 };
+use crate::conv::Conv2d;
 use crate::nn::Linear;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
-use candle_nn::{Conv2d, Conv2dConfig, Module, VarBuilder};
+use candle_nn::{Conv2dConfig, VarBuilder};
 use serde::{Deserialize, Serialize};
 use std::sync::{Arc, RwLock};
 
@@ -189,7 +190,8 @@ impl ControlNet {
         let modulator = self.modulator()?;
         let guidance = inputs.guidance.filter(|_| modulator.takes_guidance());
         let modulation = modulator.at(inputs.timestep, guidance, inputs.pooled)?;
-        let rope = Rope::new(&self.config.trunk, inputs.text_ids, inputs.ids)?;
+        let device = inputs.latents.device();
+        let rope = Rope::new(&self.config.trunk, inputs.text_ids, inputs.ids, device)?;
         let prepared = self.prepare(inputs.text, control, &rope)?;
         self.forward_prepared(inputs.latents, &prepared, &modulation)
     }

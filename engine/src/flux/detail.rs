@@ -20,7 +20,7 @@ use super::names::NameAndShape;
 use super::vae::{GroupNorm, ResnetBlock, conv, resnet_shapes};
 use crate::conv::{self, Conv2d};
 use crate::{Error, Result};
-use candle_core::Tensor;
+use candle_core::{DType, Tensor};
 use candle_nn::VarBuilder;
 
 /// Groups of its group norms.
@@ -45,6 +45,7 @@ pub struct Detail {
     up: Vec<(Conv2d, ResnetBlock)>,
     norm_out: GroupNorm,
     conv_out: Conv2d,
+    dtype: DType,
 }
 
 /// The widths that ship: at half, a quarter, an eighth and a sixteenth of the picture's side;
@@ -115,10 +116,12 @@ impl Detail {
             up,
             norm_out: GroupNorm::new(first, GROUPS, vb.pp("norm_out"))?,
             conv_out: conv(first, OUTPUTS, 3, 1, 1, vb.pp("conv_out"))?,
+            dtype: vb.dtype(),
         })
     }
 
-    /// The coarse picture with the source's detail; all (b, 3, h, w), about -1..1.
+    /// The coarse picture with the source's detail; all (b, 3, h, w), about -1..1, in the dtype
+    /// of the pictures, whatever the weights'.
     ///
     /// # Errors
     /// If the two differ in shape or a side does not fit.
@@ -134,7 +137,7 @@ impl Detail {
             )));
         }
         let both = Tensor::cat(&[squares(coarse)?, squares(source)?], 1)?;
-        let mut x = self.conv_in.forward(&both)?;
+        let mut x = self.conv_in.forward(&both.to_dtype(self.dtype)?)?;
         let mut kept = Vec::with_capacity(self.down.len());
         for (block, shrink) in &self.down {
             let y = block.forward(&x)?;
@@ -150,6 +153,7 @@ impl Detail {
             };
         }
         let out = self.conv_out.forward(&self.norm_out.silu(&x)?)?; // (b, 16, h/2, w/2)
+        let out = out.to_dtype(coarse.dtype())?;
         let change = pixels(&out.narrow(1, 0, 12)?.contiguous()?)?;
         let share = pixels(&out.narrow(1, 12, 4)?.contiguous()?)?; // (b, 1, h, w)
         let share = candle_nn::ops::sigmoid(&share)?;
@@ -195,7 +199,7 @@ fn pixels(x: &Tensor) -> Result<Tensor> {
 mod tests {
     use super::*;
     use crate::flux::init;
-    use candle_core::{DType, Device};
+    use candle_core::Device;
     use simpatico_schema::random::Philox;
 
     fn picture(seed: u64) -> Tensor {

@@ -107,6 +107,11 @@ impl Default for Config {
     }
 }
 
+/// More channels than any model has: beyond, a config is damaged.
+const WIDTH_MAX: usize = 1 << 16;
+/// More blocks of one kind than any model has.
+const BLOCKS_MAX: usize = 1024;
+
 impl Config {
     /// FLUX.1-dev: 11.90 B parameters.
     pub fn dev() -> Self {
@@ -162,8 +167,20 @@ impl Config {
     /// Refuses a shape that no checkpoint can have.
     pub fn check(&self) -> Result<()> {
         let wrong = |reason: String| Err(Error::bad_model("config.json", reason));
-        if self.hidden() == 0 || self.in_channels == 0 {
-            return wrong("heads, head_dim and in_channels must be at least 1".into());
+        let widths = [
+            self.in_channels,
+            self.out(),
+            self.attention_head_dim,
+            self.num_attention_heads,
+            self.joint_attention_dim,
+            self.pooled_projection_dim,
+        ];
+        if widths.iter().any(|n| !(1..=WIDTH_MAX).contains(n))
+            || self.num_layers.max(self.num_single_layers) > BLOCKS_MAX
+        {
+            return wrong(format!(
+                "channels and heads must be 1 to {WIDTH_MAX}, layers at most {BLOCKS_MAX}"
+            ));
         }
         if self.axes_dims_rope.len() != 3
             || self.axes_dims_rope.iter().any(|d| d % 2 != 0)
@@ -183,7 +200,8 @@ impl Config {
 pub struct Inputs<'a> {
     /// Packed noisy latents, (b, n, in_channels).
     pub latents: &'a Tensor,
-    /// Positions of the image tokens, (n, 3), see [`image_ids`].
+    /// Positions of the image tokens, (n, 3), see [`image_ids`]. These and the text's are read on
+    /// the host: best they lie there.
     pub ids: &'a Tensor,
     /// Text token states, (b, t, joint_attention_dim).
     pub text: &'a Tensor,
@@ -252,9 +270,9 @@ pub struct Rope {
 }
 
 impl Rope {
-    /// From the positions of text and image. Costs (t + n)·head_dim sines on the host: make
-    /// it once per edit.
-    pub fn new(config: &Config, text_ids: &Tensor, ids: &Tensor) -> Result<Self> {
+    /// From the positions of text and image, on `device`. Costs (t + n)·head_dim sines on the
+    /// host: make it once per edit.
+    pub fn new(config: &Config, text_ids: &Tensor, ids: &Tensor, device: &Device) -> Result<Self> {
         let ids = Tensor::cat(&[text_ids, ids], 0)?;
         let positions = ids.to_dtype(DType::F64)?.to_device(&Device::Cpu)?;
         let mut parts = (Vec::new(), Vec::new());
@@ -264,7 +282,7 @@ impl Rope {
                 .flatten_all()?
                 .to_vec1::<f64>()?;
             let frequencies = nn::rope_frequencies(dim, 10_000.0);
-            let (cos, sin) = nn::rope_tables(&column, &frequencies, ids.device())?;
+            let (cos, sin) = nn::rope_tables(&column, &frequencies, device)?;
             parts.0.push(cos);
             parts.1.push(sin);
         }
@@ -1038,7 +1056,8 @@ impl FluxTransformer {
         let modulation = self
             .modulator()?
             .at(inputs.timestep, inputs.guidance, inputs.pooled)?;
-        let rope = Rope::new(&self.config, inputs.text_ids, inputs.ids)?;
+        let device = inputs.latents.device();
+        let rope = Rope::new(&self.config, inputs.text_ids, inputs.ids, device)?;
         let text = self.embed_text(inputs.text)?;
         self.forward_modulated(
             inputs.latents,

@@ -100,7 +100,15 @@ impl Config {
         1 << (self.block_out_channels.len().max(1) - 1)
     }
 
-    fn check(&self) -> Result<()> {
+    /// Refuses a shape that no checkpoint can have.
+    pub fn check(&self) -> Result<()> {
+        if self.block_out_channels.len() > 8
+            || self.layers_per_block > 64
+            || !(1..=1024).contains(&self.latent_channels)
+        {
+            let reason = "expected at most 8 levels of 64 layers and 1 to 1024 latent channels";
+            return Err(Error::bad_model("config.json", reason));
+        }
         if self.patch.is_some_and(|p| p == 0 || p > 64) {
             return Err(Error::bad_model("config.json", "patch must be 1 to 64"));
         }
@@ -108,7 +116,7 @@ impl Config {
             detail::check(widths)?;
         }
         let groups = self.norm_num_groups;
-        let fits = |c: &usize| groups > 0 && *c > 0 && c.is_multiple_of(groups);
+        let fits = |c: &usize| groups > 0 && (1..=1 << 16).contains(c) && c.is_multiple_of(groups);
         if self.block_out_channels.is_empty() || !self.block_out_channels.iter().all(fits) {
             return Err(Error::bad_model(
                 "config.json",
@@ -250,22 +258,33 @@ impl GroupNorm {
         })
     }
 
-    /// The norm, then x·sigmoid(x).
+    /// The norm, then x·sigmoid(x); in f32, rounded once.
     pub(super) fn silu(&self, x: &Tensor) -> Result<Tensor> {
-        let (weight, bias) = (&self.weight, &self.bias);
-        if conv::plain_on_cpu(&[x, weight, bias]) {
-            return Ok(conv::group_norm_silu(x, weight, bias, self.groups, 1e-6)?);
-        }
-        nn::silu(&self.forward(x)?)
+        let (wide, weight, bias) = self.widened(x)?;
+        let y = match conv::plain_on_cpu(&[&wide, &weight, &bias]) {
+            true => conv::group_norm_silu(&wide, &weight, &bias, self.groups, 1e-6)?,
+            false => nn::silu(&self.normed(&wide, &weight, &bias)?)?,
+        };
+        Ok(y.to_dtype(x.dtype())?)
     }
 
     /// x (b, c, h, w).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        let (wide, weight, bias) = self.widened(x)?;
+        Ok(self.normed(&wide, &weight, &bias)?.to_dtype(x.dtype())?)
+    }
+
+    fn widened(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        Ok((wide(x)?, wide(&self.weight)?, wide(&self.bias)?))
+    }
+
+    fn normed(&self, x: &Tensor, weight: &Tensor, bias: &Tensor) -> Result<Tensor> {
         let (b, c, h, w) = x.dims4()?;
         let grouped = x.reshape((b, self.groups, c / self.groups * h * w))?;
         let x = nn::layer_norm(&grouped, None, None, 1e-6)?.reshape((b, c, h, w))?;
-        Ok(x.broadcast_mul(&self.weight.reshape((1, c, 1, 1))?)?
-            .broadcast_add(&self.bias.reshape((1, c, 1, 1))?)?)
+        Ok(x.broadcast_mul(&weight.reshape((1, c, 1, 1))?)?
+            .broadcast_add(&bias.reshape((1, c, 1, 1))?)?)
     }
 }
 

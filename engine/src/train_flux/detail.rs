@@ -12,8 +12,8 @@
 //! times. With edges at full weight the network keeps the source's look wherever the flow was
 //! unsure, since a sharp wrong picture then costs less than a soft right one.
 
-use super::judge_run::{Training, run_from};
-use super::{Report, Rhythm, fresh, latest, prepared};
+use super::training::{self, Training};
+use super::{Compute, Report, Rhythm, fresh, latest, prepared};
 use crate::flux::detail::{Detail, shapes};
 use crate::params::{Params, load_tensors, save_tensors, write_whole};
 use crate::{Error, Result};
@@ -115,7 +115,7 @@ struct Batch {
     target: Tensor,
 }
 
-fn batch(options: &Options, samples: &Samples, step: u64) -> Result<Batch> {
+fn batch(options: &Options, samples: &Samples, step: u64, device: &Device) -> Result<Batch> {
     let mut random = Philox::new(options.seed, step);
     let b = options.batch;
     let rows: Vec<u32> = (0..b).map(|_| random.below(samples.len() as u32)).collect();
@@ -148,9 +148,9 @@ fn batch(options: &Options, samples: &Samples, step: u64) -> Result<Batch> {
     let missing = shares(&mut random, options.drop_source, &|_| 1.0)?;
     let source = (&source + (&coarse - &source)?.broadcast_mul(&missing)?)?;
     Ok(Batch {
-        source,
-        coarse,
-        target,
+        source: source.to_device(device)?,
+        coarse: coarse.to_device(device)?,
+        target: target.to_device(device)?,
     })
 }
 
@@ -191,39 +191,41 @@ pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
     write_whole(&config, &serde_json::to_vec_pretty(&json).map_err(bad)?)
 }
 
-/// Trains, or goes on training, until the steps are done or `report` says stop; the averaged
-/// weights.
+/// Trains, or goes on training, until the steps are done or `report` says stop.
 ///
 /// # Errors
 /// If there are no samples, or a checkpoint cannot be written.
 pub fn run(
     options: &Options,
     samples: &Samples,
+    compute: &Compute,
     rhythm: &Rhythm,
     report: Report,
-) -> Result<Vec<(String, Tensor)>> {
+) -> Result<()> {
     if samples.is_empty() {
         return Err(Error::BadRequest(
             "there are no samples to train on: make some".into(),
         ));
     }
-    let training = Training {
-        stage: "detail",
-        steps: options.steps,
-        lr: options.lr,
-        seed: options.seed,
-    };
-    let params = Params::new(options.seed, Device::Cpu);
+    let params = Params::new(options.seed, compute.device.clone());
     fresh(&params, "", &shapes(&options.widths, PREFIX), options.seed)?;
-    let detail = Detail::new(&options.widths, params.builder(DType::F32).pp("detail"))?;
-    let step = |step: usize| loss(&detail, &batch(options, samples, step as u64)?);
-    run_from(&training, rhythm, &params, step, report)
+    training::run(
+        &Training::cosine("detail", options.steps, options.lr),
+        compute,
+        &params,
+        rhythm,
+        |vb| Detail::new(&options.widths, vb.pp("detail")),
+        |step| batch(options, samples, step as u64, &compute.device),
+        loss,
+        report,
+    )
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
     use crate::render::{Object, Scene};
+    use std::collections::BTreeMap;
 
     /// Edits of plain scenes to another colour, the coarse ones in blocks of 8 pixels.
     fn samples(count: u64) -> Samples {
@@ -258,33 +260,27 @@ mod tests {
             batch: 8,
             ..Options::shipped()
         };
-        let measure = |weights: &[(String, Tensor)]| -> f32 {
-            let weights = weights.iter().cloned().collect();
-            let vb = crate::flux::init::builder(&weights, DType::F32, &Device::Cpu);
+        let measure = |weights: &BTreeMap<String, Tensor>| -> f32 {
+            let vb = crate::flux::init::builder(weights, DType::F32, &Device::Cpu);
             let detail = Detail::new(&options.widths, vb.pp("detail")).unwrap();
-            let fresh = batch(&options, &samples, 1 << 50).unwrap();
+            let fresh = batch(&options, &samples, 1 << 50, &Device::Cpu).unwrap();
             loss(&detail, &fresh).unwrap().to_scalar().unwrap()
         };
-        let start: Vec<_> =
-            crate::flux::init::random(&shapes(&options.widths, PREFIX), 6, &Device::Cpu)
-                .unwrap()
-                .into_iter()
-                .collect();
+        let start = crate::flux::init::random(&shapes(&options.widths, PREFIX), 6, &Device::Cpu);
+        let start = start.unwrap();
+        let cpu = Compute::cpu();
         let folder = tempfile::tempdir().unwrap();
-        let whole = run(
-            &options,
-            &samples,
-            &Rhythm::usual(folder.path()),
-            &mut |_| true,
-        )
-        .unwrap();
+        let rhythm = Rhythm::usual(folder.path());
+        run(&options, &samples, &cpu, &rhythm, &mut |_| true).unwrap();
+        let whole = latest(folder.path(), "detail").unwrap();
         let (before, after) = (measure(&start), measure(&whole));
         assert!(after < 0.9 * before, "loss {before} before, {after} after");
         let folder = tempfile::tempdir().unwrap();
         let mut rhythm = Rhythm::usual(folder.path());
         rhythm.report_s = 0.0;
-        run(&options, &samples, &rhythm, &mut |p| p.step < 25).unwrap();
-        let resumed = run(&options, &samples, &rhythm, &mut |_| true).unwrap();
+        run(&options, &samples, &cpu, &rhythm, &mut |p| p.step < 25).unwrap();
+        run(&options, &samples, &cpu, &rhythm, &mut |_| true).unwrap();
+        let resumed = latest(folder.path(), "detail").unwrap();
         for ((name, a), (_, b)) in whole.iter().zip(&resumed) {
             let values = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
             assert_eq!(values(a), values(b), "{name}");

@@ -10,7 +10,8 @@
 //! nothing before it is of use.
 
 use super::pairs::Pairs;
-use super::{Report, Rhythm, Run, fresh, latest};
+use super::training::{self, Training};
+use super::{Compute, Report, Rhythm, fresh, latest};
 use crate::flux::controlnet::{self, Control, ControlNet, Mode};
 use crate::flux::init;
 use crate::flux::names;
@@ -18,18 +19,19 @@ use crate::flux::transformer::{
     self, FluxTransformer, Inputs, Prediction, Residuals, image_ids, pack, text_ids,
 };
 use crate::flux::vae::Vae;
-use crate::optim::{AdamW, AdamWOptions, Group, Schedule as RateSchedule};
+use crate::optim::Schedule as RateSchedule;
 use crate::params::Params;
 use crate::sampler::{
     Conditions, ControlInput, Prompt, Schedule, ScheduleConfig, Watch, img2img, packed_noise,
 };
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
+use candle_nn::VarBuilder;
 use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The settings of a run.
+/// The settings of a run, of this stage or of [`super::guidance`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
     /// The transformer.
@@ -74,6 +76,22 @@ impl Options {
             seed: 2,
         }
     }
+
+    pub(super) fn training(&self, stage: &'static str, weight_decay: f64, ema: f64) -> Training {
+        Training {
+            stage,
+            steps: self.steps,
+            lr: self.lr,
+            schedule: RateSchedule::Trapezoid {
+                warmup: self.warmup,
+                total: self.steps,
+                cooldown: self.cooldown,
+            },
+            weight_decay,
+            beta2: 0.99,
+            ema,
+        }
+    }
 }
 
 /// The shipped transformer: 64 tokens of 96 channels for 128 px.
@@ -98,39 +116,31 @@ pub fn control_config(config: &transformer::Config) -> controlnet::Config {
     small
 }
 
-/// Transformer and ControlNet over one set of parameters.
-pub struct Networks {
-    /// Named `transformer.…` and `controlnet.…`.
-    pub params: Params,
-    flux: FluxTransformer,
-    control: ControlNet,
+/// Transformer and ControlNet.
+pub(super) struct Networks {
+    pub(super) flux: FluxTransformer,
+    pub(super) control: ControlNet,
 }
 
 impl Networks {
-    /// Fresh networks.
-    pub fn new(config: &transformer::Config, seed: u64) -> Result<Self> {
-        let params = Params::new(seed, Device::Cpu);
-        let small = control_config(config);
-        fresh(
-            &params,
-            "transformer.",
-            &names::transformer_shapes(config),
-            seed,
-        )?;
-        fresh(
-            &params,
-            "controlnet.",
-            &names::controlnet_shapes(&small),
-            seed + 1,
-        )?;
-        begin_as_copy(&params, config)?;
-        let vb = params.builder(DType::F32);
+    /// From weights named `transformer.…` and `controlnet.…`.
+    pub(super) fn new(config: &transformer::Config, vb: VarBuilder) -> Result<Self> {
         Ok(Self {
             flux: FluxTransformer::new(config, vb.pp("transformer"))?,
-            control: ControlNet::new(&small, vb.pp("controlnet"))?,
-            params,
+            control: ControlNet::new(&control_config(config), vb.pp("controlnet"))?,
         })
     }
+}
+
+/// The weights that training begins with.
+fn begin(config: &transformer::Config, seed: u64, device: &Device) -> Result<Params> {
+    let params = Params::new(seed, device.clone());
+    let shapes = names::transformer_shapes(config);
+    fresh(&params, "transformer.", &shapes, seed)?;
+    let shapes = names::controlnet_shapes(&control_config(config));
+    fresh(&params, "controlnet.", &shapes, seed + 1)?;
+    begin_as_copy(&params, config)?;
+    Ok(params)
 }
 
 /// Weights with which the two networks, all blocks still silent, estimate in mode tile that
@@ -185,7 +195,7 @@ fn begin_as_copy(params: &Params, config: &transformer::Config) -> Result<()> {
         ),
     ] {
         match params.get(name) {
-            Some(var) => var.set(&value)?,
+            Some(var) => var.set(&value.to_device(var.device())?)?,
             None => return Err(Error::BadRequest(format!("there is no weight {name}"))),
         }
     }
@@ -193,42 +203,24 @@ fn begin_as_copy(params: &Params, config: &transformer::Config) -> Result<()> {
 }
 
 /// Trains, or goes on training, until the steps are done or `report` says stop.
-pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) -> Result<()> {
-    if pairs.is_empty() {
-        return Err(Error::BadRequest(
-            "there are no pairs to train on: prepare some".into(),
-        ));
-    }
-    let networks = Networks::new(&options.config, options.seed)?;
-    let group = Group {
-        vars: networks.params.vars(),
-        lr: options.lr,
-        weight_decay: 0.01,
-    };
-    let settings = AdamWOptions {
-        beta2: 0.99,
-        ema: Some(0.998),
-        ..AdamWOptions::default()
-    };
-    let mut adam = AdamW::new(vec![group], settings)?;
-    let mut run = Run::open("flow", rhythm, options.steps, &networks.params, &mut adam)?;
-    let schedule = RateSchedule::Trapezoid {
-        warmup: options.warmup,
-        total: options.steps,
-        cooldown: options.cooldown,
-    };
-    while run.state.step < options.steps {
-        let step = run.state.step;
-        let loss = loss(&networks, options, pairs, step as u64)?;
-        let gradients = loss.backward()?;
-        adam.accumulate(&gradients, 1.0)?;
-        let norm = adam.step(schedule.factor(step))?;
-        let loss = f64::from(loss.to_scalar::<f32>()?);
-        if !run.after_step(loss, norm, &networks.params, &adam, report)? {
-            break;
-        }
-    }
-    Ok(())
+pub fn run(
+    options: &Options,
+    pairs: &Pairs,
+    compute: &Compute,
+    rhythm: &Rhythm,
+    report: Report,
+) -> Result<()> {
+    pairs.check()?;
+    training::run(
+        &options.training("flow", 0.01, 0.998),
+        compute,
+        &begin(&options.config, options.seed, &compute.device)?,
+        rhythm,
+        |vb| Networks::new(&options.config, vb),
+        |step| Batch::new(options, pairs, step as u64, &compute.device),
+        loss,
+        report,
+    )
 }
 
 /// What is random about one member of a batch.
@@ -251,79 +243,129 @@ fn draw(options: &Options, pairs: usize, random: &mut Philox) -> Draw {
     }
 }
 
+/// What the networks are asked in one step, in f32 on their device but for the positions.
+pub(super) struct Batch {
+    noisy: Tensor,
+    times: Tensor,
+    text: Tensor,
+    pooled: Tensor,
+    condition: Tensor,
+    modes: Vec<u32>,
+    /// 0 where the control is left out, (b, 1, 1).
+    heard: Tensor,
+    /// What the output should be, and what its error counts, (b, 1, 1).
+    wanted: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    words: Tensor,
+}
+
+impl Batch {
+    pub(super) fn new(
+        options: &Options,
+        pairs: &Pairs,
+        step: u64,
+        device: &Device,
+    ) -> Result<Self> {
+        let mut random = Philox::new(options.seed, step);
+        let draws: Vec<Draw> = (0..options.batch)
+            .map(|_| draw(options, pairs.len(), &mut random))
+            .collect();
+        let b = draws.len();
+        let cpu = Device::Cpu;
+        let rows = Tensor::from_vec(draws.iter().map(|d| d.pair).collect::<Vec<_>>(), b, &cpu)?;
+        let of = |all: &Tensor| -> Result<Tensor> {
+            Ok(all.index_select(&rows, 0)?.to_dtype(DType::F32)?)
+        };
+        let choose = |yes: &dyn Fn(&Draw) -> bool, rank: usize| -> Result<Tensor> {
+            let mask: Vec<f32> = draws.iter().map(|d| f32::from(yes(d))).collect();
+            let mut shape = vec![1; rank];
+            shape[0] = b;
+            Ok(Tensor::from_vec(mask, shape, &cpu)?)
+        };
+        let blend = |a: &Tensor, b: &Tensor, mask: &Tensor| -> Result<Tensor> {
+            let rest = (1.0 - mask)?;
+            Ok((a.broadcast_mul(mask)? + b.broadcast_mul(&rest)?)?)
+        };
+        let or_none = |all: &Tensor, none: &Tensor, rank: usize| -> Result<Tensor> {
+            let some = of(all)?;
+            blend(&some, &like(none, &some)?, &choose(&|d| d.text, rank)?)
+        };
+        let clean = pack(&of(&pairs.target)?)?; // (b, n, 4c)
+        let source = of(&pairs.source)?;
+        let tile = choose(&|d| d.tile, 4)?;
+        let condition = pack(&blend(&source, &of(&pairs.control)?, &tile)?)?;
+        let noise = Tensor::from_vec(random.normals(clean.elem_count()), clean.shape(), &cpu)?;
+        let times: Vec<f32> = draws.iter().map(|d| d.time).collect();
+        let times = Tensor::from_vec(times, b, &cpu)?;
+        let t = times.reshape((b, 1, 1))?;
+        let noisy = (noise.broadcast_mul(&t)? + clean.broadcast_mul(&(1.0 - &t)?)?)?;
+        let (wanted, weights) = match options.config.prediction {
+            Prediction::Velocity => ((noise - clean)?, vec![1.0; b]),
+            Prediction::Sample => {
+                let change = (&clean - pack(&source)?)?.sqr()?.mean((1, 2))?;
+                (clean, sample_weights(&draws, &change.to_vec1()?))
+            }
+        };
+        let text = or_none(&pairs.text, &pairs.no_text, 3)?;
+        let (_, _, h, w) = source.dims4()?;
+        let there = |x: Tensor| x.to_device(device);
+        Ok(Self {
+            ids: image_ids(h / 2, w / 2, &cpu)?,
+            words: text_ids(text.dim(1)?, &cpu)?,
+            modes: draws
+                .iter()
+                .map(|d| if d.tile { Mode::Tile } else { Mode::Canny } as u32)
+                .collect(),
+            heard: there(choose(&|d| d.control, 3)?)?,
+            weights: Tensor::from_vec(weights, (b, 1, 1), device)?,
+            pooled: there(or_none(&pairs.pooled, &pairs.no_pooled, 2)?)?,
+            text: there(text)?,
+            condition: there(condition)?,
+            noisy: there(noisy)?,
+            wanted: there(wanted)?,
+            times: there(times)?,
+        })
+    }
+
+    /// What both networks see; no residuals yet.
+    pub(super) fn inputs(&self) -> Inputs<'_> {
+        Inputs {
+            latents: &self.noisy,
+            ids: &self.ids,
+            text: &self.text,
+            text_ids: &self.words,
+            pooled: &self.pooled,
+            timestep: &self.times,
+            guidance: None,
+            residuals: None,
+        }
+    }
+
+    /// What the ControlNet sees besides.
+    pub(super) fn control(&self) -> Control<'_> {
+        Control {
+            condition: &self.condition,
+            modes: Some(&self.modes),
+            scale: 1.0,
+        }
+    }
+}
+
+/// The one row of `none` as f32, repeated to the shape of `other`.
+pub(super) fn like(none: &Tensor, other: &Tensor) -> Result<Tensor> {
+    let none = none.to_dtype(DType::F32)?.to_device(other.device())?;
+    Ok(none.broadcast_as(other.shape())?.contiguous()?)
+}
+
 /// The loss of a step: the mean squared error of the velocity, or the weighted one of the
 /// result, whichever of the two the network estimates.
-fn loss(networks: &Networks, options: &Options, pairs: &Pairs, step: u64) -> Result<Tensor> {
-    let mut random = Philox::new(options.seed, step);
-    let draws: Vec<Draw> = (0..options.batch)
-        .map(|_| draw(options, pairs.len(), &mut random))
-        .collect();
-    let b = draws.len();
-    let device = Device::Cpu;
-    let rows = Tensor::from_vec(draws.iter().map(|d| d.pair).collect::<Vec<_>>(), b, &device)?;
-    let of =
-        |all: &Tensor| -> Result<Tensor> { Ok(all.index_select(&rows, 0)?.to_dtype(DType::F32)?) };
-    let choose = |yes: &dyn Fn(&Draw) -> bool, rank: usize| -> Result<Tensor> {
-        let mask: Vec<f32> = draws.iter().map(|d| f32::from(yes(d))).collect();
-        let mut shape = vec![1; rank];
-        shape[0] = b;
-        Ok(Tensor::from_vec(mask, shape, &device)?)
-    };
-    let blend = |a: &Tensor, b: &Tensor, mask: &Tensor| -> Result<Tensor> {
-        let rest = (1.0 - mask)?;
-        Ok((a.broadcast_mul(mask)? + b.broadcast_mul(&rest)?)?)
-    };
-    let clean = pack(&of(&pairs.target)?)?; // (b, n, 4c)
-    let tile = choose(&|d| d.tile, 4)?;
-    let condition = pack(&blend(&of(&pairs.source)?, &of(&pairs.control)?, &tile)?)?;
-    let nothing = |none: &Tensor, like: &Tensor| -> Result<Tensor> {
-        Ok(none
-            .to_dtype(DType::F32)?
-            .broadcast_as(like.shape())?
-            .contiguous()?)
-    };
-    let (text, pooled) = (of(&pairs.text)?, of(&pairs.pooled)?);
-    let text = blend(
-        &text,
-        &nothing(&pairs.no_text, &text)?,
-        &choose(&|d| d.text, 3)?,
-    )?;
-    let pooled = blend(
-        &pooled,
-        &nothing(&pairs.no_pooled, &pooled)?,
-        &choose(&|d| d.text, 2)?,
-    )?;
-    let noise = Tensor::from_vec(random.normals(clean.elem_count()), clean.shape(), &device)?;
-    let times: Vec<f32> = draws.iter().map(|d| d.time).collect();
-    let times = Tensor::from_vec(times, b, &device)?;
-    let t = times.reshape((b, 1, 1))?;
-    let noisy = (noise.broadcast_mul(&t)? + clean.broadcast_mul(&(1.0 - &t)?)?)?;
-    let side = pairs.source.dim(3)? / 2;
-    let ids = image_ids(pairs.source.dim(2)? / 2, side, &device)?;
-    let words = text_ids(text.dim(1)?, &device)?;
-    let mut inputs = Inputs {
-        latents: &noisy,
-        ids: &ids,
-        text: &text,
-        text_ids: &words,
-        pooled: &pooled,
-        timestep: &times,
-        guidance: None,
-        residuals: None,
-    };
-    let modes: Vec<u32> = draws
-        .iter()
-        .map(|d| if d.tile { Mode::Tile } else { Mode::Canny } as u32)
-        .collect();
-    let control = Control {
-        condition: &condition,
-        modes: Some(&modes),
-        scale: 1.0,
-    };
-    let residuals = networks.control.forward(&inputs, &control)?;
-    let heard = choose(&|d| d.control, 3)?;
+fn loss(networks: &Networks, batch: &Batch) -> Result<Tensor> {
+    let mut inputs = batch.inputs();
+    let residuals = networks.control.forward(&inputs, &batch.control())?;
     let quiet = |all: &[Tensor]| -> Result<Vec<Tensor>> {
-        all.iter().map(|r| Ok(r.broadcast_mul(&heard)?)).collect()
+        let quieten = |r: &Tensor| Ok(r.broadcast_mul(&batch.heard.to_dtype(r.dtype())?)?);
+        all.iter().map(quieten).collect()
     };
     let residuals = Residuals {
         double: quiet(&residuals.double)?,
@@ -331,16 +373,8 @@ fn loss(networks: &Networks, options: &Options, pairs: &Pairs, step: u64) -> Res
         spread: residuals.spread,
     };
     inputs.residuals = Some(&residuals);
-    let output = networks.flux.forward(&inputs)?;
-    let error = match options.config.prediction {
-        Prediction::Velocity => (output - (noise - clean)?)?,
-        Prediction::Sample => {
-            let change = (&clean - pack(&of(&pairs.source)?)?)?.sqr()?.mean((1, 2))?;
-            let weights = sample_weights(&draws, &change.to_vec1()?);
-            let weights = Tensor::from_vec(weights, (b, 1, 1), &device)?;
-            (output - clean)?.broadcast_mul(&weights)?
-        }
-    };
+    let output = networks.flux.forward(&inputs)?.to_dtype(DType::F32)?;
+    let error = (output - &batch.wanted)?.broadcast_mul(&batch.weights)?;
     Ok(error.sqr()?.mean_all()?)
 }
 
@@ -408,9 +442,8 @@ pub fn edit(
     (start, steps, true_cfg): (f64, usize, f64),
 ) -> Result<Tensor> {
     let all = latest(run, "flow")?;
-    let vb = init::builder(&all, DType::F32, &Device::Cpu);
-    let flux = FluxTransformer::new(config, vb.pp("transformer"))?;
-    let net = ControlNet::new(&control_config(config), vb.pp("controlnet"))?;
+    let device = source.device();
+    let networks = Networks::new(config, init::builder(&all, DType::F32, device))?;
     let latents = vae.encode(source)?;
     let (b, c, h, w) = latents.dims4()?;
     let condition = pack(&vae.encode(control.0)?)?;
@@ -419,14 +452,14 @@ pub fn edit(
         pooled: prompt.pooled.zeros_like()?,
     };
     let conditions = Conditions {
-        flux: &flux,
+        flux: &networks.flux,
         prompt,
         more: Vec::new(),
         negative: Some(negative),
         true_cfg,
         guidance: 1.0,
         controls: vec![ControlInput::new(
-            &net,
+            &networks.control,
             condition,
             Some(control.1 as u32),
             1.0,
@@ -438,7 +471,7 @@ pub fn edit(
     };
     let schedule = Schedule::from_level(&ScheduleConfig::dev(), steps, h * w / 4, start)?;
     let pictures: Vec<u32> = (0..b as u32).collect();
-    let noise = packed_noise(0, &pictures, 0, (c, h, w), &Device::Cpu)?;
+    let noise = packed_noise(0, &pictures, 0, (c, h, w), device)?;
     let edited = img2img(
         &conditions,
         &schedule,
@@ -451,13 +484,161 @@ pub fn edit(
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use super::training::tests::{apart, curves_apart, gradient};
     use super::*;
+    use crate::optim::{AdamW, AdamWOptions, Group};
+
+    pub(in crate::train_flux) fn small() -> transformer::Config {
+        transformer::Config {
+            in_channels: 8,
+            num_layers: 1,
+            num_single_layers: 1,
+            attention_head_dim: 16,
+            num_attention_heads: 2,
+            joint_attention_dim: 12,
+            pooled_projection_dim: 12,
+            axes_dims_rope: vec![4, 6, 6],
+            guidance_embeds: false,
+            ..transformer::Config::tiny()
+        }
+    }
+
+    pub(in crate::train_flux) fn pairs(config: &transformer::Config) -> Pairs {
+        let c = config.in_channels / 4;
+        let random = |stream, shape: &[usize]| {
+            let values = Philox::new(9, stream).normals(shape.iter().product());
+            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        Pairs {
+            source: random(0, &[8, c, 4, 4]),
+            target: random(1, &[8, c, 4, 4]),
+            control: random(2, &[8, c, 4, 4]),
+            text: random(3, &[8, 3, config.joint_attention_dim]),
+            pooled: random(4, &[8, config.pooled_projection_dim]),
+            no_text: random(5, &[1, 3, config.joint_attention_dim]),
+            no_pooled: random(6, &[1, config.pooled_projection_dim]),
+        }
+    }
+
+    fn options(steps: usize) -> Options {
+        Options {
+            config: transformer::Config {
+                prediction: Prediction::Sample,
+                ..small()
+            },
+            steps,
+            cooldown: steps / 4,
+            batch: 4,
+            warmup: 10,
+            ..Options::shipped()
+        }
+    }
+
+    /// The averaged weights of a run that is stopped after each of these steps, and the losses.
+    fn trained(options: &Options, compute: &[&Compute], stops: &[usize]) -> (Weights, Vec<f64>) {
+        let folder = tempfile::tempdir().unwrap();
+        let mut rhythm = Rhythm::usual(folder.path());
+        rhythm.report_s = 0.0;
+        let pairs = pairs(&options.config);
+        let mut losses = Vec::new();
+        for (compute, stop) in compute.iter().zip(stops) {
+            run(options, &pairs, compute, &rhythm, &mut |p| {
+                losses.push(p.loss);
+                p.step < *stop
+            })
+            .unwrap();
+        }
+        (latest(folder.path(), "flow").unwrap(), losses)
+    }
+
+    type Weights = BTreeMap<String, Tensor>;
+
+    fn values(all: &Weights) -> Vec<f32> {
+        let flat = |t: &Tensor| t.flatten_all().unwrap().to_vec1::<f32>().unwrap();
+        all.values().flat_map(flat).collect()
+    }
+
+    fn bf16() -> Compute {
+        Compute::on(Device::Cpu, Some("bf16")).unwrap()
+    }
+
+    #[test]
+    fn a_run_on_the_cpu_is_the_plain_loop_to_the_bit() {
+        let options = options(8);
+        let pairs = pairs(&options.config);
+        let params = begin(&options.config, options.seed, &Device::Cpu).unwrap();
+        let networks = Networks::new(&options.config, params.builder(DType::F32)).unwrap();
+        let group = Group {
+            vars: params.vars(),
+            lr: options.lr,
+            weight_decay: 0.01,
+        };
+        let settings = AdamWOptions {
+            beta2: 0.99,
+            ema: Some(0.998),
+            ..AdamWOptions::default()
+        };
+        let mut adam = AdamW::new(vec![group], settings).unwrap();
+        for step in 0..options.steps {
+            let batch = Batch::new(&options, &pairs, step as u64, &Device::Cpu).unwrap();
+            let loss = loss(&networks, &batch).unwrap();
+            adam.accumulate(&loss.backward().unwrap(), 1.0).unwrap();
+            let up = (step + 1) as f64 / 10.0;
+            let down = (8 - step) as f64 / 2.0;
+            adam.step(up.min(down).min(1.0)).unwrap();
+        }
+        let by_hand = values(&adam.averages().into_iter().collect());
+        let cpu = Compute::cpu();
+        assert_eq!(values(&trained(&options, &[&cpu], &[8]).0), by_hand);
+        // Stopped and resumed it is the same.
+        let resumed = trained(&options, &[&cpu, &cpu], &[3, 8]).0;
+        assert_eq!(values(&resumed), by_hand);
+    }
+
+    #[test]
+    fn in_bf16_gradients_and_losses_are_nearly_those_of_f32() {
+        let options = options(60);
+        let (cpu, half) = (Compute::cpu(), bf16());
+        let (weights, exact) = trained(&options, &[&cpu], &[60]);
+        let (_, rounded) = trained(&options, &[&half], &[60]);
+        assert!(exact[59] < 0.8 * exact[0], "{exact:?}");
+        let worst = curves_apart(&exact, &rounded);
+        assert!(worst < 0.02, "losses: {worst}");
+        // At trained weights no block is silent.
+        let pairs = pairs(&options.config);
+        let batch = Batch::new(&options, &pairs, 1 << 40, &Device::Cpu).unwrap();
+        let at = |dtype| {
+            gradient(&weights, dtype, |vb| {
+                loss(&Networks::new(&options.config, vb)?, &batch)
+            })
+        };
+        let worst = apart(&at(DType::F32), &at(DType::BF16));
+        assert!(worst < 0.02, "gradient: {worst}");
+    }
+
+    #[test]
+    fn a_checkpoint_does_not_depend_on_what_it_was_made_in() {
+        let (cpu, half) = (Compute::cpu(), bf16());
+        let options = options(8);
+        let begun_in_half = trained(&options, &[&half, &cpu], &[4, 8]).0;
+        assert!(begun_in_half.values().all(|t| t.dtype() == DType::F32));
+        let (whole, _) = trained(&options, &[&cpu], &[8]);
+        let (a, b) = (values(&begun_in_half), values(&whole));
+        let worst = a
+            .iter()
+            .zip(&b)
+            .map(|(a, b)| (a - b).abs())
+            .fold(0.0, f32::max);
+        // Eight steps of at most the learning rate, of which some went another way.
+        assert!(worst > 0.0 && worst < 8.0 * options.lr as f32, "{worst}");
+    }
 
     #[test]
     fn training_begins_with_a_copy_of_the_source() {
         let config = config();
-        let networks = Networks::new(&config, 3).expect("networks");
+        let params = begin(&config, 3, &Device::Cpu).expect("weights");
+        let networks = Networks::new(&config, params.builder(DType::F32)).expect("networks");
         let (b, n, c) = (2, 64, config.in_channels);
         let mut random = Philox::new(1, 1);
         let mut normals = |shape: &[usize]| -> Tensor {

@@ -9,12 +9,11 @@
 //! The ControlNet stays the teacher's; both see its residuals. Not here: training the teacher
 //! ([`super::flow`]).
 
+use super::flow::{self, Batch, Networks, Options};
 use super::pairs::Pairs;
-use super::{Report, Rhythm, Run, flow, latest};
-use crate::flux::controlnet::{Control, ControlNet, Mode};
-use crate::flux::transformer::{self, FluxTransformer, Inputs, image_ids, pack, text_ids};
+use super::{Compute, Report, Rhythm, latest, training};
+use crate::flux::transformer::{self, FluxTransformer, Inputs};
 use crate::flux::{init, names};
-use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
 use crate::params::Params;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
@@ -22,47 +21,21 @@ use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
 use std::path::Path;
 
-/// The settings of a run.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Options {
-    /// The teacher's transformer, without a guidance input.
-    pub config: transformer::Config,
-    /// Steps in all.
-    pub steps: usize,
-    /// The last steps, over which the learning rate falls to nothing.
-    pub cooldown: usize,
-    /// Pairs a step.
-    pub batch: usize,
-    /// Peak learning rate.
-    pub lr: f64,
-    /// Steps of warm-up.
-    pub warmup: usize,
-    /// The factor that times are shifted by.
-    pub shift: f64,
-    /// The least and the greatest guidance scale.
-    pub scales: (f32, f32),
-    /// How often the control picture is the source itself (mode tile), not its edges (canny).
-    pub tile: f32,
-    /// Decides everything that is random.
-    pub seed: u64,
-}
+/// The least and the greatest guidance scale.
+const SCALES: (f32, f32) = (1.0, 7.0);
 
-impl Options {
-    /// For the transformer that ships, with the times and modes it was trained on.
-    pub fn shipped() -> Self {
-        let teacher = flow::Options::shipped();
-        Self {
-            config: teacher.config,
-            steps: 2_000,
-            cooldown: 500,
-            batch: teacher.batch,
-            lr: 3e-4,
-            warmup: 100,
-            shift: teacher.shift,
-            scales: (1.0, 7.0),
-            tile: teacher.tile,
-            seed: 3,
-        }
+/// For the transformer that ships, with the times and modes it was trained on. The config is
+/// the teacher's.
+pub fn options() -> Options {
+    Options {
+        steps: 2_000,
+        cooldown: 500,
+        lr: 3e-4,
+        warmup: 100,
+        drop_text: 0.0,
+        drop_control: 0.0,
+        seed: 3,
+        ..Options::shipped()
     }
 }
 
@@ -74,24 +47,17 @@ pub fn student_config(teacher: &transformer::Config) -> transformer::Config {
     }
 }
 
-struct Teacher {
-    flux: FluxTransformer,
-    control: ControlNet,
-}
-
-impl Teacher {
-    fn new(all: &BTreeMap<String, Tensor>, config: &transformer::Config) -> Result<Self> {
-        if config.guidance_embeds {
-            return Err(Error::BadRequest(
-                "guidance distillation: expected a teacher without a guidance input".into(),
-            ));
-        }
-        let vb = init::builder(all, DType::F32, &Device::Cpu);
-        Ok(Self {
-            flux: FluxTransformer::new(config, vb.pp("transformer"))?,
-            control: ControlNet::new(&flow::control_config(config), vb.pp("controlnet"))?,
-        })
+fn teacher(
+    all: &BTreeMap<String, Tensor>,
+    config: &transformer::Config,
+    compute: &Compute,
+) -> Result<Networks> {
+    if config.guidance_embeds {
+        return Err(Error::BadRequest(
+            "guidance distillation: expected a teacher without a guidance input".into(),
+        ));
     }
+    Networks::new(config, init::builder(all, compute.dtype, &compute.device))
 }
 
 /// The student's fresh parameters: the teacher's transformer, and a guidance embedding whose
@@ -100,10 +66,11 @@ fn student(
     teacher: &BTreeMap<String, Tensor>,
     config: &transformer::Config,
     seed: u64,
-) -> Result<(Params, FluxTransformer)> {
-    let params = Params::new(seed, Device::Cpu);
-    let config = student_config(config);
-    for (name, fresh) in init::random(&names::transformer_shapes(&config), seed, &Device::Cpu)? {
+    device: &Device,
+) -> Result<Params> {
+    let params = Params::new(seed, device.clone());
+    let shapes = names::transformer_shapes(&student_config(config));
+    for (name, fresh) in init::random(&shapes, seed, &Device::Cpu)? {
         let value = match teacher.get(&format!("transformer.{name}")) {
             Some(learned) => learned.clone(),
             None if name.starts_with("guidance_in.out_layer") => fresh.zeros_like()?,
@@ -111,52 +78,36 @@ fn student(
         };
         params.insert(name, &value)?;
     }
-    let flux = FluxTransformer::new(&config, params.builder(DType::F32))?;
-    Ok((params, flux))
+    Ok(params)
 }
 
 /// Trains, or goes on training, until the steps are done or `report` says stop. The teacher is
-/// the stage `flow` of the same folder. The loss told is [`missed`] on the step's batch.
-pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) -> Result<()> {
-    if pairs.is_empty() {
-        return Err(Error::BadRequest(
-            "there are no pairs to train on: prepare some".into(),
-        ));
-    }
+/// the stage `flow` of the same folder. The loss is [`missed`] of the step's batch.
+pub fn run(
+    options: &Options,
+    pairs: &Pairs,
+    compute: &Compute,
+    rhythm: &Rhythm,
+    report: Report,
+) -> Result<()> {
+    pairs.check()?;
     let learned = latest(&rhythm.folder, "flow")?;
-    let teacher = Teacher::new(&learned, &options.config)?;
-    let (params, flux) = student(&learned, &options.config, options.seed)?;
-    drop(learned);
-    let group = Group {
-        vars: params.vars(),
-        lr: options.lr,
-        weight_decay: 0.0,
-    };
-    let settings = AdamWOptions {
-        beta2: 0.99,
-        ema: Some(0.99),
-        ..AdamWOptions::default()
-    };
-    let mut adam = AdamW::new(vec![group], settings)?;
-    let mut run = Run::open("guidance", rhythm, options.steps, &params, &mut adam)?;
-    let schedule = Schedule::Trapezoid {
-        warmup: options.warmup,
-        total: options.steps,
-        cooldown: options.cooldown,
-    };
-    while run.state.step < options.steps {
-        let step = run.state.step;
-        let batch = Batch::new(options, pairs, step as u64)?;
-        let (error, added) = errors(&teacher, &flux, &batch)?;
-        let gradients = error.backward()?;
-        adam.accumulate(&gradients, 1.0)?;
-        let norm = adam.step(schedule.factor(step))?;
-        let missed = f64::from(error.to_scalar::<f32>()?) / added;
-        if !run.after_step(missed, norm, &params, &adam, report)? {
-            break;
-        }
-    }
-    Ok(())
+    let teacher = teacher(&learned, &options.config, compute)?;
+    let config = student_config(&options.config);
+    training::run(
+        &options.training("guidance", 0.0, 0.99),
+        compute,
+        &student(&learned, &options.config, options.seed, &compute.device)?,
+        rhythm,
+        |vb| FluxTransformer::new(&config, vb),
+        |step| Question::new(options, pairs, step as u64, compute),
+        |student, question| {
+            let (error, added) = errors(&teacher, student, question)?;
+            // Scales of 1 add nothing: nothing to divide by either.
+            Ok((error / added.clamp(1e-12, f64::INFINITY)?)?)
+        },
+        report,
+    )
 }
 
 /// The share of what guidance adds that the run's averaged student still misses, over
@@ -165,18 +116,24 @@ pub fn run(options: &Options, pairs: &Pairs, rhythm: &Rhythm, report: Report) ->
 ///
 /// # Errors
 /// If the stages `flow` and `guidance` have no checkpoint in the folder yet.
-pub fn missed(run: &Path, options: &Options, pairs: &Pairs, batches: u64) -> Result<f64> {
-    let teacher = Teacher::new(&latest(run, "flow")?, &options.config)?;
-    let vb = init::builder(&latest(run, "guidance")?, DType::F32, &Device::Cpu);
-    let flux = FluxTransformer::new(&student_config(&options.config), vb)?;
-    let (mut error, mut added) = (0.0, 0.0);
+pub fn missed(
+    run: &Path,
+    options: &Options,
+    pairs: &Pairs,
+    compute: &Compute,
+    batches: u64,
+) -> Result<f64> {
+    let teacher = teacher(&latest(run, "flow")?, &options.config, compute)?;
+    let vb = init::builder(&latest(run, "guidance")?, compute.dtype, &compute.device);
+    let student = FluxTransformer::new(&student_config(&options.config), vb)?;
+    let (mut missed, mut added) = (0.0, 0.0);
     for i in 0..batches {
-        let batch = Batch::new(options, pairs, 1 << 40 | i)?;
-        let one = errors(&teacher, &flux, &batch)?;
-        error += f64::from(one.0.to_scalar::<f32>()?);
-        added += one.1;
+        let question = Question::new(options, pairs, 1 << 40 | i, compute)?;
+        let (error, step) = errors(&teacher, &student, &question)?;
+        missed += f64::from(error.to_scalar::<f32>()?);
+        added += f64::from(step.to_scalar::<f32>()?);
     }
-    Ok(error / added)
+    Ok(missed / added)
 }
 
 /// Writes the run's averaged student and the teacher's ControlNet as two model folders,
@@ -193,126 +150,70 @@ pub fn export(run: &Path, config: &transformer::Config, out: &Path) -> Result<()
     )
 }
 
-/// What the two networks are asked in one step.
-struct Batch {
-    noisy: Tensor,
-    times: Tensor,
+/// What teacher and student are asked in one step.
+struct Question {
+    batch: Batch,
     scales: Tensor,
-    text: Tensor,
-    pooled: Tensor,
     no_text: Tensor,
     no_pooled: Tensor,
-    condition: Tensor,
-    modes: Vec<u32>,
-    ids: Tensor,
-    words: Tensor,
 }
 
-impl Batch {
-    fn new(options: &Options, pairs: &Pairs, step: u64) -> Result<Self> {
-        let (b, device) = (options.batch, Device::Cpu);
-        let mut random = Philox::new(options.seed, step);
-        let rows: Vec<u32> = (0..b).map(|_| random.below(pairs.len() as u32)).collect();
-        let rows = Tensor::from_vec(rows, b, &device)?;
-        let of = |all: &Tensor| -> Result<Tensor> {
-            Ok(all.index_select(&rows, 0)?.to_dtype(DType::F32)?)
-        };
-        let times: Vec<f32> = (0..b)
-            .map(|_| {
-                let odds = f64::from(random.normal()).exp() * options.shift;
-                (odds / (1.0 + odds)) as f32
-            })
-            .collect();
-        let (least, most) = options.scales;
-        let scales: Vec<f32> = (0..b)
+impl Question {
+    fn new(options: &Options, pairs: &Pairs, step: u64, compute: &Compute) -> Result<Self> {
+        let batch = Batch::new(options, pairs, step, &compute.device)?;
+        let mut random = Philox::new(options.seed, 1 << 50 | step);
+        let (least, most) = SCALES;
+        let scales: Vec<f32> = (0..options.batch)
             .map(|_| least + (most - least) * random.uniform())
             .collect();
-        let modes: Vec<u32> = (0..b)
-            .map(|_| match random.uniform() < options.tile {
-                true => Mode::Tile as u32,
-                false => Mode::Canny as u32,
-            })
-            .collect();
-        let tile: Vec<f32> = modes
-            .iter()
-            .map(|m| f32::from(*m == Mode::Tile as u32))
-            .collect();
-        let tile = Tensor::from_vec(tile, (b, 1, 1, 1), &device)?;
-        let shown = (of(&pairs.source)?.broadcast_mul(&tile)?
-            + of(&pairs.control)?.broadcast_mul(&(1.0 - &tile)?)?)?;
-        let clean = pack(&of(&pairs.target)?)?; // (b, n, 4c)
-        let noise = Tensor::from_vec(random.normals(clean.elem_count()), clean.shape(), &device)?;
-        let times = Tensor::from_vec(times, b, &device)?;
-        let t = times.reshape((b, 1, 1))?;
-        let noisy = (noise.broadcast_mul(&t)? + clean.broadcast_mul(&(1.0 - &t)?)?)?;
-        let (text, pooled) = (of(&pairs.text)?, of(&pairs.pooled)?);
-        let nothing = |none: &Tensor, like: &Tensor| -> Result<Tensor> {
-            let none = none.to_dtype(DType::F32)?.broadcast_as(like.shape())?;
-            Ok(none.contiguous()?)
-        };
-        let (_, _, h, w) = pairs.source.dims4()?;
         Ok(Self {
-            no_text: nothing(&pairs.no_text, &text)?,
-            no_pooled: nothing(&pairs.no_pooled, &pooled)?,
-            words: text_ids(text.dim(1)?, &device)?,
-            ids: image_ids(h / 2, w / 2, &device)?,
-            scales: Tensor::from_vec(scales, b, &device)?,
-            condition: pack(&shown)?,
-            noisy,
-            times,
-            text,
-            pooled,
-            modes,
+            scales: Tensor::from_vec(scales, options.batch, &compute.device)?,
+            no_text: flow::like(&pairs.no_text, batch.inputs().text)?,
+            no_pooled: flow::like(&pairs.no_pooled, batch.inputs().pooled)?,
+            batch,
         })
     }
 }
 
 /// The mean square of the student's error, and that of what guidance adds to the teacher's
 /// answer with the text.
-fn errors(teacher: &Teacher, student: &FluxTransformer, batch: &Batch) -> Result<(Tensor, f64)> {
-    let mut inputs = Inputs {
-        latents: &batch.noisy,
-        ids: &batch.ids,
-        text: &batch.text,
-        text_ids: &batch.words,
-        pooled: &batch.pooled,
-        timestep: &batch.times,
-        guidance: None,
-        residuals: None,
-    };
-    let control = Control {
-        condition: &batch.condition,
-        modes: Some(&batch.modes),
-        scale: 1.0,
-    };
-    let residuals = teacher.control.forward(&inputs, &control)?;
+fn errors(
+    teacher: &Networks,
+    student: &FluxTransformer,
+    question: &Question,
+) -> Result<(Tensor, Tensor)> {
+    let mut inputs = question.batch.inputs();
+    let residuals = teacher
+        .control
+        .forward(&inputs, &question.batch.control())?;
     inputs.residuals = Some(&residuals);
-    let with = teacher.flux.forward(&inputs)?;
+    let with = teacher.flux.forward(&inputs)?.to_dtype(DType::F32)?;
     let without = teacher.flux.forward(&Inputs {
-        text: &batch.no_text,
-        pooled: &batch.no_pooled,
+        text: &question.no_text,
+        pooled: &question.no_pooled,
         ..inputs
     })?;
-    let scales = batch.scales.reshape(((), 1, 1))?;
+    let without = without.to_dtype(DType::F32)?;
+    let scales = question.scales.reshape(((), 1, 1))?;
     let wanted = (&without + (&with - &without)?.broadcast_mul(&scales)?)?;
     let ours = student.forward(&Inputs {
-        guidance: Some(&batch.scales),
+        guidance: Some(&question.scales),
         ..inputs
     })?;
-    let added = (&wanted - &with)?.sqr()?.mean_all()?.to_scalar::<f32>()?;
-    // A scale of 1 adds nothing: nothing to divide by either.
-    let added = f64::from(added).max(1e-12);
-    Ok(((ours - wanted)?.sqr()?.mean_all()?, added))
+    let added = (&wanted - &with)?.sqr()?.mean_all()?;
+    let error = (ours.to_dtype(DType::F32)? - wanted)?;
+    Ok((error.sqr()?.mean_all()?, added))
 }
 
 #[cfg(test)]
 mod tests {
+    use super::flow::tests::{pairs, small};
     use super::*;
     use crate::params::{save_tensors, write_whole};
     use crate::weights::Weights;
 
     /// A random teacher whose every weight speaks, in a folder as the stage `flow` leaves it.
-    fn teacher(folder: &Path, config: &transformer::Config) {
+    fn leave_a_teacher(folder: &Path, config: &transformer::Config) {
         let mut all = Vec::new();
         let control = names::controlnet_shapes(&flow::control_config(config));
         for (prefix, shapes) in [
@@ -333,67 +234,34 @@ mod tests {
         write_whole(&folder.join("flow.json"), br#"{"step": 1, "seconds": 0.0}"#).unwrap();
     }
 
-    fn pairs(config: &transformer::Config) -> Pairs {
-        let c = config.in_channels / 4;
-        let random = |stream, shape: &[usize]| {
-            let values = Philox::new(9, stream).normals(shape.iter().product());
-            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
-        };
-        Pairs {
-            source: random(0, &[8, c, 4, 4]),
-            target: random(1, &[8, c, 4, 4]),
-            control: random(2, &[8, c, 4, 4]),
-            text: random(3, &[8, 3, config.joint_attention_dim]),
-            pooled: random(4, &[8, config.pooled_projection_dim]),
-            no_text: random(5, &[1, 3, config.joint_attention_dim]),
-            no_pooled: random(6, &[1, config.pooled_projection_dim]),
-        }
-    }
-
-    fn small() -> transformer::Config {
-        transformer::Config {
-            in_channels: 8,
-            num_layers: 1,
-            num_single_layers: 1,
-            attention_head_dim: 16,
-            num_attention_heads: 2,
-            joint_attention_dim: 12,
-            pooled_projection_dim: 12,
-            axes_dims_rope: vec![4, 6, 6],
-            guidance_embeds: false,
-            ..transformer::Config::tiny()
-        }
-    }
-
     #[test]
     fn a_student_learns_in_one_run_what_guidance_takes_two_for() {
         let config = small();
         let folder = tempfile::tempdir().unwrap();
-        teacher(folder.path(), &config);
+        leave_a_teacher(folder.path(), &config);
         let pairs = pairs(&config);
-        let options = |steps| Options {
+        let at = |steps| Options {
             config: config.clone(),
             steps,
             cooldown: 100,
             batch: 8,
             lr: 1e-3,
             warmup: 10,
-            ..Options::shipped()
+            ..options()
         };
+        let cpu = Compute::cpu();
         let rhythm = Rhythm::usual(folder.path());
-        let mut first = None;
-        let mut tell = |p: &super::super::Progress| {
-            first.get_or_insert(p.loss);
-            true
-        };
-        run(&options(1), &pairs, &rhythm, &mut tell).unwrap();
+        let missed = |o: &Options| missed(folder.path(), o, &pairs, &cpu, 8).unwrap();
         // Untrained it is the teacher with the text and without guidance, to rounding.
-        assert!(first.is_some_and(|f| (f - 1.0).abs() < 1e-4), "{first:?}");
+        let still = Options { lr: 0.0, ..at(1) };
+        run(&still, &pairs, &cpu, &rhythm, &mut |_| true).unwrap();
+        let untrained = missed(&still);
+        assert!((untrained - 1.0).abs() < 1e-4, "{untrained}");
         // From there on, over two sessions.
-        run(&options(100), &pairs, &rhythm, &mut |_| true).unwrap();
-        let early = missed(folder.path(), &options(100), &pairs, 8).unwrap();
-        run(&options(300), &pairs, &rhythm, &mut |_| true).unwrap();
-        let late = missed(folder.path(), &options(300), &pairs, 8).unwrap();
+        run(&at(100), &pairs, &cpu, &rhythm, &mut |_| true).unwrap();
+        let early = missed(&at(100));
+        run(&at(300), &pairs, &cpu, &rhythm, &mut |_| true).unwrap();
+        let late = missed(&at(300));
         assert!(early < 0.6 && late < 0.3 && late < early, "{early} {late}");
 
         let out = tempfile::tempdir().unwrap();

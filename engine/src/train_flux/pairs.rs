@@ -253,6 +253,17 @@ impl Pairs {
         })
     }
 
+    /// # Errors
+    /// If there is nothing to train on.
+    pub(super) fn check(&self) -> Result<()> {
+        match self.is_empty() {
+            true => Err(Error::BadRequest(
+                "there are no pairs to train on: prepare some".into(),
+            )),
+            false => Ok(()),
+        }
+    }
+
     /// How many pairs there are.
     pub fn len(&self) -> usize {
         self.source.dim(0).unwrap_or(0)

@@ -8,7 +8,8 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand, ValueEnum};
 use indicatif::ProgressBar;
 use simpatico_engine::edit::{
-    Answer, Edit, EditRequest, Hooks, MaskInput, Progress, Source, Stage, feedback, record_of,
+    Answer, Edit, EditRequest, Hooks, MASK_SOFTEN, MaskInput, Progress, Source, Stage, feedback,
+    record_of,
 };
 use simpatico_engine::engine::Engine;
 use simpatico_engine::provenance;
@@ -16,9 +17,6 @@ use simpatico_schema::edit::{Backend, ControlKind, EditSettings, InstructRequest
 use simpatico_storage::Store;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
-
-/// The width of a mask's soft edge in pixels, unless a call or a record says otherwise.
-const MASK_SOFTEN: u32 = 4;
 
 #[derive(Subcommand)]
 pub enum EditCommand {
@@ -507,8 +505,8 @@ fn replay(
 ) -> Result<()> {
     let record = provenance::read(file)?;
     let source = image.map(Source::open).transpose()?;
-    let soften = record.mask_soften.unwrap_or(MASK_SOFTEN);
-    let mask = mask.map(|m| MaskInput::open(m, soften)).transpose()?;
+    let mask = mask.map(|m| MaskInput::recorded(m, &record));
+    let mask = mask.transpose()?;
     let engine = with_loras(open_engine(common)?, loras)?;
     let bar = output.bar(1, "steps");
     let mut show = |at: Progress| show_progress(&bar, at);

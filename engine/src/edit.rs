@@ -49,6 +49,9 @@ pub struct Source {
     pub sha256: String,
 }
 
+/// How wide a mask's soft edge usually is, in pixels.
+pub const MASK_SOFTEN: u32 = 4;
+
 /// A mask and where it came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct MaskInput {
@@ -86,6 +89,21 @@ impl MaskInput {
         let (mask, sha256) = Mask::open(path)?;
         Ok(Self {
             mask: mask.softened(soften),
+            sha256,
+            soften,
+        })
+    }
+
+    /// Reads the mask of a recorded edit, softened as it was then.
+    pub fn recorded(path: &std::path::Path, record: &Provenance) -> Result<Self> {
+        let (mask, sha256) = Mask::open(path)?;
+        let soften = record.mask_soften.unwrap_or(MASK_SOFTEN);
+        let mask = match record.version {
+            0..3 => mask.softened_until_2(soften),
+            _ => mask.softened(soften),
+        };
+        Ok(Self {
+            mask,
             sha256,
             soften,
         })

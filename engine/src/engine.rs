@@ -494,10 +494,12 @@ impl Engine {
         let frame = Frame::plan(output, defaults.side_for(output), multiple, defaults.fit());
         let caption = self.caption(request);
         let backend = settings.backend.unwrap_or_default();
-        let text = |told: &String| match (source, backend) {
+        let text = |told: &String| match (source, backend, told.trim()) {
             // What is made from nothing, and FlowEdit's target, are described whole.
-            (None, _) | (_, Backend::Flowedit) => format!("{caption}. {}", told.trim()),
-            _ => told.trim().to_string(),
+            (None, _, told) | (_, Backend::Flowedit, told) if told != caption => {
+                format!("{caption}. {told}")
+            }
+            (_, _, told) => told.to_string(),
         };
         // One that was written is the only one.
         let texts: Vec<String> = match request.instructions.as_slice() {

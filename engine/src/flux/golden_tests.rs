@@ -415,6 +415,27 @@ fn wrong_inputs_are_named() {
     wrong.joint_attention_dim = 13;
     let message = FluxTransformer::new(&wrong, vb).err().unwrap().to_string();
     assert!(message.contains("context_embedder.weight"), "{message}");
+    // A damaged config is refused before anything of its size is made.
+    type Change = fn(&mut transformer::Config);
+    let damage: [Change; 4] = [
+        |c| c.num_layers = 1 << 40,
+        |c| c.num_attention_heads = 1 << 60,
+        |c| c.in_channels = 0,
+        |c| c.joint_attention_dim = usize::MAX,
+    ];
+    for change in damage {
+        let mut wrong = config.clone();
+        change(&mut wrong);
+        let message = wrong.check().unwrap_err().to_string();
+        assert!(message.contains("config.json"), "{message}");
+    }
+    let levels = vae::Config {
+        block_out_channels: vec![8; 40],
+        norm_num_groups: 8,
+        ..vae::Config::flux()
+    };
+    let message = levels.check().unwrap_err().to_string();
+    assert!(message.contains("8 levels"), "{message}");
     let message = names::detect(&["a.weight", "b"]).unwrap_err().to_string();
     assert!(message.contains("a.weight"), "{message}");
     let layout = names::detect(&["diffusion_model.double_blocks.0.img_attn.qkv.weight"]).unwrap();

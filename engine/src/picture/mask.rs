@@ -48,9 +48,42 @@ impl Mask {
         })
     }
 
-    /// The mask with its edge softened inwards over `radius` pixels: what was 0 stays 0, so
-    /// nothing outside begins to change.
-    pub fn softened(&self, radius: u32) -> Self {
+    /// The mask with its edge softened inwards: from where it is 0 it rises evenly over `width`
+    /// pixels, so nothing outside begins to change, and a part that is thinner changes in part.
+    pub fn softened(&self, width: u32) -> Self {
+        if width == 0 {
+            return self.clone();
+        }
+        let w = self.width as usize;
+        let straight = 255.0 / (f64::from(width) + 1.0);
+        let slanted = straight * std::f64::consts::SQRT_2;
+        let mut soft: Vec<f64> = self.values.iter().map(|v| f64::from(*v)).collect();
+        // A distance transform in two passes, the second from the other corner: each pixel is
+        // at most a step higher than those beside and above it.
+        for _ in 0..2 {
+            for at in 0..soft.len() {
+                let (x, below) = (at % w, at >= w);
+                let mut hold = |there: bool, back: usize, step: f64| {
+                    if there {
+                        soft[at] = soft[at].min(soft[at - back] + step);
+                    }
+                };
+                hold(x > 0, 1, straight);
+                hold(below, w, straight);
+                hold(below && x > 0, w + 1, slanted);
+                hold(below && x + 1 < w, w - 1, slanted);
+            }
+            soft.reverse();
+        }
+        Self {
+            values: soft.into_iter().map(|v| v.round() as u8).collect(),
+            ..self.clone()
+        }
+    }
+
+    /// As edges were softened until version 2 of the provenance, for making such pictures
+    /// again: over twice the radius, and parts thinner than that were lost.
+    pub(crate) fn softened_until_2(&self, radius: u32) -> Self {
         if radius == 0 {
             return self.clone();
         }

@@ -259,7 +259,25 @@ fn outside_the_mask_every_byte_is_the_sources() {
     }
     assert_eq!(out.at(13, 9), [1, 200, 1]);
     assert_eq!(mask.blend(&source, &edit).at(6, 4), [1, 200, 1]);
-    assert!(soft.values.iter().any(|v| *v > 0 && *v < 255));
+    // Over two pixels, in thirds.
+    let row: Vec<u8> = (5..11).map(|x| soft.values[9 * 24 + x]).collect();
+    assert_eq!(row, [0, 85, 170, 255, 255, 255]);
+    assert_eq!(soft.values[4 * 24 + 6], 85);
+    // A part thinner than the edge is wide changes in part, and a wider edge costs no more.
+    for width in [8, 4_000_000_000] {
+        let soft = mask.softened(width);
+        let highest = soft.values.iter().max().copied();
+        assert!(highest > Some(0) || width > 1000, "{width}: {highest:?}");
+        assert!(soft.values.iter().zip(&mask.values).all(|(s, m)| s <= m));
+    }
+    assert_eq!(mask.softened_until_2(8).values, vec![0; 24 * 16]);
+    // Grey stays grey inside.
+    let grey = Mask {
+        width: 3,
+        height: 1,
+        values: vec![90, 200, 90],
+    };
+    assert_eq!(grey.softened(1).values, [90, 200, 90]);
 }
 
 #[test]

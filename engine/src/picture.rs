@@ -165,7 +165,8 @@ pub fn open(path: &Path) -> Result<(Picture, String)> {
         .read_to_end(&mut bytes)
         .map_err(Error::io(path))?;
     if bytes.len() as u64 > MAX_BYTES {
-        let got = path.metadata().map_or(MAX_BYTES + 1, |m| m.len());
+        let told = path.metadata().map_or(0, |m| m.len());
+        let got = told.max(bytes.len() as u64);
         return Err(PictureProblem::TooManyBytes(got).named(path.display().to_string()));
     }
     decode(&bytes).map_err(|problem| problem.named(path.display().to_string()))

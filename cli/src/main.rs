@@ -108,6 +108,11 @@ fn cancelled() -> bool {
 }
 
 fn main() -> ExitCode {
+    // SAFETY: nothing has started a thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        simpatico_engine::use_own_cores()
+    };
     let matches = Cli::command().get_matches();
     let mut cli = Cli::from_arg_matches(&matches).unwrap_or_else(|e| e.exit());
     cli.common.store_given = matches.value_source("store") == Some(ValueSource::CommandLine);

@@ -150,6 +150,11 @@ fn prepare_samples(
 }
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // SAFETY: nothing has started a thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        simpatico_engine::use_own_cores()
+    };
     let mut arguments: Vec<String> = std::env::args().skip(1).collect();
     let mut option = |name: &str| -> Result<Option<String>, String> {
         let Some(at) = arguments.iter().position(|a| a == name) else {

@@ -11,6 +11,11 @@ use simpatico_engine::train_flux::Rhythm;
 use std::path::Path;
 
 fn main() -> Result<(), Box<dyn std::error::Error>> {
+    // SAFETY: nothing has started a thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        simpatico_engine::use_own_cores()
+    };
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [folder, out, cut_outs, rest @ ..] = arguments.as_slice() else {
         return Err("train_judge RUN OUT CUT_OUTS [STEPS] [PICTURES] [EMOJI_ASSETS]".into());

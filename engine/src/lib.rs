@@ -44,5 +44,5 @@ pub mod vocabulary;
 pub mod weights;
 
 pub use candle_core::{DType, Device};
-pub use engine::{Engine, device};
+pub use engine::{Engine, device, use_own_cores};
 pub use error::{Error, Result};

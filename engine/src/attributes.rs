@@ -336,8 +336,8 @@ fn vary(rgb: &[u8], random: &mut Philox) -> Vec<u8> {
         .collect()
 }
 
-/// Trains a judge on scenes of these subjects, or goes on training, and writes it (half
-/// precision) into `out`, on the CPU. The same options give the same weights, however often interrupted.
+/// Trains a judge on scenes of these subjects on the CPU, or goes on training, and writes it (half
+/// precision) into `out`. The same options give the same weights, however often interrupted.
 ///
 /// # Errors
 /// If there are no subjects, or a file cannot be written.

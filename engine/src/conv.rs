@@ -32,8 +32,20 @@ impl Conv2d {
         }
     }
 
-    /// x (b, in, h, w) to (b, out, h', w').
+    /// The dtype of the weights, in which it takes and gives tensors.
+    pub fn dtype(&self) -> DType {
+        self.weight.dtype()
+    }
+
+    /// x (b, in, h, w), which is brought to the weights' dtype, to (b, out, h', w') in it.
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        Ok(self.forward_wide(x)?.to_dtype(self.dtype())?)
+    }
+
+    /// [`Self::forward`] with the sums as exact as the device has them: on a CPU they are f32
+    /// whatever the weights' dtype, else of that dtype.
+    pub fn forward_wide(&self, x: &Tensor) -> Result<Tensor> {
+        let x = &x.to_dtype(self.dtype())?;
         let (padding, stride) = (self.config.padding, self.config.stride);
         if let Some(bias) = &self.bias
             && learns_on_cpu(&[x, &self.weight, bias])
@@ -44,7 +56,7 @@ impl Conv2d {
             let wide = |t: &Tensor| t.to_dtype(DType::F32);
             let bias = self.bias.as_ref().map(wide).transpose()?;
             let exact = Self::new(wide(&self.weight)?, bias, self.config);
-            return Ok(exact.forward(&wide(x)?)?.to_dtype(x.dtype())?);
+            return exact.forward(&wide(x)?);
         }
         let y = x.conv2d(&self.weight, padding, stride, 1, 1)?;
         Ok(match &self.bias {

@@ -146,9 +146,9 @@ impl Detail {
         }
         x = self.middle.forward(&x)?;
         for (grow, block) in &self.up {
-            let y = grow.forward(&conv::double(&x)?)?;
+            let y = grow.forward(&conv::double(&x.to_dtype(self.dtype)?)?)?;
             x = match kept.pop() {
-                Some(same) => block.forward(&(y + same)?)?,
+                Some(same) => block.forward(&(y.to_dtype(same.dtype())? + same)?)?,
                 None => block.forward(&y)?,
             };
         }

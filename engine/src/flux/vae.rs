@@ -258,20 +258,21 @@ impl GroupNorm {
         })
     }
 
-    /// The norm, then x·sigmoid(x); in f32, rounded once.
+    /// The norm, then x·sigmoid(x); in f32, rounded once to the weights' dtype.
     pub(super) fn silu(&self, x: &Tensor) -> Result<Tensor> {
         let (wide, weight, bias) = self.widened(x)?;
         let y = match conv::plain_on_cpu(&[&wide, &weight, &bias]) {
             true => conv::group_norm_silu(&wide, &weight, &bias, self.groups, 1e-6)?,
             false => nn::silu(&self.normed(&wide, &weight, &bias)?)?,
         };
-        Ok(y.to_dtype(x.dtype())?)
+        Ok(y.to_dtype(self.weight.dtype())?)
     }
 
     /// x (b, c, h, w).
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
         let (wide, weight, bias) = self.widened(x)?;
-        Ok(self.normed(&wide, &weight, &bias)?.to_dtype(x.dtype())?)
+        let y = self.normed(&wide, &weight, &bias)?;
+        Ok(y.to_dtype(self.weight.dtype())?)
     }
 
     fn widened(&self, x: &Tensor) -> Result<(Tensor, Tensor, Tensor)> {
@@ -312,13 +313,19 @@ impl ResnetBlock {
     }
 
     pub(super) fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let h = self.conv1.forward(&self.norm1.silu(x)?)?;
-        let h = self.conv2.forward(&self.norm2.silu(&h)?)?;
-        Ok(match &self.shortcut {
-            Some(shortcut) => (shortcut.forward(x)? + h)?,
-            None => (x + h)?,
-        })
+        let h = self.conv1.forward_wide(&self.norm1.silu(x)?)?;
+        let h = self.conv2.forward_wide(&self.norm2.silu(&h)?)?;
+        match &self.shortcut {
+            Some(shortcut) => wide_sum(&shortcut.forward_wide(x)?, &h),
+            None => wide_sum(x, &h),
+        }
     }
+}
+
+/// The sum that goes on from block to block, in f32 whatever the weights' dtype: rounded at each
+/// block, it alone takes a half-precision decoder past two hundredths.
+fn wide_sum(x: &Tensor, h: &Tensor) -> Result<Tensor> {
+    Ok((x.to_dtype(DType::F32)? + h.to_dtype(DType::F32)?)?)
 }
 
 /// Self-attention over all places, one head.
@@ -355,7 +362,7 @@ impl Attention {
         let y = nn::attention(&q, &k, &v, scale, &nn::Mask::None)?
             .transpose(2, 3)?
             .reshape((b, c, h, w))?;
-        Ok((x + self.out.forward(&y)?)?)
+        wide_sum(x, &self.out.forward_wide(&y)?)
     }
 }
 
@@ -498,7 +505,7 @@ impl Decoder {
                 x = block.forward(&x)?;
             }
             if let Some(conv) = &level.resize {
-                x = conv.forward(&conv::double(&x)?)?;
+                x = conv.forward(&conv::double(&x.to_dtype(conv.dtype())?)?)?;
             }
         }
         self.conv_out.forward(&self.norm_out.silu(&x)?)

@@ -935,7 +935,7 @@ impl<'a> Part<'a> {
                 };
                 let fresh = |draw| self.noise(draw);
                 let source = self.source()?;
-                sampler::flowedit(
+                let moved = sampler::flowedit(
                     &origin,
                     &conditions,
                     &schedule,
@@ -944,7 +944,16 @@ impl<'a> Part<'a> {
                     &options,
                     keep,
                     watch,
-                )
+                )?;
+                // Who asks for what the caption says asks for nothing, whatever the guidance of
+                // source and target.
+                let asks = |job: &Job| u8::from(job.texts.iter().any(|t| t != job.caption));
+                let asks: Vec<u8> = self.jobs.iter().map(asks).collect();
+                let asks = Tensor::from_vec(asks, (self.jobs.len(), 1, 1), moved.device())?;
+                let source = source.to_dtype(moved.dtype())?;
+                Ok(asks
+                    .broadcast_as(moved.shape())?
+                    .where_cond(&moved, &source)?)
             }
         }
     }

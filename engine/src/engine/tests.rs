@@ -429,6 +429,15 @@ fn every_backend_edits_and_no_strength_returns_the_source_through_the_autoencode
     let still = b.one(&r);
     r.instructions = vec!["make it blue".into()];
     assert_eq!(still, b.one(&r), "words cannot matter");
+    // Nor can guidance, where the words ask for what is there.
+    for (guidance, true_cfg) in [(1.0, 1.0), (5.5, 1.0), (3.5, 4.0)] {
+        let mut r = request("a mug", 2);
+        r.settings.backend = Some(Backend::Flowedit);
+        (r.settings.guidance, r.settings.true_cfg) = (Some(guidance), Some(true_cfg));
+        assert_eq!(b.one(&r), still);
+        r.instructions = vec!["a red mug".into()];
+        assert_ne!(b.one(&r), still);
+    }
 }
 
 #[test]

@@ -483,6 +483,17 @@ impl Graph {
             self.most_similar(users, k, mode, threads, |_, best| answers.push(best.into()));
             return answers;
         }
+        self.ask_each(users, k, mode, threads)
+    }
+
+    /// [`Self::similar`] for many users, in their order: a question for each.
+    fn ask_each(
+        &self,
+        users: &[UserId],
+        k: usize,
+        mode: OverlapMode,
+        threads: usize,
+    ) -> Vec<Vec<(UserId, u32)>> {
         self.in_blocks(users, threads, |users, counters| {
             self.similar_block(users, k, mode, counters)
         })
@@ -521,7 +532,8 @@ impl Graph {
     }
 
     /// [`Self::similar`] for everyone, handed to `sink` by user id rising. About a tenth of a
-    /// nanosecond a pair of users, and at most a hundred megabytes meanwhile.
+    /// nanosecond a pair of users. Meanwhile 128 bytes an attribute (256 where signs count), and
+    /// at most a hundred megabytes for a hundred thousand users at a time.
     pub fn similar_all(
         &self,
         k: usize,

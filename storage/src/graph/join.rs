@@ -50,7 +50,7 @@ struct Best<'a> {
 impl Graph {
     /// All pairs with an overlap of at least `least`, which is 1 to 255, of which one is a
     /// probing user; `None` probes everyone. About a tenth of a nanosecond a pair looked at,
-    /// on `threads` threads; some ten megabytes, and four bytes an edge of those who probe.
+    /// on `threads` threads; 128 bytes an attribute, and four an edge of those who probe.
     pub(crate) fn join(
         &self,
         probing: Option<&[u32]>,
@@ -147,9 +147,12 @@ impl Graph {
                 });
                 self.flip(&mut table, members, mode);
             }
+            let is_wide = |at: &usize| asking.tokens(*at).len() > MAX_COUNTED;
+            let wide: Vec<_> = (0..users.len()).filter(is_wide).map(|i| users[i]).collect();
+            let mut wide = self.ask_each(&wide, k, mode, threads).into_iter();
             for ((at, &user), best) in users.iter().enumerate().zip(&best) {
-                if asking.tokens(at).len() > MAX_COUNTED {
-                    sink(user, &self.similar(user, k, mode));
+                if is_wide(&at) {
+                    sink(user, &wide.next().unwrap_or_default());
                     continue;
                 }
                 let named = best.kept[..best.found].iter();

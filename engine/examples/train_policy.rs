@@ -22,6 +22,11 @@ use std::ops::ControlFlow;
 use std::path::Path;
 
 fn main() -> Result<()> {
+    // SAFETY: nothing has started a thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        simpatico_engine::use_own_cores()
+    };
     let args: Vec<String> = std::env::args().skip(1).collect();
     let usage = || {
         let text = "usage: train_policy sft|vanilla|user|collaborative MODEL FOLDER STEPS [ADAPTER [MINILM SAGE]]";

@@ -32,6 +32,11 @@ struct Row {
 }
 
 fn main() -> Result<()> {
+    // SAFETY: nothing has started a thread yet.
+    #[allow(unsafe_code)]
+    unsafe {
+        simpatico_engine::use_own_cores()
+    };
     let flags: Vec<String> = std::env::args().skip(1).collect();
     let value = |name: &str| {
         let at = flags.iter().position(|flag| flag == name)?;

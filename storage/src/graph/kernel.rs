@@ -389,7 +389,7 @@ fn find_among<L: Lanes, const D: usize>(
     let row = |token: &u32| {
         table
             .get(*token as usize)
-            .unwrap_or(&Row([[0; BLOCK_WORDS]; 2]))
+            .unwrap_or(&Row([[0; BLOCK_WORDS]; ROW_BLOCKS]))
     };
     // SAFETY: the caller has made sure of the machine's features (trait's contract).
     let sums = unsafe {

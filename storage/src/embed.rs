@@ -6,7 +6,7 @@ use crate::graph::{AttributeId, UserId};
 use crate::sage::{Encoder, Sage, SageError};
 use crate::snapshot::{By, Embedding, Similar, Snapshot};
 use crate::state::State;
-use crate::{Result, StoreError};
+use crate::{Result, StoreError, threads};
 use simpatico_schema::{Neighbor, Sign};
 use std::path::Path;
 use std::sync::Arc;
@@ -21,10 +21,6 @@ pub(crate) enum Embedder {
     Ready(Sage),
     /// Its weights cannot be used; everything but embeddings goes on.
     Broken(Arc<(std::path::PathBuf, String)>),
-}
-
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 fn refuse(path: &Path) -> impl FnOnce(SageError) -> StoreError {
@@ -70,16 +66,16 @@ impl State {
         let attributes = (0..self.graph.attribute_count() as u32).map(AttributeId);
         let with_feature = |a| self.feature(a).map(|feature| (a, feature.as_ref()));
         let features: Vec<_> = attributes.filter_map(with_feature).collect();
-        sage.set_attribute_features(&features, threads())
+        sage.set_attribute_features(&features, threads::count())
             .map_err(refuse(path))?;
         let learned = self.user_features.iter();
         let learned: Vec<_> = learned.map(|(u, f)| (UserId(*u), f.as_ref())).collect();
         // Their edges come with everybody's.
-        sage.set_user_features(&learned, |_, _| (), threads())
+        sage.set_user_features(&learned, |_, _| (), threads::count())
             .map_err(refuse(path))?;
         let (graph, attributes) = (&self.graph, self.graph.attribute_count() as u32);
         let posting = |attribute, sign| graph.posting(attribute, sign);
-        sage.load_edges(self.users(), attributes, posting, threads());
+        sage.load_edges(self.users(), attributes, posting, threads::count());
         Ok(sage)
     }
 
@@ -121,7 +117,7 @@ impl State {
     /// Lets the embedder follow many attributes' vectors. The caller has checked their length.
     pub(crate) fn on_features(&mut self, features: &[(AttributeId, &[f32])]) {
         if let Embedder::Ready(sage) = &mut self.sage
-            && let Err(e) = sage.set_attribute_features(features, threads())
+            && let Err(e) = sage.set_attribute_features(features, threads::count())
         {
             self.break_encoder(&e);
         }
@@ -137,7 +133,7 @@ impl State {
         let graph = &self.graph;
         let edges_of = |user, edges: &mut Vec<_>| edges.extend(graph.edges(user));
         if let Embedder::Ready(sage) = &mut self.sage
-            && let Err(e) = sage.set_user_features(features, edges_of, threads())
+            && let Err(e) = sage.set_user_features(features, edges_of, threads::count())
         {
             self.break_encoder(&e);
         }
@@ -218,7 +214,7 @@ impl Snapshot {
         let graph = &self.state.graph;
         let users: Vec<UserId> = self.state.users().collect();
         let tie = |a, b| graph.user_name(a).cmp(graph.user_name(b));
-        let top = sage.top_by_cosine(id, &users, k, self.edges_of(), tie, threads());
+        let top = sage.top_by_cosine(id, &users, k, self.edges_of(), tie, threads::count());
         let neighbor = |(id, cosine)| Neighbor {
             user: graph.user_name(id).into(),
             overlap: None,

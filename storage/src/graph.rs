@@ -33,6 +33,7 @@ mod ranks;
 mod registers;
 pub(crate) mod tree;
 
+use crate::threads;
 use kernel::Kernel;
 pub(crate) use kernel::prefetch;
 use maximum::{ChangeCounts, Maximum, next_version};
@@ -355,23 +356,14 @@ impl Graph {
     pub(crate) fn post_all(&mut self) {
         let chunks: Vec<_> = chunks(self.users.end(), self.layout).collect();
         let made = {
-            let next = Mutex::new(chunks.iter());
+            let queue = Mutex::new(chunks.iter());
             let made = Mutex::new(Vec::with_capacity(chunks.len()));
-            let work = || {
-                loop {
-                    let chunk = next.lock().unwrap_or_else(PoisonError::into_inner).next();
-                    let Some(&(chunk, users)) = chunk else { return };
+            threads::run(threads::count().min(chunks.len()), || {
+                while let Some(&(chunk, users)) = threads::next(&queue) {
                     let posted = self.post_chunk(chunk, users);
                     let mut made = made.lock().unwrap_or_else(PoisonError::into_inner);
                     made.push((chunk, posted));
                 }
-            };
-            std::thread::scope(|scope| {
-                let threads = std::thread::available_parallelism().map_or(1, usize::from);
-                for _ in 1..threads.min(chunks.len()) {
-                    scope.spawn(work);
-                }
-                work();
             });
             let mut made = made.into_inner().unwrap_or_else(PoisonError::into_inner);
             made.sort_unstable_by_key(|(chunk, _)| *chunk);
@@ -512,21 +504,13 @@ impl Graph {
         let blocks = users.chunks(size).zip(answers.chunks_mut(size));
         let threads = threads.min(blocks.len());
         let blocks = Mutex::new(blocks);
-        let work = || {
+        threads::run(threads, || {
             let mut counters = Counters::default();
-            loop {
-                let next = blocks.lock().unwrap_or_else(PoisonError::into_inner).next();
-                let Some((users, answers)) = next else { return };
+            while let Some((users, answers)) = threads::next(&blocks) {
                 for (place, found) in answers.iter_mut().zip(answer(users, &mut counters)) {
                     *place = found;
                 }
             }
-        };
-        std::thread::scope(|scope| {
-            for _ in 1..threads {
-                scope.spawn(work);
-            }
-            work();
         });
         answers
     }

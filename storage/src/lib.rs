@@ -54,6 +54,7 @@ mod state;
 mod store;
 mod stream;
 mod sync;
+mod threads;
 pub mod workload;
 
 pub use check::CheckReport;

@@ -45,6 +45,7 @@ pub use crate::graph::{AttributeId, UserId};
 pub use encoder::{ENCODER_VERSION, Encoder, EncoderConfig, MAX_DIM, Relations, SageError};
 
 use crate::graph::{prefetch, tree::Tree};
+use crate::threads;
 use cache::{Cache, Entry};
 use kernel::Level;
 use simpatico_schema::Sign;
@@ -321,8 +322,8 @@ impl Sage {
         let hidden = self.encoder.config().hidden;
         let numbers = Mutex::new(0..attributes);
         let loaded = Mutex::new(Vec::with_capacity(attributes as usize));
-        in_threads(threads, || {
-            while let Some(number) = next(&numbers) {
+        threads::run(threads, || {
+            while let Some(number) = threads::next(&numbers) {
                 let mut state = Attribute::default();
                 for sign in [Sign::Like, Sign::Dislike] {
                     let relation = self.relation(sign);
@@ -379,9 +380,9 @@ impl Sage {
         let mut vectors = vec![0.0; users.len() * out];
         let blocks = users.chunks(BATCH).zip(vectors.chunks_mut(BATCH * out));
         let blocks = Mutex::new(blocks);
-        in_threads(threads, || {
+        threads::run(threads, || {
             let mut scratch = self.scratch();
-            while let Some((users, vectors)) = next(&blocks) {
+            while let Some((users, vectors)) = threads::next(&blocks) {
                 self.embed_block(users, &edges_of, &mut scratch, vectors);
             }
         });
@@ -404,9 +405,9 @@ impl Sage {
         let target = self.embeddings(&[user], &edges_of, 1);
         let blocks = Mutex::new(users.chunks(BATCH));
         let scored = Mutex::new(Vec::with_capacity(users.len()));
-        in_threads(threads, || {
+        threads::run(threads, || {
             let (mut scratch, mut vectors) = (self.scratch(), vec![0.0; BATCH * out]);
-            while let Some(users) = next(&blocks) {
+            while let Some(users) = threads::next(&blocks) {
                 let vectors = &mut vectors[..users.len() * out];
                 self.embed_block(users, &edges_of, &mut scratch, vectors);
                 let rows = users.iter().zip(vectors.chunks_exact(out));
@@ -713,8 +714,8 @@ fn parts_of_many<I: Sync>(
 ) -> Vec<Option<Arc<[f32]>>> {
     let mut parts = vec![None; features.len()];
     let blocks = Mutex::new(features.chunks(BATCH).zip(parts.chunks_mut(BATCH)));
-    in_threads(threads.min(features.len().div_ceil(BATCH)), || {
-        while let Some((features, parts)) = next(&blocks) {
+    threads::run(threads.min(features.len().div_ceil(BATCH)), || {
+        while let Some((features, parts)) = threads::next(&blocks) {
             // Without inputs there is nothing to tell rows apart by.
             if panels.inputs() == 0 {
                 parts.fill_with(|| Some(limited(panels.apply(level, &[]))));
@@ -789,18 +790,4 @@ fn cosine(level: Level, a: &[f32], b: &[f32]) -> f64 {
     kernel::dot_and_square(level, a, a, &mut own);
     let norms = (parts[1] * own[1]).sqrt();
     if norms == 0.0 { 0.0 } else { parts[0] / norms }
-}
-
-/// Runs the work on this thread and `threads - 1` more.
-fn in_threads(threads: usize, work: impl Fn() + Sync) {
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(&work);
-        }
-        work();
-    });
-}
-
-fn next<I: Iterator>(queue: &Mutex<I>) -> Option<I::Item> {
-    queue.lock().unwrap_or_else(PoisonError::into_inner).next()
 }

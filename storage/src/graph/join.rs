@@ -9,6 +9,7 @@
 use super::kernel::{MAX_COUNTED, Row, TABLE_USERS};
 use super::registers::Edges;
 use super::{Graph, UserId};
+use crate::threads;
 use simpatico_schema::{OverlapMode, Sign};
 use std::sync::{Mutex, PoisonError};
 
@@ -71,12 +72,14 @@ impl Graph {
             } else {
                 0
             };
-            let steps = (first..users.len()).step_by(STEP);
-            in_turn(steps, threads, |steps| {
+            let steps = Mutex::new((first..users.len()).step_by(STEP));
+            threads::run(threads, || {
                 let mut found = Joined::default();
-                for at in steps.flat_map(|from| from..users.len().min(from + STEP)) {
-                    let asker = (users[at], asking.tokens(at));
-                    self.probe(asker, (members, &table), least, &mut found);
+                while let Some(from) = threads::next(&steps) {
+                    for at in from..users.len().min(from + STEP) {
+                        let asker = (users[at], asking.tokens(at));
+                        self.probe(asker, (members, &table), least, &mut found);
+                    }
                 }
                 let mut joined = joined.lock().unwrap_or_else(PoisonError::into_inner);
                 joined.pairs.append(&mut found.pairs);
@@ -122,9 +125,9 @@ impl Graph {
             for (number, members) in order.chunks(TABLE_USERS).enumerate() {
                 self.flip(&mut table, members, mode);
                 let first = number * TABLE_USERS;
-                let steps = best.chunks_mut(STEP).enumerate();
-                in_turn(steps, threads, |steps| {
-                    for (step, best) in steps {
+                let steps = Mutex::new(best.chunks_mut(STEP).enumerate());
+                threads::run(threads, || {
+                    while let Some((step, best)) = threads::next(&steps) {
                         for (i, best) in best.iter_mut().enumerate() {
                             let at = step * STEP + i;
                             let tokens = asking.tokens(at);
@@ -261,20 +264,4 @@ impl Best<'_> {
         }
         self.least
     }
-}
-
-/// Gives `work` to several threads, each of which takes one of `parts` after the other.
-fn in_turn<T: Send>(
-    parts: impl Iterator<Item = T> + Send,
-    threads: usize,
-    work: impl Fn(&mut dyn Iterator<Item = T>) + Sync,
-) {
-    let parts = Mutex::new(parts);
-    let next = || parts.lock().unwrap_or_else(PoisonError::into_inner).next();
-    std::thread::scope(|scope| {
-        for _ in 1..threads {
-            scope.spawn(|| work(&mut std::iter::from_fn(next)));
-        }
-        work(&mut std::iter::from_fn(next));
-    });
 }

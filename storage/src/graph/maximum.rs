@@ -26,6 +26,7 @@ use super::query::{Counters, Counts, Question, Top, chunks};
 use super::registers::Edges;
 use super::tree::Tree;
 use super::{Graph, UserId};
+use crate::threads;
 use simpatico_schema::OverlapMode;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -77,10 +78,6 @@ impl Certificate {
             (self.max, self.pair) = (overlap, (a, b));
         }
     }
-}
-
-fn threads() -> usize {
-    std::thread::available_parallelism().map_or(1, usize::from)
 }
 
 /// What looking at a user found.
@@ -242,7 +239,7 @@ impl Graph {
     ) -> Vec<u32> {
         // A maximum close to the true one first: fewer pairs come near it. Of those with the
         // most edges, and of others evenly.
-        let threads = threads();
+        let threads = threads::count();
         let step = suspects.len() / SAMPLED + 1;
         let mut sample: Vec<_> = suspects.iter().step_by(step).copied().collect();
         let mut by_degree = suspects.clone();
@@ -309,7 +306,7 @@ impl Graph {
             suspects.sort_unstable_by_key(|&user| std::cmp::Reverse(bounds[user as usize]));
             let now: Vec<_> = suspects.iter().take(at_once).map(|u| UserId(*u)).collect();
             let known = Some(bounds.as_slice());
-            let looks = self.in_blocks(&now, threads(), |users, counters| {
+            let looks = self.in_blocks(&now, threads::count(), |users, counters| {
                 self.look_at_block(users, mode, known, counters)
             });
             for (user, look) in now.iter().zip(looks) {

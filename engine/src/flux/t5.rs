@@ -15,8 +15,8 @@
 use super::text::ids_tensor;
 use crate::nn::{self, Linear, Mask, linear_no_bias};
 use crate::{Error, Result};
-use candle_core::{DType, Device, Shape, Tensor};
-use candle_nn::{Init, VarBuilder, var_builder::SimpleBackend};
+use candle_core::{DType, Tensor};
+use candle_nn::VarBuilder;
 use serde::{Deserialize, Serialize};
 
 /// The shape of a T5 encoder, with the field names of its `config.json`.
@@ -205,47 +205,11 @@ fn llama_cpp_name(name: &str) -> Option<String> {
     Some(format!("enc.blk.{block}.{ours}.weight"))
 }
 
-/// A T5 with llama.cpp's names, read under transformers'.
-struct LlamaCpp(VarBuilder<'static>);
-
-impl SimpleBackend for LlamaCpp {
-    fn get(
-        &self,
-        shape: Shape,
-        name: &str,
-        _: Init,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let file = llama_cpp_name(name).unwrap_or_else(|| name.to_string());
-        self.0
-            .get_with_hints_dtype(shape, &file, Init::default(), dtype)?
-            .to_device(device)
-    }
-
-    fn get_unchecked(
-        &self,
-        name: &str,
-        dtype: DType,
-        device: &Device,
-    ) -> candle_core::Result<Tensor> {
-        let file = llama_cpp_name(name).unwrap_or_else(|| name.to_string());
-        self.0.get_unchecked_dtype(&file, dtype)?.to_device(device)
-    }
-
-    fn contains_tensor(&self, name: &str) -> bool {
-        llama_cpp_name(name).is_some_and(|n| self.0.contains_tensor(&n))
-    }
-}
-
 impl T5 {
     /// From weights with transformers' names, or llama.cpp's.
     pub fn new(config: &Config, vb: VarBuilder<'static>) -> Result<Self> {
         let vb = match vb.contains_tensor("token_embd.weight") {
-            true => {
-                let (dtype, device) = (vb.dtype(), vb.device().clone());
-                VarBuilder::from_backend(Box::new(LlamaCpp(vb)), dtype, device)
-            }
+            true => vb.rename_f(|name| llama_cpp_name(name).unwrap_or_else(|| name.into())),
             false => vb,
         };
         let name = match vb.contains_tensor("shared.weight") {

@@ -156,10 +156,14 @@ pub struct PromptsArgs {
     /// Held-out users that are judged
     #[arg(long, value_name = "N")]
     judged: Option<usize>,
-    /// A further system: NAME=ADAPTER_FOLDER, or NAME=ADAPTER_FOLDER:SOFT_PROMPT_FILE (may be given several times).
+    /// A further system: NAME=ADAPTER_FOLDER, or NAME=ADAPTER_FOLDER:SOFT_PROMPT_FILE (may be
+    /// given several times; of one NAME: one system, trained with several seeds).
     /// For ablations of K and λ: train each with `train dpo -k N --lambda X`, name them here
     #[arg(long, value_name = "NAME=DIR[:FILE]")]
     system: Vec<String>,
+    /// Judge only the systems given by --system, without the base model and the bundle
+    #[arg(long, requires = "system")]
+    only: bool,
     /// What is written of the profile (may be given several times) [default: both and
     /// embedding; with --full all five]
     #[arg(long, value_enum)]
@@ -394,9 +398,11 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     let roles = &bundle.manifest.roles;
     let path = bundle.role("language_model", roles.language_model.as_ref())?;
     let place = |l: &Option<Location>| l.as_ref().map(|l| bundle.path(l)).transpose();
-    let mut systems: Vec<(String, Option<PathBuf>, Option<PathBuf>)> =
-        vec![("base".into(), None, None)];
-    if let Some(adapter) = place(&roles.adapters)? {
+    let mut systems: Vec<(String, Option<PathBuf>, Option<PathBuf>)> = Vec::new();
+    if !args.only {
+        systems.push(("base".into(), None, None));
+    }
+    if let Some(adapter) = place(&roles.adapters)?.filter(|_| !args.only) {
         systems.push((NEIGHBORS_TEXT.into(), Some(adapter.clone()), None));
         systems.push(("bundle".into(), Some(adapter), place(&roles.soft_prompt)?));
     }
@@ -460,12 +466,19 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
             None => None,
         };
         let groups = held_out_pairs(&loaded[0].policy, &data, prompts, common)?;
+        let mut names: Vec<&str> = Vec::new();
         for system in loaded.iter().filter(|s| s.policy.adapter.is_some()) {
+            if names.contains(&system.name.as_str()) {
+                continue;
+            }
+            names.push(&system.name);
             let label = format!("{}, held-out pairs", system.name);
             let tell = |done, all| tell(&label, done, all);
+            let same = loaded.iter().filter(|s| s.name == system.name);
+            let same: Vec<&System> = same.collect();
             let reference = reference.as_ref();
             let scores =
-                eval_prompts::pair_scores(system, reference, &snapshot, &groups, 0.1, tell)?;
+                eval_prompts::pair_scores(&same, reference, &snapshot, &groups, 0.1, tell)?;
             report.pairs.push(scores);
         }
     }

@@ -673,10 +673,8 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         (None, true, None) => Method::Vanilla,
         _ => Method::Collaborative,
     };
-    let data = match method {
-        Method::Collaborative => synth::with_newcomers(&data, common.seed),
-        _ => data,
-    };
+    // All methods learn from the same pairs.
+    let data = synth::with_newcomers(&data, common.seed);
     let mut snapshots = Vec::new();
     let mut stores = Vec::new();
     if method == Method::Collaborative {

@@ -44,7 +44,7 @@ fn main() -> Result<()> {
     };
     let model = LanguageModel::open(model.as_ref(), Precision::Dense(DType::F32), &Device::Cpu)?;
     let mut synth = generate(&SynthOptions::default())?;
-    if method == Method::Collaborative {
+    if method != Method::Sft {
         synth = with_newcomers(&synth, 0);
     }
     let store = match rest {

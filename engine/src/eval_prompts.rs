@@ -25,7 +25,8 @@
 //!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs
 //!    prefer. *Of ceiling* is own − other as a share of the way from the floor.
 //! 6. Intervals are 95%, by bootstrap over users, paired where systems are compared; seeds are
-//!    averaged within a user first.
+//!    averaged within a user first. Systems of one name are one system trained with several
+//!    seeds, and count as one.
 //!
 //! Beside it the policy itself is asked ([`pair_scores`]): on held-out pairs, is the preferred
 //! answer the one whose probability rose over the reference, and is the implied probability
@@ -280,11 +281,16 @@ pub fn evaluate(
             let label = format!("{}, {}", system.name, condition.words());
             let mut tell = |done| progress(&label, done, users.len());
             let texts = write(system, *condition, snapshot, &users, options, &mut tell)?;
-            rows.push(Texts {
+            let row = Texts {
                 system: system.name.clone(),
                 condition: Some(*condition),
                 texts,
-            });
+            };
+            let same = |r: &&mut Texts| r.system == row.system && r.condition == row.condition;
+            match rows.iter_mut().find(same) {
+                Some(rows) => rows.join(row),
+                None => rows.push(row),
+            }
         }
     }
     let names = synth.attributes.iter().map(|a| a.attribute.as_str());
@@ -327,6 +333,17 @@ struct Texts {
     condition: Option<Condition>,
     /// For each user the (seed number, caption, instruction)s.
     texts: Vec<Vec<(usize, String, String)>>,
+}
+
+impl Texts {
+    /// Takes in what the same system wrote after training with another seed.
+    fn join(&mut self, other: Self) {
+        let seeds = self.texts.iter().flatten().map(|t| t.0 + 1).max();
+        for (texts, more) in self.texts.iter_mut().zip(other.texts) {
+            let more = more.into_iter();
+            texts.extend(more.map(|(n, caption, words)| (n + seeds.unwrap_or(0), caption, words)));
+        }
+    }
 }
 
 const CEILING: &str = "(ceiling)";
@@ -809,62 +826,56 @@ pub fn bootstrap(values: &[f64], seed: u64) -> (f64, f64) {
 
 // ------------------------------------------------------------------------------ held-out pairs
 
-/// Asks a policy about held-out pairs. `reference` is the adapter its training was measured
-/// against (`None`: the base model); `beta` the temperature that turns gaps into probabilities.
+/// Asks a policy about held-out pairs; several are one trained with several seeds. `reference` is
+/// the adapter its training was measured against (`None`: the base model); `beta` the temperature
+/// that turns gaps into probabilities.
 pub fn pair_scores(
-    system: &System,
+    systems: &[&System],
     reference: Option<&Adapter>,
     snapshot: &Snapshot,
     groups: &[PairGroup],
     beta: f64,
     mut progress: impl FnMut(usize, usize) -> ControlFlow<()>,
 ) -> Result<PairScores> {
-    let policy = &system.policy;
-    let model = &policy.model.decoder;
-    let mut right = Vec::new();
+    let mut right = vec![Vec::new(); groups.len()];
     let mut gaps = Vec::new();
     for (n, group) in groups.iter().enumerate() {
         let one = std::slice::from_ref(group);
-        let base = reference_logps(
-            model,
-            reference,
-            one,
-            None,
-            |_, _| ControlFlow::Continue(()),
-        )?
-        .concat();
-        let row = Row {
-            prompt: &group.prompt,
-            completions: group
-                .pairs
-                .iter()
-                .flat_map(|p| [&p.chosen[..], &p.rejected[..]])
-                .collect(),
-        };
-        let own = || {
-            let embedding = snapshot.embedding(&group.user);
-            let embedding = embedding.map_err(|e| Error::BadRequest(e.to_string()))?;
-            Ok(embedding.vector)
-        };
-        let soft = policy.soft.as_ref().map(|s| s.of_user(own)).transpose()?;
-        let adapter = policy.adapter.as_ref();
-        let logps = score(model, adapter, None, soft.as_ref(), &[row], false)?
-            .logps
-            .to_vec1::<f32>()?;
-        let gains: Vec<f64> = logps
-            .iter()
-            .zip(&base)
-            .map(|(l, b)| f64::from(l - b))
-            .collect();
-        let own: Vec<f64> = gains.chunks_exact(2).map(|g| g[0] - g[1]).collect();
-        right.push(own.iter().filter(|g| **g > 0.0).count() as f64 / own.len().max(1) as f64);
-        gaps.extend(own);
+        for System { policy, .. } in systems {
+            let model = &policy.model.decoder;
+            let go_on = |_, _| ControlFlow::Continue(());
+            let base = reference_logps(model, reference, one, None, go_on)?.concat();
+            let row = Row {
+                prompt: &group.prompt,
+                completions: group
+                    .pairs
+                    .iter()
+                    .flat_map(|p| [&p.chosen[..], &p.rejected[..]])
+                    .collect(),
+            };
+            let own = || {
+                let embedding = snapshot.embedding(&group.user);
+                let embedding = embedding.map_err(|e| Error::BadRequest(e.to_string()))?;
+                Ok(embedding.vector)
+            };
+            let soft = policy.soft.as_ref().map(|s| s.of_user(own)).transpose()?;
+            let adapter = policy.adapter.as_ref();
+            let logps = score(model, adapter, None, soft.as_ref(), &[row], false)?
+                .logps
+                .to_vec1::<f32>()?;
+            let gains = logps.iter().zip(&base).map(|(l, b)| f64::from(l - b));
+            let gains: Vec<f64> = gains.collect();
+            let own = gains.chunks_exact(2).map(|g| g[0] - g[1]);
+            gaps.extend(own.clone());
+            right[n].extend(own.map(|g| f64::from(u8::from(g > 0.0))));
+        }
         if progress(n + 1, groups.len()).is_break() {
             return Err(Error::Cancelled);
         }
     }
+    let right: Vec<f64> = right.iter().map(|r| mean(r)).collect();
     Ok(PairScores {
-        system: system.name.clone(),
+        system: systems.first().map(|s| s.name.clone()).unwrap_or_default(),
         pairs: gaps.len(),
         accuracy: Mean::of(&right),
         margin: mean(&gaps),
@@ -925,7 +936,11 @@ pub fn cold_start(
                 condition: Some(Condition::Both),
                 texts,
             };
-            rows.push((known, row));
+            let same = |r: &&mut (usize, Texts)| r.0 == known && r.1.system == row.system;
+            match rows.iter_mut().find(same) {
+                Some((_, rows)) => rows.join(row),
+                None => rows.push((known, row)),
+            }
         }
     }
     let names = synth.attributes.iter().map(|a| a.attribute.as_str());

@@ -73,19 +73,24 @@ impl SoftPrompt {
                 self.config.embedding
             )));
         }
-        let x = match self.config.normalize {
-            true => {
-                let length = (embeddings.sqr()?.mean_keepdim(1)? + 1e-12)?.sqrt()?;
-                embeddings.broadcast_div(&length)?
-            }
-            false => embeddings.clone(),
-        };
+        let x = self.unit(embeddings)?;
         let inner = nn::gelu_erf(&self.first.forward(&x)?)?; // (b, inner)
         let out = self
             .second
             .forward(&inner)?
             .affine(self.config.scale, 0.0)?;
         Ok(out.reshape((b, self.config.tokens, self.config.hidden))?)
+    }
+
+    /// Embeddings (b, d) as the first map takes them.
+    pub fn unit(&self, embeddings: &Tensor) -> Result<Tensor> {
+        Ok(match self.config.normalize {
+            true => {
+                let length = (embeddings.sqr()?.mean_keepdim(1)? + 1e-12)?.sqrt()?;
+                embeddings.broadcast_div(&length)?
+            }
+            false => embeddings.clone(),
+        })
     }
 
     /// Tokens (1, tokens, hidden) for one user, whose embedding `own` reads if it is wanted.

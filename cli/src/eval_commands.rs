@@ -164,6 +164,10 @@ pub struct PromptsArgs {
     /// Judge only the systems given by --system, without the base model and the bundle
     #[arg(long, requires = "system")]
     only: bool,
+    /// Let every system write anew where it takes up nothing that is liked, as `instruct` does;
+    /// without this what is judged is what training did, not what the store mends afterwards
+    #[arg(long)]
+    insist: bool,
     /// What is written of the profile (may be given several times) [default: both and
     /// embedding; with --full all five]
     #[arg(long, value_enum)]
@@ -415,6 +419,10 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         let path = |t: &str| (!t.is_empty()).then(|| PathBuf::from(t));
         systems.push((name.into(), path(adapter), path(soft)));
     }
+    let policy_options = PolicyOptions {
+        insist: args.insist,
+        ..PolicyOptions::default()
+    };
     let mut loaded = Vec::new();
     for (name, adapter, soft) in &systems {
         let model = LanguageModel::open(&path, Precision::Quantised, &device)?;
@@ -428,7 +436,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         };
         loaded.push(System {
             name: name.clone(),
-            policy: Policy::new(model, adapter, soft, PolicyOptions::default())?,
+            policy: Policy::new(model, adapter, soft, policy_options.clone())?,
             neighbors_text: name == NEIGHBORS_TEXT,
         });
     }

@@ -32,7 +32,9 @@
 //! answer the one whose probability rose over the reference, and is the implied probability
 //! calibrated? [`cold_start`] repeats Like+Dislike for newcomers known by 0 to 16 opinions.
 //!
-//! One thing no condition switches off: a policy writes anew where it names a stated dislike.
+//! One thing no condition switches off: a policy writes anew where it names a stated dislike. That
+//! it also does so where it names nothing that is liked ([`crate::policy::PolicyOptions::insist`])
+//! is for the caller to switch off where methods are compared.
 //! Not here: pictures (`eval_images`), links (`eval_links`).
 
 use crate::error::{Error, Result};

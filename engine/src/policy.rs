@@ -4,7 +4,7 @@
 //! are written into the prompt (the newest always, in an order drawn for each picture); the
 //! embedding becomes the soft prompt; neighbours fill in where the user has said little; the
 //! language model writes; the answer is cut to one clean sentence, and written again where it
-//! takes up something the user dislikes.
+//! takes up something the user dislikes, or nothing that the user or the neighbours like.
 //!
 //! What belongs to neighbours is treated as theirs: an attribute enters the text only if at
 //! least [`PolicyOptions::k_threshold`] users like it. Names, captions and cues are text to the
@@ -118,6 +118,10 @@ pub struct PolicyOptions {
     pub dislikes_shown: usize,
     /// A user with fewer likes gets suggestions from neighbours up to this number.
     pub fill_up_to: usize,
+    /// Whether an instruction that takes up nothing the user or the neighbours like is written
+    /// anew, as one that takes up a dislike always is. A cue may well ask for something else, so
+    /// with a cue it is not.
+    pub insist: bool,
 }
 
 impl Default for PolicyOptions {
@@ -129,6 +133,7 @@ impl Default for PolicyOptions {
             likes_shown: 8,
             dislikes_shown: 4,
             fill_up_to: 4,
+            insist: true,
         }
     }
 }
@@ -258,18 +263,19 @@ impl Policy {
         Ok((taste, prompt))
     }
 
-    /// A sentence for each; another try, warmer, for those that come out empty or name what
-    /// the user dislikes.
+    /// A sentence for each; another try, warmer, for those that come out empty, name what the
+    /// user dislikes, or nothing that is liked; of all tries the one with the fewest faults.
     fn write(
         &self,
         requests: &[InstructRequest],
         asked: &[(Asked, Prompt)],
         go_on: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Vec<String>> {
-        let mut best: Vec<Option<(usize, String)>> = requests.iter().map(|_| None).collect();
+        let mut best: Vec<Option<(Faults, String)>> = requests.iter().map(|_| None).collect();
         for attempt in 0..4u64 {
+            let faulty = |(faults, _): &(Faults, String)| *faults > Faults::default();
             let open: Vec<usize> = (0..requests.len())
-                .filter(|i| best[*i].as_ref().is_none_or(|(unwanted, _)| *unwanted > 0))
+                .filter(|i| best[*i].as_ref().is_none_or(faulty))
                 .collect();
             let options = |i: usize| self.sampling(&requests[i], attempt);
             let mut done = vec![false; requests.len()];
@@ -293,10 +299,10 @@ impl Policy {
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
                     let words = clean(&answer.text);
-                    let unwanted = named_in(&words, &asked[i].0.dislikes).len();
-                    let better = best[i].as_ref().is_none_or(|(n, _)| unwanted < *n);
+                    let faults = self.faults(&words, &asked[i].0, &requests[i]);
+                    let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
-                        best[i] = Some((unwanted, words));
+                        best[i] = Some((faults, words));
                     }
                 }
             }
@@ -304,6 +310,17 @@ impl Policy {
         best.into_iter()
             .map(|found| found.map(|(_, words)| words).ok_or_else(no_sentence))
             .collect()
+    }
+
+    fn faults(&self, words: &str, taste: &Asked, request: &InstructRequest) -> Faults {
+        let cue = request.cue.as_deref().is_some_and(|c| !c.trim().is_empty());
+        let liked = [&taste.likes, &taste.suggestions, &taste.shown];
+        let takes_up = |list: &&Vec<String>| !named_in(words, list).is_empty();
+        let could = liked.iter().any(|list| !list.is_empty());
+        Faults {
+            dislikes: named_in(words, &taste.dislikes).len(),
+            impersonal: self.options.insist && could && !cue && !liked.iter().any(takes_up),
+        }
     }
 
     fn sampling(&self, request: &InstructRequest, attempt: u64) -> Options {
@@ -445,6 +462,15 @@ impl Policy {
             as_of: snapshot.as_of(),
         })
     }
+}
+
+/// What speaks against an instruction; the first weighs more.
+#[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
+struct Faults {
+    /// How many of the user's dislikes it takes up.
+    dislikes: usize,
+    /// That it takes up nothing which the user or the neighbours like.
+    impersonal: bool,
 }
 
 fn no_sentence() -> Error {

@@ -1272,7 +1272,7 @@ mod tests {
         let (mut likes, mut dislikes) = ([0usize; 2], [0usize; 2]);
         for user in &synth.users {
             let taste = Taste::of(user).tastes[0];
-            let mut count = |names: &[String], into: &mut [usize; 2]| {
+            let count = |names: &[String], into: &mut [usize; 2]| {
                 let known = names.iter().filter_map(|n| vocabulary::find(n));
                 for a in known.filter(|a| a.clusters.contains(&taste.cluster)) {
                     into[usize::from(taste.is_of_circle(a))] += 1;

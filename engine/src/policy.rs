@@ -299,7 +299,9 @@ impl Policy {
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
                     let words = clean(&answer.text);
-                    let faults = self.faults(&words, &asked[i].0, &requests[i]);
+                    let cue = requests[i].cue.as_deref();
+                    let insist = self.options.insist && cue.is_none_or(|c| c.trim().is_empty());
+                    let faults = Faults::of(&words, &asked[i].0, insist);
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -310,17 +312,6 @@ impl Policy {
         best.into_iter()
             .map(|found| found.map(|(_, words)| words).ok_or_else(no_sentence))
             .collect()
-    }
-
-    fn faults(&self, words: &str, taste: &Asked, request: &InstructRequest) -> Faults {
-        let cue = request.cue.as_deref().is_some_and(|c| !c.trim().is_empty());
-        let liked = [&taste.likes, &taste.suggestions, &taste.shown];
-        let takes_up = |list: &&Vec<String>| !named_in(words, list).is_empty();
-        let could = liked.iter().any(|list| !list.is_empty());
-        Faults {
-            dislikes: named_in(words, &taste.dislikes).len(),
-            impersonal: self.options.insist && could && !cue && !liked.iter().any(takes_up),
-        }
     }
 
     fn sampling(&self, request: &InstructRequest, attempt: u64) -> Options {
@@ -471,6 +462,18 @@ struct Faults {
     dislikes: usize,
     /// That it takes up nothing which the user or the neighbours like.
     impersonal: bool,
+}
+
+impl Faults {
+    fn of(words: &str, taste: &Asked, insist: bool) -> Self {
+        let liked = [&taste.likes, &taste.suggestions, &taste.shown];
+        let takes_up = |list: &&Vec<String>| !named_in(words, list).is_empty();
+        let could = liked.iter().any(|list| !list.is_empty());
+        Self {
+            dislikes: named_in(words, &taste.dislikes).len(),
+            impersonal: insist && could && !liked.iter().any(takes_up),
+        }
+    }
 }
 
 fn no_sentence() -> Error {
@@ -925,6 +928,26 @@ mod tests {
         ];
         let found = named_in("Cover it with grandma's quilt over old barn wood.", &own);
         assert_eq!(found, ["rustic wood", "Grandma's quilt"]);
+    }
+
+    #[test]
+    fn a_dislike_weighs_more_than_nothing_liked() {
+        let names = |list: &[&str]| list.iter().map(|n| n.to_string()).collect::<Vec<_>>();
+        let taste = Asked {
+            likes: names(&["rustic wood"]),
+            suggestions: names(&["exposed beams"]),
+            dislikes: names(&["falling snow"]),
+            ..Asked::default()
+        };
+        let faults = |words: &str| Faults::of(words, &taste, true);
+        let none = Faults::default();
+        assert!(faults("Make it out of rustic wood.") == none);
+        assert!(faults("Add exposed beams above it.") == none);
+        assert!(faults("Paint it blue.") > none);
+        assert!(faults("Make it out of rustic wood in falling snow.") > faults("Paint it blue."));
+        // Not where nobody insists, or nothing is known that could be taken up.
+        assert!(Faults::of("Paint it blue.", &taste, false) == none);
+        assert!(Faults::of("Paint it blue.", &Asked::default(), true) == none);
     }
 
     #[test]

@@ -11,7 +11,7 @@
 //! What makes it worth learning from: clusters overlap, neither they nor their circles are named
 //! in the events, and which things of a cluster go together follows from no wording: that lovers
 //! of leather sofas also like exposed beams and a stone fireplace, but care little for the rest
-//! of a cabin, can be known from neighbours only. Nearly half of the training pairs prefer such
+//! of a cabin, can be known from neighbours only. Most of the training pairs prefer such
 //! unstated attributes, and some reject one of a neighbouring circle. Wording comes from a
 //! grammar; a thirtieth of the pairs is the wrong way round.
 //!
@@ -749,10 +749,10 @@ impl Taste {
         }
     }
 
-    /// Something of that kind the user would love. In training a stated like six times in ten,
+    /// Something of that kind the user would love. In training a stated like one time in three,
     /// where there is one of that kind, else an unstated one of the user's circles, which only
-    /// the neighbours' tastes give away; in testing a held-out like where there is one of that
-    /// kind.
+    /// the neighbours' tastes give away: who has said what they like wants to be surprised. In
+    /// testing a held-out like where there is one of that kind.
     fn preferred(
         &self,
         kind: EditType,
@@ -770,7 +770,7 @@ impl Taste {
         } else {
             of_kind(&self.stated)
         };
-        if !direct.is_empty() && (testing || random.uniform() < 0.6) {
+        if !direct.is_empty() && (testing || random.uniform() < 0.33) {
             return random.choose(&direct).copied();
         }
         let known = |a: &Attribute| {

@@ -227,6 +227,18 @@ fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
                 set_edge(&mut graph, &mut edges, user, attribute, &mut random);
             }
         }
+        // Postings made at once, chunk by chunk, are those that grew.
+        let mut posted = graph.clone();
+        posted.post_all();
+        for attribute in (0..attributes).map(AttributeId) {
+            for sign in [Sign::Dislike, Sign::Like] {
+                let (grown, made) = (
+                    graph.posting(attribute, sign),
+                    posted.posting(attribute, sign),
+                );
+                assert!(grown.eq(made), "{attribute:?}");
+            }
+        }
         for at in 0..3_000 {
             let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
             set_edge(&mut graph, &mut edges, user, attribute, &mut random);

@@ -128,6 +128,19 @@ fn a_payload_has_the_bytes_that_the_format_says() {
     assert_eq!(u32_at(frame, 4), crc);
     let expected = xxh3_64_with_seed(&frame[4..], 0x1122_3344_5566_7788);
     assert_eq!(digest, expected);
+    let buffer = payload.bytes.as_ptr();
+    let bytes = payload.into_bytes();
+    assert_eq!(bytes.as_ptr(), buffer);
+    // What the first frame of a log is chained to.
+    let first = xxh3_64_with_seed(&[3, 0, 0, 0, 0, 0, 0, 0], 77);
+    assert_eq!(genesis_digest(77, 3), first);
+}
+
+#[test]
+fn a_name_without_a_folder_is_synced_in_the_folder_at_hand() {
+    sync_parent(Path::new("Cargo.toml")).unwrap();
+    let missing = sync_parent(Path::new("no folder/file")).unwrap_err();
+    assert!(matches!(missing, StoreError::Io { .. }));
 }
 
 #[test]

@@ -64,7 +64,7 @@ pub mod mutants {
             }
             return false;
         }
-        let on = std::env::var("MUTANT").map_or(UNREAD - 1, |id| id.parse().unwrap());
+        let on = std::env::var("MUTANT").map_or(UNREAD - 1, |id| id.parse().unwrap_or(UNREAD - 1));
         ON.store(on, Ordering::Relaxed);
         on == id
     }

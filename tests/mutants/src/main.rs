@@ -125,6 +125,7 @@ fn copy_tree(root: &Path, tree: &Path, mutants: &[Mutant]) {
         "tests/tests",
         "tests/interposer",
         "tests/golden/sage",
+        "tests/golden/pictures",
         "Cargo.lock",
         ".cargo",
     ];

@@ -1,7 +1,7 @@
 //! Tries each mutant on the tests that reach it.
 
 use crate::{Mutant, cargo, write};
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::sync::Mutex;
@@ -142,18 +142,25 @@ fn checks(tree: &Path) -> Vec<Check> {
     checks
 }
 
-/// The mutants a check reaches, from a run that writes them down; a program that was not built
-/// anew is not asked again.
-fn reached(check: &Check, work: &Path) -> BTreeSet<usize> {
-    let seen = work.join("reached").join(check.name.replace("::", "."));
+/// Runs a check without a mutant, for its time and for the mutants it reaches, and keeps both in a
+/// file: a program that was not built anew is not asked again.
+fn measure(check: &mut Check, work: &Path) {
+    let file = work.join("reached").join(check.name.replace("::", "."));
     let changed = |path: &Path| path.metadata().and_then(|m| m.modified()).ok();
-    if changed(&seen) <= changed(&check.program) {
-        write(&seen, "");
-        check.run("MUTANTS_SEEN", seen.to_str().expect("UTF-8"), 3600.0);
+    if changed(&file) <= changed(&check.program) {
+        let started = Instant::now();
+        let (passed, _) = check.run("MUTANT", "none", 600.0);
+        assert!(passed, "{} fails without a mutant", check.name);
+        write(&file, format!("{}\n", started.elapsed().as_secs_f64()));
+        check.run("MUTANTS_SEEN", file.to_str().expect("UTF-8"), 3600.0);
     }
-    let ids = std::fs::read_to_string(&seen).expect("what was reached");
-    let number = |id: &str| id.parse().expect("a number");
-    ids.lines().map(number).collect()
+    let text = std::fs::read_to_string(&file).expect("what was measured");
+    let (seconds, ids) = text.split_once('\n').expect("lines");
+    check.seconds = seconds.parse().expect("seconds");
+    check.reaches = ids
+        .lines()
+        .map(|id| id.parse().expect("a number"))
+        .collect();
 }
 
 /// Tries all of these mutants, or those named in the file behind `--only`, `--jobs` at once, on
@@ -162,17 +169,7 @@ fn reached(check: &Check, work: &Path) -> BTreeSet<usize> {
 pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
     let mut checks = checks(tree);
     for check in &mut checks {
-        let started = Instant::now();
-        let (passed, _) = check.run("MUTANT", "none", 600.0);
-        check.seconds = started.elapsed().as_secs_f64();
-        assert!(passed, "{} fails without a mutant", check.name);
-        check.reaches = reached(check, work);
-        println!(
-            "{:6.2} s, reaches {:4}: {}",
-            check.seconds,
-            check.reaches.len(),
-            check.name
-        );
+        measure(check, work);
     }
     checks.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
 
@@ -193,14 +190,16 @@ pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
             .as_ref()
             .is_none_or(|n| n.lines().any(|l| l == mutants[**id].name))
     };
-    let wanted: Vec<usize> = switched.iter().filter(named).copied().collect();
+    let mut wanted: Vec<usize> = switched.iter().filter(named).copied().collect();
+    // In an order that is fixed and any, so that a run that is stopped is a fair sample.
+    wanted.sort_by_key(|id| (*id as u32).wrapping_mul(2_654_435_761));
     let (next, results) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let kills = Mutex::new(BTreeMap::new());
     std::thread::scope(|scope| {
         for _ in 0..jobs {
             scope.spawn(|| {
-                let mut last = 0;
                 while let Some(&id) = wanted.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let said = attempt(&checks, id, &mut last);
+                    let said = attempt(&checks, id, &mutants[id].file, &kills);
                     println!("{said}: {}", mutants[id].name);
                     results.lock().expect("not poisoned").push((id, said));
                 }
@@ -232,17 +231,36 @@ pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
     );
 }
 
-/// What came of a mutant. The test that caught the one before is tried first: it is of the
-/// same function, mostly.
-fn attempt(checks: &[Check], id: usize, last: &mut usize) -> String {
-    let order = std::iter::once(*last).chain((0..checks.len()).filter(|i| i != last));
-    let mut reached = false;
-    for i in order.filter(|&i| checks[i].reaches.contains(&id)) {
-        reached = true;
-        let (passed, late) =
-            checks[i].run("MUTANT", &id.to_string(), 3.0 * checks[i].seconds + 5.0);
+/// What came of a mutant. Tests that caught many in its file are tried first, then quick ones.
+fn attempt<'a>(
+    checks: &[Check],
+    id: usize,
+    file: &'a str,
+    kills: &Mutex<BTreeMap<(&'a str, usize), u32>>,
+) -> String {
+    let mut order: Vec<usize> = (0..checks.len())
+        .filter(|&i| checks[i].reaches.contains(&id))
+        .collect();
+    if order.is_empty() {
+        return "missed, reached by no test".into();
+    }
+    let count = |i: &usize| {
+        kills
+            .lock()
+            .expect("not poisoned")
+            .get(&(file, *i))
+            .copied()
+    };
+    order.sort_by_cached_key(|i| std::cmp::Reverse(count(i)));
+    for i in order {
+        let limit = 3.0 * checks[i].seconds + 2.0;
+        let (passed, late) = checks[i].run("MUTANT", &id.to_string(), limit);
         if !passed {
-            *last = i;
+            *kills
+                .lock()
+                .expect("not poisoned")
+                .entry((file, i))
+                .or_insert(0) += 1;
             return format!(
                 "{} {}",
                 if late { "late" } else { "caught" },
@@ -250,9 +268,5 @@ fn attempt(checks: &[Check], id: usize, last: &mut usize) -> String {
             );
         }
     }
-    if reached {
-        "missed".into()
-    } else {
-        "missed, reached by no test".into()
-    }
+    "missed".into()
 }

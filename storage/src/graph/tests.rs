@@ -199,56 +199,68 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
 #[test]
 fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
     for seed in 0..12 {
-        let mut random = Philox::new(seed, 2);
-        let users = 600 + random.below(1_400);
-        let attributes = 4 + random.below(300);
-        let layout = Layout {
-            chunk_bits: 9 + random.below(3),
-            dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
-            join_users: [0, 5_000][random.below(2) as usize],
-        };
-        let mut graph = Graph::with(layout, Kernel::Portable);
-        for attribute in 0..attributes {
-            graph.add_attribute(&format!("a{attribute}"));
-        }
-        let mut edges = vec![BTreeMap::new(); users as usize];
-        for user in 0..users {
-            graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
-            // One user likes everything, more than the byte counters hold, and one half of it.
-            let wanted = match user {
-                99 => attributes,
-                98 => attributes / 2,
-                _ => random.below(40),
-            };
-            for i in 0..wanted {
-                let attribute = match user {
-                    98 | 99 => i,
-                    _ => random.below(attributes),
-                };
-                set_edge(&mut graph, &mut edges, user, attribute, &mut random);
-            }
-        }
-        // Postings made at once, chunk by chunk, are those that grew.
-        let mut posted = graph.clone();
-        posted.post_all();
-        for attribute in (0..attributes).map(AttributeId) {
-            for sign in [Sign::Dislike, Sign::Like] {
-                let (grown, made) = (
-                    graph.posting(attribute, sign),
-                    posted.posting(attribute, sign),
-                );
-                assert!(grown.eq(made), "{attribute:?}");
-            }
-        }
-        for at in 0..3_000 {
-            let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
-            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
-            if at % 1_000 == 0 {
-                check_some(&mut graph, &edges, &mut random);
-            }
-        }
-        check_some(&mut graph, &edges, &mut random);
+        many_users(seed, 2_000, 3_000);
     }
+}
+
+/// The same with so few that it is quick to tell what is wrong.
+#[test]
+fn some_users_in_two_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
+    for seed in 100..105 {
+        many_users(seed, 750, 200);
+    }
+}
+
+fn many_users(seed: u64, most: u32, changes: u32) {
+    let mut random = Philox::new(seed, 2);
+    let users = 600 + random.below(most - 600);
+    let attributes = 4 + random.below(300);
+    let layout = Layout {
+        chunk_bits: 9 + random.below(3),
+        dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
+        join_users: [0, 5_000][random.below(2) as usize],
+    };
+    let mut graph = Graph::with(layout, Kernel::Portable);
+    for attribute in 0..attributes {
+        graph.add_attribute(&format!("a{attribute}"));
+    }
+    let mut edges = vec![BTreeMap::new(); users as usize];
+    for user in 0..users {
+        graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
+        // One user likes everything, more than the byte counters hold, and one half of it.
+        let wanted = match user {
+            99 => attributes,
+            98 => attributes / 2,
+            _ => random.below(40),
+        };
+        for i in 0..wanted {
+            let attribute = match user {
+                98 | 99 => i,
+                _ => random.below(attributes),
+            };
+            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+        }
+    }
+    // Postings made at once, chunk by chunk, are those that grew.
+    let mut posted = graph.clone();
+    posted.post_all();
+    for attribute in (0..attributes).map(AttributeId) {
+        for sign in [Sign::Dislike, Sign::Like] {
+            let (grown, made) = (
+                graph.posting(attribute, sign),
+                posted.posting(attribute, sign),
+            );
+            assert!(grown.eq(made), "{attribute:?}");
+        }
+    }
+    for at in 0..changes {
+        let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
+        set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+        if at % 1_000 == 0 {
+            check_some(&mut graph, &edges, &mut random);
+        }
+    }
+    check_some(&mut graph, &edges, &mut random);
 }
 
 fn set_edge(

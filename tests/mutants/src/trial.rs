@@ -164,15 +164,9 @@ fn measure(check: &mut Check, work: &Path) {
 }
 
 /// Tries all of these mutants, or those named in the file behind `--only`, `--jobs` at once, on
-/// the tests that take no longer than `--within` seconds. Writes what came of each, and what was
-/// missed, into `work`.
+/// the tests that take no longer than `--within` seconds and have `--tests` in their name. Writes
+/// what came of each, and what was missed, into `work`.
 pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
-    let mut checks = checks(tree);
-    for check in &mut checks {
-        measure(check, work);
-    }
-    checks.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
-
     let args: Vec<String> = std::env::args().collect();
     let value = |flag: &str| {
         args.iter()
@@ -182,6 +176,14 @@ pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
     let number = |flag: &str| value(flag).map(|n| n.parse::<u32>().expect("a number"));
     let names = value("--only").map(|path| std::fs::read_to_string(path).expect("a file of names"));
     let jobs = number("--jobs").unwrap_or(1);
+    let mut checks = checks(tree);
+    if let Some(part) = value("--tests") {
+        checks.retain(|check| check.name.contains(&part));
+    }
+    for check in &mut checks {
+        measure(check, work);
+    }
+    checks.sort_by(|a, b| a.seconds.total_cmp(&b.seconds));
     if let Some(most) = number("--within") {
         checks.retain(|check| check.seconds <= f64::from(most));
     }

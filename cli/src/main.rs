@@ -6,6 +6,7 @@
 mod demo;
 mod edit_commands;
 mod eval_commands;
+mod forget;
 mod learn_commands;
 mod model_commands;
 mod output;

@@ -1,5 +1,6 @@
 //! The commands on the store: events in, questions answered, upkeep.
 
+use crate::forget::{self, Forget};
 use crate::output::{Output, Usage};
 use crate::{Common, Outcome, cancelled};
 use anyhow::{Context, Result, bail};
@@ -43,10 +44,7 @@ pub enum StoreCommand {
         repair: bool,
     },
     /// Remove every trace of a user; prints a receipt
-    Forget {
-        /// The user
-        user: String,
-    },
+    Forget(Forget),
     /// Rewrite the store to what is live
     Compact,
     /// Write the graph to stdout
@@ -184,10 +182,7 @@ pub fn run(command: StoreCommand, common: &Common, output: &Output) -> Result<Ou
             output.answer(&stats, || object_words(&stats))?;
         }
         StoreCommand::Check { repair } => check(repair, common, output)?,
-        StoreCommand::Forget { user } => {
-            let receipt = open_existing(common)?.forget(&user)?;
-            output.answer(&receipt, || object_words(&receipt))?;
-        }
+        StoreCommand::Forget(args) => forget::forget(&args, common, output)?,
         StoreCommand::Compact => {
             let report = open_existing(common)?.compact()?;
             output.answer(&report, || object_words(&report))?;
@@ -345,7 +340,7 @@ fn profile_words(profile: &Profile) -> String {
 }
 
 /// The fields of a flat record, a line each.
-fn object_words(record: &impl Serialize) -> String {
+pub fn object_words(record: &impl Serialize) -> String {
     match serde_json::to_value(record) {
         Ok(serde_json::Value::Object(fields)) => {
             let lines: Vec<String> = fields

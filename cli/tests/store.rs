@@ -364,8 +364,25 @@ fn a_forgotten_user_leaves_no_byte_behind_and_a_snapshot_restores_the_rest() {
             .len(),
         2
     );
-    let receipt = bench.ask(&["forget", "marker-zq-user"]);
+    // Pages of ours go with the user, others' files are told, and nobody else's are touched.
+    let made = bench.dir.path().join("made");
+    std::fs::create_dir(&made).unwrap();
+    let page = |user: &str| format!("<meta name=generator content=Simpatico><p>{user}");
+    std::fs::write(made.join("mine.html"), page("marker-zq-user")).unwrap();
+    std::fs::write(made.join("other.html"), page("marker-zq-username")).unwrap();
+    std::fs::write(made.join("notes.txt"), "seen: marker-zq-user").unwrap();
+    let made = made.display().to_string();
+    let receipt = bench.ask(&["forget", "marker-zq-user", "--files", &made]);
     assert!(!receipt.to_string().contains("marker-zq-user"));
+    assert_eq!(
+        receipt["removed"],
+        serde_json::json!([made.clone() + "/mine.html"])
+    );
+    assert_eq!(
+        receipt["still_naming"],
+        serde_json::json!([made.clone() + "/notes.txt"])
+    );
+    assert_eq!(std::fs::read_dir(&made).unwrap().count(), 2);
     bench.ask(&["compact"]);
     assert_eq!(
         bench.ask(&["similar", "ada"])["neighbors"]

@@ -390,6 +390,9 @@ fn text(svg: &mut String, (x, y): (f64, f64), anchor: &str, words: &str) {
     );
 }
 
+/// In the head of every page of ours, so that a page can be told from others' files.
+pub const MADE_HERE: &str = "<meta name=generator content=Simpatico>";
+
 /// A whole HTML page around parts that are HTML already: it needs no other file.
 pub fn page(title: &str, parts: &[String]) -> String {
     const STYLE: &str = "body{font:15px/1.5 sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}\
@@ -398,7 +401,7 @@ pub fn page(title: &str, parts: &[String]) -> String {
     let title = escape(title);
     format!(
         "<!doctype html>\n<html lang=en><meta charset=utf-8>\
-         <meta name=viewport content=\"width=device-width\">\n<title>{title}</title>\n\
+         <meta name=viewport content=\"width=device-width\">{MADE_HERE}\n<title>{title}</title>\n\
          <style>{STYLE}</style>\n<h1>{title}</h1>\n{}\n</html>\n",
         parts.join("\n")
     )

@@ -357,6 +357,9 @@ mod tests {
         let event = read_delimited_event(b"1::2::9::1365029107", &ratings()).unwrap();
         assert_eq!(event.at, Some(1_365_029_107_000));
         assert!(read_delimited_event(b"1::2", &ratings()).is_err());
+        // Quotes are plain bytes where the delimiter is more than one.
+        let quoted = read_delimited_event(b"1::the \"best\"::9", &ratings()).unwrap();
+        assert_eq!(quoted.attribute, "the \"best\"");
         assert_eq!(
             read_delimited_event(b"1::2::9", &ratings()).unwrap().at,
             None
@@ -471,6 +474,38 @@ mod tests {
         assert_eq!(next(), None);
         let mut empty = Lines::new(&b""[..]).unwrap();
         assert!(empty.next_line().unwrap().is_none());
+        let longest = vec![b'z'; MAX_LINE_BYTES];
+        let mut without_end = Lines::new(&longest[..]).unwrap();
+        let line = without_end.next_line().unwrap();
+        assert!(matches!(line, Some((1, Line::Text(text))) if text == longest));
+    }
+
+    #[test]
+    fn an_interrupted_read_goes_on_and_a_failed_one_is_told() {
+        struct Parts(std::vec::IntoIter<io::Result<&'static str>>);
+        impl Read for Parts {
+            fn read(&mut self, buffer: &mut [u8]) -> io::Result<usize> {
+                let text = self.0.next().unwrap_or(Ok(""))?;
+                buffer[..text.len()].copy_from_slice(text.as_bytes());
+                Ok(text.len())
+            }
+        }
+        let error = |kind: io::ErrorKind| Err(kind.into());
+        let parts = vec![
+            Ok("one\nt"),
+            error(io::ErrorKind::Interrupted),
+            Ok("wo\n"),
+            error(io::ErrorKind::BrokenPipe),
+        ];
+        let mut lines = Lines::new(Parts(parts.into_iter())).unwrap();
+        for (expected, text) in [(1, b"one"), (2, b"two")] {
+            let line = lines.next_line().unwrap();
+            assert!(
+                matches!(line, Some((number, Line::Text(t))) if number == expected && t == text)
+            );
+        }
+        let failed = lines.next_line().err().unwrap();
+        assert_eq!(failed.kind(), io::ErrorKind::BrokenPipe);
     }
 
     #[test]

@@ -216,12 +216,7 @@ impl Graph {
         let mut changes = Vec::with_capacity(events.len());
         let mut moves = Vec::with_capacity(events.len());
         for (i, &(user, attribute, to)) in events.iter().enumerate() {
-            if let Some(later) = events.get(i + 8) {
-                self.records.fetch_pack(later.0.0 as usize);
-            }
-            if let Some(later) = events.get(i + 4) {
-                self.records.fetch_string(later.0.0 as usize);
-            }
+            self.fetch_ahead_records(&events[i..]);
             let change = self.set_register(user, attribute, to);
             if let Change::Applied { old, new } = change
                 && old != new
@@ -242,6 +237,16 @@ impl Graph {
             self.move_edge(m.user, (m.place >> 32) as u32, m.old, m.new);
         }
         changes
+    }
+
+    /// Fetches for later events what leads to their users' records.
+    fn fetch_ahead_records(&self, events: &[(UserId, AttributeId, Register<'_>)]) {
+        if let Some(later) = events.get(8) {
+            self.records.fetch_pack(later.0.0 as usize);
+        }
+        if let Some(later) = events.get(4) {
+            self.records.fetch_string(later.0.0 as usize);
+        }
     }
 
     /// Fetches for later moves, step by step, what leads to the bytes they will write.

@@ -238,6 +238,11 @@ mod tests {
         }
         std::fs::write(&path, b"short").unwrap();
         assert_eq!(read(&path).unwrap(), None);
+        // A file that is missing is no mark, one that cannot be looked for an error.
+        assert!(matches!(
+            read(&path.join("mark")),
+            Err(StoreError::Io { .. })
+        ));
         std::fs::remove_file(&path).unwrap();
         assert_eq!(read(&path).unwrap(), None);
     }

@@ -36,6 +36,7 @@ use simpatico_schema::edit::{EditRecord, PreferencePair};
 use simpatico_schema::{Event, check_name};
 use std::borrow::Cow;
 use std::collections::VecDeque;
+use std::ffi::OsStr;
 use std::fs::{File, OpenOptions, TryLockError};
 use std::io::{Read, Seek, Write};
 use std::path::{Path, PathBuf};
@@ -642,6 +643,23 @@ impl Store {
     pub fn exists(path: impl AsRef<Path>) -> bool {
         let places = Places::of(path.as_ref());
         places.mark.is_file() || log::list_segments(&places.log).is_ok_and(|s| !s.is_empty())
+    }
+
+    /// Whether an entry of a store's directory is one of the store's own.
+    pub fn owns(name: &OsStr) -> bool {
+        let own = [
+            "log",
+            "mark",
+            "sled",
+            "encoders",
+            "rejected",
+            "lock",
+            "forgotten",
+            "maximum",
+        ];
+        // What follows a dot is an ending or a file that is being written.
+        let name = name.to_string_lossy();
+        own.contains(&name.split('.').next().unwrap_or_default())
     }
 
     /// Opens the store in a directory, or makes one there. Reads what is needed to answer

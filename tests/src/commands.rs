@@ -19,7 +19,7 @@ const USERS: u64 = 400;
 const LIMIT: Duration = Duration::from_secs(60);
 
 /// The program, built where it is not there yet.
-fn program() -> &'static Path {
+pub(crate) fn program() -> &'static Path {
     static PROGRAM: OnceLock<PathBuf> = OnceLock::new();
     PROGRAM.get_or_init(|| {
         let program = programs().join("simpatico");

@@ -1,8 +1,9 @@
 //! The row of forgetting: nothing of a hundred marked users is left in any file.
 
+use crate::commands::program;
 use crate::files::{copy, files, holding, in_memory};
 use crate::suite::{Plan, case};
-use simpatico_schema::edit::{EditRecord, PreferencePair};
+use simpatico_schema::edit::{EditRecord, PreferencePair, Provenance};
 use simpatico_schema::random::Philox;
 use simpatico_schema::{Event, Polarity};
 use simpatico_storage::{Options, Store, StoreError};
@@ -13,6 +14,10 @@ use std::time::Duration;
 /// In every name, id and text of those who will be forgotten, and in nothing else.
 const MARKER: &str = "zqmarked";
 const MARKED: u64 = 100;
+/// So many of them have pictures and a page, and are forgotten by the program.
+const PICTURED: u64 = 10;
+/// In one of so many cases.
+const PICTURED_CASES: u64 = 5;
 
 fn marked(n: u64) -> String {
     format!("{MARKER}-user-{n}")
@@ -35,6 +40,10 @@ fn pair(user: &str, text: &str) -> PreferencePair {
         rejected: "add a tree".into(),
         source: "feedback".into(),
     }
+}
+
+fn edit_id(n: u64) -> String {
+    format!("{MARKER} edit {n}")
 }
 
 fn edit(user: &str, id: &str) -> EditRecord {
@@ -76,12 +85,79 @@ fn add_marked(store: &Store) -> Result<(), StoreError> {
         let shared = Event::new(&user, &format!("attribute {}", n % 40), Polarity::Dislike).at(9);
         store.append(&[first, shared])?;
         store.put_pairs(&[pair(&user, MARKER)])?;
-        store.put_edit(&edit(&user, &format!("{MARKER} edit {n}")))?;
+        store.put_edit(&edit(&user, &edit_id(n)))?;
         store.set_user_features(&[(user.clone(), vec![1.0; 8])])?;
         let line = format!("{{\"user\":\"{user}\",\"attribute\":3}}");
         store.reject("in.jsonl", n, "no event", line.as_bytes())?;
     }
     Ok(())
+}
+
+/// What the program writes for a user, into a folder of the user's choice or the store's own: a
+/// picture with its record in it and beside it, and a page.
+fn write_pictures(folder: &Path, user: &str, edit_id: &str) {
+    std::fs::create_dir_all(folder).expect("a folder");
+    let mut record = Provenance {
+        version: 3,
+        edit_id: edit_id.into(),
+        instruction: format!("an instruction of {edit_id}"),
+        digital_source_type: "trainedAlgorithmicMedia".into(),
+        ..Provenance::default()
+    };
+    record.settings.steps = Some(4);
+    let json = serde_json::to_string(&record).expect("JSON");
+    let mut chunk = b"iTXtsimpatico\0\0\0\0\0".to_vec();
+    chunk.extend(json.as_bytes());
+    let mut sum = flate2::Crc::new();
+    sum.update(&chunk);
+    // Behind the signature and the header.
+    let (head, rest) = include_bytes!("../golden/pictures/plain.png").split_at(33);
+    let length = (chunk.len() as u32 - 4).to_be_bytes();
+    let png = [head, &length, &chunk, &sum.sum().to_be_bytes(), rest].concat();
+    let page = format!(
+        "<!doctype html><meta name=generator content=Simpatico><p>{user}: an edit, {edit_id}"
+    );
+    for (ending, bytes) in [
+        ("png", &png[..]),
+        ("json", json.as_bytes()),
+        ("html", page.as_bytes()),
+    ] {
+        std::fs::write(folder.join(format!("{user}.{ending}")), bytes).expect("written");
+    }
+}
+
+/// Makes the pictures, and has the program forget whom they were made for, killed now and then.
+fn forget_pictured(root: &Path, random: &mut Philox) {
+    let out = [root.join("out"), root.join("store/out")];
+    for n in 0..PICTURED {
+        write_pictures(&out[n as usize % 2], &marked(n), &edit_id(n));
+    }
+    write_pictures(&out[0], "user 2", "edit 1");
+    for n in 0..PICTURED {
+        let mut command = Command::new(program());
+        command
+            .args(["forget", &marked(n), "--json", "--store"])
+            .arg(root.join("store"))
+            .arg("--files")
+            .arg(&out[0])
+            .stdout(Stdio::null())
+            .stderr(Stdio::piped());
+        let mut child = command.spawn().expect("the program runs");
+        std::thread::sleep(Duration::from_millis(u64::from(random.below(60))));
+        let _ = child.kill();
+        let _ = child.wait();
+        let output = command.output().expect("the program runs");
+        let said = String::from_utf8_lossy(&output.stderr);
+        // Killed late, it was done.
+        let done = output.status.success() || said.contains("is not in the store");
+        assert!(done, "forgetting {}: {said}", marked(n));
+    }
+    let left: Vec<_> = out.iter().flat_map(|folder| files(folder)).collect();
+    assert_eq!(
+        left.len(),
+        3,
+        "another's picture, record and page: {left:?}"
+    );
 }
 
 /// Forgets every marked user, then compacts and writes a snapshot and the exports: what the
@@ -129,6 +205,9 @@ pub fn row(plan: Plan) -> String {
         let root = folder.path().join("root");
         let _ = std::fs::remove_dir_all(&root);
         copy(&with, &root.join("store"));
+        if number % PICTURED_CASES == 0 {
+            forget_pictured(&root, &mut random);
+        }
         let program = std::env::current_exe().expect("this program's path");
         let mut place = program.parent().expect("a folder");
         if place.ends_with("deps") {

@@ -380,7 +380,7 @@ fn ended(command: &mut Command, what: &str) -> i32 {
 }
 
 /// The exit status (a signal counts as 128 + its number), or `None` after the time limit.
-pub(crate) fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
+pub fn wait(child: &mut Child, limit: Duration) -> Option<i32> {
     use std::os::unix::process::ExitStatusExt;
     let started = std::time::Instant::now();
     while started.elapsed() < limit {

@@ -1,5 +1,6 @@
 //! The page a demo ends with: one self-contained HTML file, made of plain values.
 
+use simpatico_engine::plot::MADE_HERE;
 use std::fmt::Write;
 
 /// All that the page shows.
@@ -98,7 +99,7 @@ pub fn html(page: &Page) -> String {
     let _ = write!(
         out,
         "<!doctype html><html lang=en><meta charset=utf-8>\
-         <meta name=viewport content=\"width=device-width,initial-scale=1\">\
+         <meta name=viewport content=\"width=device-width,initial-scale=1\">{MADE_HERE}\
          <title>Simpatico</title><style>{STYLE}</style><main>\
          <h1>Simpatico</h1><p class=lead>It learned these people's taste from a handful of likes, \
          asked who is like whom, and edited the same pictures for each of them.</p>\

@@ -825,3 +825,127 @@ mod x86 {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use simpatico_schema::random::Philox;
+
+    fn bitmap(random: &mut Philox, blocks: usize) -> Vec<u64> {
+        let mut word = || u64::from(random.next_u32()) << 32 | u64::from(random.next_u32());
+        (0..blocks * BLOCK_WORDS).map(|_| word() & word()).collect()
+    }
+
+    fn has(words: &[u64], place: usize) -> bool {
+        words
+            .get(place / 64)
+            .is_some_and(|w| w >> (place % 64) & 1 == 1)
+    }
+
+    #[test]
+    fn every_kernel_counts_as_one_by_one() {
+        let mut random = Philox::new(1, 5);
+        for n in [0, 1, 2, 3, 7, 8, 9, 17, 40, 64, 200, MAX_COUNTED] {
+            let blocks = 1 + random.below(4) as usize;
+            let mut one = || {
+                let blocks = random.below(blocks as u32 + 2) as usize;
+                bitmap(&mut random, blocks)
+            };
+            let singles: Vec<_> = (0..n - n / 3).map(|_| one()).collect();
+            let pairs: Vec<_> = (0..n / 3)
+                .map(|_| {
+                    let (a, mut b) = (one(), one());
+                    a.iter().zip(&mut b).for_each(|(a, b)| *b &= !a);
+                    (a, b)
+                })
+                .collect();
+            let bitmaps = Bitmaps {
+                singles: singles.iter().map(Vec::as_slice).collect(),
+                pairs: pairs.iter().map(|(a, b)| (&a[..], &b[..])).collect(),
+            };
+            let expected: Vec<u8> = (0..blocks * BLOCK_USERS)
+                .map(|place| {
+                    let single = singles.iter().filter(|words| has(words, place)).count();
+                    let pair = |(a, b): &&(Vec<u64>, Vec<u64>)| has(a, place) || has(b, place);
+                    (single + pairs.iter().filter(pair).count()) as u8
+                })
+                .collect();
+            for &kernel in Kernel::present() {
+                let mut counts = vec![7; blocks * BLOCK_USERS];
+                kernel.count(&bitmaps, &mut counts);
+                assert_eq!(counts, expected, "{kernel:?}, {n}");
+                let lanes = kernel.lane_maxima(&counts);
+                for (lane, max) in lanes.into_iter().enumerate() {
+                    assert_eq!(Some(&max), expected.iter().skip(lane).step_by(64).max());
+                }
+                for least in [1, 2, n as u8 / 4] {
+                    let mut found = Vec::new();
+                    kernel.scan(&counts, least, &mut |place, count| {
+                        found.push((place, count));
+                        least
+                    });
+                    let all = expected.iter().copied().enumerate();
+                    assert!(all.filter(|(_, count)| *count >= least).eq(found));
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn every_kernel_finds_in_a_table_what_is_in_enough_rows() {
+        let mut random = Philox::new(2, 5);
+        for tokens in [1, 5, 8, 31, 32, 33, 63, 64, 100, MAX_COUNTED] {
+            let mut table = vec![Row::default(); tokens];
+            let mut expected = vec![0u8; TABLE_USERS];
+            for (place, count) in expected.iter_mut().enumerate() {
+                for row in &mut table {
+                    // Few of all in the first half, so that numbers differ in size.
+                    if random.below(if place < 700 { 12 } else { 3 }) == 0 {
+                        row.flip(place);
+                        *count += 1;
+                    }
+                }
+            }
+            // A token without a row is passed over.
+            let mut asked: Vec<u32> = (0..tokens as u32).collect();
+            if tokens < MAX_COUNTED {
+                asked.push(tokens as u32 + 3);
+            }
+            for least in [1, 2, 9, tokens as u8 / 3] {
+                for enough in [0, 3, 40, usize::MAX] {
+                    let expected = told(&expected, least.max(1), enough);
+                    for &kernel in Kernel::present() {
+                        let mut found = Vec::new();
+                        let least = least.max(1);
+                        kernel.find(&table, &asked, least, enough, &mut |place, count| {
+                            found.push((place, count));
+                            least
+                        });
+                        assert_eq!(found, expected, "{kernel:?}, {tokens}, {least}, {enough}");
+                    }
+                }
+            }
+        }
+    }
+
+    /// What is told of these counts, where the asker never asks for more.
+    fn told(counts: &[u8], least: u8, enough: usize) -> Vec<(usize, u8)> {
+        let mut all = Vec::new();
+        for (block, counts) in counts.chunks(BLOCK_USERS).enumerate() {
+            let having = |least: u8| counts.iter().filter(|count| **count >= least).count();
+            let mut from = least;
+            while having(from) > enough && from < u8::MAX && having(from + 1) > enough {
+                from += 1;
+            }
+            let counts = counts.iter().copied().enumerate();
+            let some = counts.filter(|(_, count)| *count >= from);
+            // The first that is told takes the asker's own number up again.
+            let some: Vec<_> = some.collect();
+            all.extend(
+                some.into_iter()
+                    .map(|(at, count)| (block * BLOCK_USERS + at, count)),
+            );
+        }
+        all
+    }
+}

@@ -409,3 +409,101 @@ fn find_below(counts: &Counts<'_>, bounds: &[u32], below: &mut impl FnMut(usize,
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::graph::{AttributeId, Register};
+    use simpatico_schema::Polarity;
+    use simpatico_schema::random::Philox;
+
+    #[test]
+    fn counts_above_their_bounds_are_found() {
+        let mut random = Philox::new(1, 6);
+        for users in [1_usize, 1, 1, 1, 1, 2, 3, 63, 64, 65, 200] {
+            // Mostly none: the way by blocks is to be gone too.
+            for rare in [2, 300] {
+                let bounds: Vec<u32> = (0..users).map(|_| 3 + random.below(9)).collect();
+                let mut count =
+                    |bound: &u32| bound + u32::from(random.below(rare) == 0) - random.below(2);
+                let wide: Vec<u32> = bounds.iter().map(&mut count).collect();
+                let mut bytes: Vec<u8> = wide.iter().map(|c| *c as u8).collect();
+                bytes.resize(users.next_multiple_of(512), 0);
+                let pairs = wide.iter().copied().zip(&bounds).enumerate();
+                let above = pairs.filter(|(_, (count, bound))| count > bound);
+                let expected: Vec<_> = above.map(|(at, (count, _))| (at, count)).collect();
+                for counts in [Counts::Bytes(&bytes), Counts::Wide(&wide)] {
+                    let mut found = Vec::new();
+                    find_below(&counts, &bounds, &mut |at, count| found.push((at, count)));
+                    assert_eq!(found, expected);
+                }
+            }
+        }
+    }
+
+    /// Three users, of whom the first two have two attributes in common, one with another sign.
+    fn three() -> Graph {
+        let mut graph = Graph::new();
+        for name in ["a", "b", "c"] {
+            graph.add_user(name);
+            graph.add_attribute(name);
+        }
+        let (like, dislike) = (Polarity::Like, Polarity::Dislike);
+        for (user, attribute, polarity) in [
+            (0, 0, like),
+            (0, 1, like),
+            (1, 0, like),
+            (1, 1, dislike),
+            (1, 2, like),
+            (2, 2, dislike),
+        ] {
+            let to = Register {
+                polarity,
+                at: 1,
+                id: "",
+            };
+            graph.set(UserId(user), AttributeId(attribute), to);
+        }
+        graph
+    }
+
+    #[test]
+    fn what_was_kept_is_taken_up_only_where_it_can_be_of_this_moment() {
+        let graph = three();
+        let overlap = |a, b, mode| graph.overlap(a, b, mode);
+        for (mode, most, other) in [(OverlapMode::Shared, 2, 1), (OverlapMode::Agreeing, 1, 0)] {
+            assert_eq!((overlap(0, 1, mode), overlap(1, 0, mode)), (most, most));
+            assert_eq!((overlap(1, 2, mode), overlap(2, 0, mode)), (other, 0));
+            assert_eq!(overlap(1, 1, mode), 0);
+            assert_eq!(graph.kept_maximum(mode), None);
+            assert_eq!(graph.max_overlap(mode), most);
+            let kept = graph.kept_maximum(mode).unwrap();
+            assert_eq!(
+                (kept.max, overlap(kept.pair.0, kept.pair.1, mode)),
+                (most, most)
+            );
+            assert!(kept.bounds.len() == 3 && kept.bounds.iter().all(|b| *b <= most));
+            let with = |change: &dyn Fn(&mut Kept)| {
+                let mut kept = kept.clone();
+                change(&mut kept);
+                let fresh = three();
+                let taken = fresh.restore_maximum(mode, kept);
+                // Right in any case.
+                assert_eq!(fresh.max_overlap(mode), most);
+                taken
+            };
+            assert!(with(&|_| {}));
+            assert!(with(&|kept| kept.bounds.truncate(2)));
+            assert!(!with(&|kept| kept.max += 1));
+            assert!(!with(&|kept| kept.pair.0 = 3));
+            assert!(!with(&|kept| kept.pair.1 = 3));
+            assert!(!with(&|kept| kept.bounds.push(0)));
+        }
+        let nobody = Kept {
+            max: 0,
+            pair: (0, 0),
+            bounds: Vec::new(),
+        };
+        assert!(Graph::new().restore_maximum(OverlapMode::Shared, nobody));
+    }
+}

@@ -147,6 +147,14 @@ mod tests {
                 snapshots.push((i, names.clone()));
             }
         }
+        // Buckets grow with the names and share them out.
+        assert_eq!(names.bucket_count, 3_000 / LOAD);
+        for bucket in 0..names.bucket_count as usize {
+            assert!(
+                names.buckets.get(bucket).is_none_or(|b| b.len() < 60),
+                "{bucket}"
+            );
+        }
         names.forget(7);
         assert_eq!((names.find("n7"), names.name(7)), (None, ""));
         assert_eq!(names.find_or_add("n7"), (3_000, true));

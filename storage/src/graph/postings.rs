@@ -275,3 +275,78 @@ fn with_one_more(ids: &[u16], id: u16) -> Arc<[u16]> {
     let ids = ids.iter().copied();
     ids.chain([id]).chain(zeros).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const LAYOUT: Layout = Layout {
+        chunk_bits: 9,
+        dense_divisor: 64,
+        join_users: 0,
+    };
+
+    #[test]
+    fn a_user_is_in_one_place_of_one_chunk() {
+        assert_eq!(locate(0, 1, LAYOUT), (0, 0, 1));
+        assert_eq!(locate(511, 600, LAYOUT), (0, 511, 600));
+        assert_eq!(locate(1_025, 1_100, LAYOUT), (2, 1, 76));
+        // A user who is not counted yet.
+        assert_eq!(locate(1_027, 1_025, LAYOUT), (2, 3, 4));
+    }
+
+    #[test]
+    fn a_list_that_grows_has_room_for_a_fifth_and_not_much_more() {
+        for n in 0..300_u16 {
+            let ids: Vec<u16> = (0..n).collect();
+            let list = with_one_more(&ids, 999);
+            let len = usize::from(n) + 1;
+            assert_eq!((&list[..len - 1], list[len - 1]), (&ids[..], 999));
+            assert!(list[len..].iter().all(|id| *id == 0));
+            let room = list.len() - len;
+            assert!((len / 5 + 4..=len / 5 + 11).contains(&room), "{n}: {room}");
+            // With its two counts of references a whole number of granules.
+            assert_eq!((list.len() + 8) % 8, 0);
+        }
+    }
+
+    #[test]
+    fn a_chunk_is_a_list_while_it_is_sparse_and_a_bitmap_while_it_is_dense() {
+        let is_list = |chunk: &Chunk| matches!(chunk, Chunk::List { .. });
+        // 512 users divided by 64: up to eight are a list.
+        let id = |n: usize| (n * 37 % 512) as u16;
+        let mut chunk = Chunk::Empty;
+        for n in 0..20 {
+            let before = match &chunk {
+                Chunk::List { ids, .. } if n < ids.len() && n < 8 => Some(ids.as_ptr()),
+                _ => None,
+            };
+            chunk.insert(id(n), 512, LAYOUT);
+            assert_eq!(is_list(&chunk), n < 8, "{n}");
+            assert_eq!(chunk.count() as usize, n + 1);
+            // Where there is room nothing is moved.
+            if let (Some(before), Chunk::List { ids, .. }) = (before, &chunk) {
+                assert_eq!(ids.as_ptr(), before);
+            }
+            let ids: Vec<u16> = (0..=n).map(id).collect();
+            let (mut made, mut grown) = (Chunk::of_users(&ids, 512, LAYOUT), chunk.clone());
+            assert_eq!(is_list(&made), n < 8);
+            for chunk in [&mut made, &mut grown] {
+                let mut all = chunk.ids();
+                all.sort_unstable();
+                let mut expected = ids.clone();
+                expected.sort_unstable();
+                assert_eq!(all, expected);
+                assert!(!chunk.remove(id(n + 1), LAYOUT));
+            }
+        }
+        // It is a list again below a quarter of what made it a bitmap.
+        for n in (0..20).rev() {
+            assert!(chunk.remove(id(n), LAYOUT), "{n}");
+            assert!(!chunk.remove(id(n), LAYOUT), "{n}");
+            assert_eq!(chunk.count() as usize, n);
+            assert_eq!(is_list(&chunk), n == 1, "{n}");
+        }
+        assert!(matches!(chunk, Chunk::Empty));
+    }
+}

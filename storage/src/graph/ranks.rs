@@ -61,3 +61,25 @@ pub(crate) fn make(names: &Names) -> Vec<u32> {
     }
     ranks
 }
+
+#[cfg(test)]
+mod tests {
+    use super::super::Graph;
+    use std::sync::Arc;
+
+    #[test]
+    fn who_goes_on_first_keeps_the_ranks_and_another_history_gets_its_own() {
+        let mut graph = Graph::new();
+        graph.add_user("a");
+        let (first, mut other) = (graph.ranks.clone(), graph.clone());
+        for name in ["b", "c", "d"] {
+            graph.add_user(name);
+            assert!(Arc::ptr_eq(&first, &graph.ranks), "{name}");
+        }
+        other.add_user("e");
+        let second = other.ranks.clone();
+        assert!(!Arc::ptr_eq(&first, &second));
+        other.add_user("f");
+        assert!(Arc::ptr_eq(&second, &other.ranks));
+    }
+}

@@ -1,5 +1,6 @@
 //! The index against a plain model: ordered maps, and overlaps counted one by one.
 
+use super::kernel::TABLE_USERS;
 use super::*;
 use simpatico_schema::random::Philox;
 use std::cmp::Reverse;
@@ -198,44 +199,68 @@ fn random_histories_equal_the_plain_model_in_every_snapshot() {
 #[test]
 fn many_users_in_many_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
     for seed in 0..12 {
-        let mut random = Philox::new(seed, 2);
-        let users = 600 + random.below(1_400);
-        let attributes = 4 + random.below(300);
-        let layout = Layout {
-            chunk_bits: 9 + random.below(3),
-            dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
-            join_users: [0, 5_000][random.below(2) as usize],
-        };
-        let mut graph = Graph::with(layout, Kernel::Portable);
-        for attribute in 0..attributes {
-            graph.add_attribute(&format!("a{attribute}"));
-        }
-        let mut edges = vec![BTreeMap::new(); users as usize];
-        for user in 0..users {
-            graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
-            // One user likes everything, more than the byte counters hold, and one half of it.
-            let wanted = match user {
-                99 => attributes,
-                98 => attributes / 2,
-                _ => random.below(40),
-            };
-            for i in 0..wanted {
-                let attribute = match user {
-                    98 | 99 => i,
-                    _ => random.below(attributes),
-                };
-                set_edge(&mut graph, &mut edges, user, attribute, &mut random);
-            }
-        }
-        for at in 0..3_000 {
-            let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
-            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
-            if at % 1_000 == 0 {
-                check_some(&mut graph, &edges, &mut random);
-            }
-        }
-        check_some(&mut graph, &edges, &mut random);
+        many_users(seed, 2_000, 3_000);
     }
+}
+
+/// The same with so few that it is quick to tell what is wrong.
+#[test]
+fn some_users_in_two_chunks_count_alike_with_lists_bitmaps_and_every_kernel() {
+    for seed in 100..105 {
+        many_users(seed, 750, 200);
+    }
+}
+
+fn many_users(seed: u64, most: u32, changes: u32) {
+    let mut random = Philox::new(seed, 2);
+    let users = 600 + random.below(most - 600);
+    let attributes = 4 + random.below(300);
+    let layout = Layout {
+        chunk_bits: 9 + random.below(3),
+        dense_divisor: [8, 64, 128, 512][random.below(4) as usize],
+        join_users: [0, 5_000][random.below(2) as usize],
+    };
+    let mut graph = Graph::with(layout, Kernel::Portable);
+    for attribute in 0..attributes {
+        graph.add_attribute(&format!("a{attribute}"));
+    }
+    let mut edges = vec![BTreeMap::new(); users as usize];
+    for user in 0..users {
+        graph.add_user(&format!("{}", u64::from(user) * 7_919 % 2_003));
+        // One user likes everything, more than the byte counters hold, and one half of it.
+        let wanted = match user {
+            99 => attributes,
+            98 => attributes / 2,
+            _ => random.below(40),
+        };
+        for i in 0..wanted {
+            let attribute = match user {
+                98 | 99 => i,
+                _ => random.below(attributes),
+            };
+            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+        }
+    }
+    // Postings made at once, chunk by chunk, are those that grew.
+    let mut posted = graph.clone();
+    posted.post_all();
+    for attribute in (0..attributes).map(AttributeId) {
+        for sign in [Sign::Dislike, Sign::Like] {
+            let (grown, made) = (
+                graph.posting(attribute, sign),
+                posted.posting(attribute, sign),
+            );
+            assert!(grown.eq(made), "{attribute:?}");
+        }
+    }
+    for at in 0..changes {
+        let (user, attribute) = (random.below(users), random.below(attributes.min(20)));
+        set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+        if at % 1_000 == 0 {
+            check_some(&mut graph, &edges, &mut random);
+        }
+    }
+    check_some(&mut graph, &edges, &mut random);
 }
 
 fn set_edge(
@@ -398,5 +423,71 @@ fn a_user_who_ties_with_everyone_gets_the_first_by_name() {
         sorted.push(name.into());
         sorted.sort();
         assert_first(graph, &sorted);
+    }
+}
+
+#[test]
+fn a_join_finds_every_pair_that_has_enough_and_says_whose_it_did_not() {
+    let mut random = Philox::new(1, 4);
+    let mut graph = Graph::new();
+    for attribute in 0..700 {
+        graph.add_attribute(&format!("a{attribute}"));
+    }
+    // More than a table has, and one with more edges than are counted.
+    let users = TABLE_USERS as u32 + 200;
+    let mut edges = vec![BTreeMap::new(); users as usize];
+    for user in 0..users {
+        graph.add_user(&format!("{user}"));
+        let (wanted, among) = match user {
+            77 => (700, 700),
+            _ => (1 + random.below(25), 60),
+        };
+        for i in 0..wanted {
+            let attribute = if user == 77 { i } else { random.below(among) };
+            set_edge(&mut graph, &mut edges, user, attribute, &mut random);
+        }
+    }
+    let overlap = |a: u32, b: u32, mode| {
+        let theirs = &edges[b as usize];
+        let common = edges[a as usize].iter().filter(|(attribute, sign)| {
+            let other = theirs.get(attribute);
+            other.is_some_and(|s| mode == OverlapMode::Shared || s == *sign)
+        });
+        common.count() as u32
+    };
+    let some: Vec<u32> = (0..users).filter(|user| user % 7 == 0).collect();
+    for (mode, least) in [
+        (OverlapMode::Shared, 6),
+        (OverlapMode::Shared, 4),
+        (OverlapMode::Agreeing, 4),
+    ] {
+        for probing in [None, Some(some.as_slice())] {
+            let joined = graph.join(probing, least, mode, 2);
+            let out = &joined.left_out;
+            assert!(probing.is_some() || out.contains(&77));
+            let found: BTreeMap<(u32, u32), u32> = joined
+                .pairs
+                .iter()
+                .map(|&(a, b, n)| ((a.min(b), a.max(b)), n))
+                .collect();
+            for (&(a, b), &n) in &found {
+                assert!(a != b && n >= u32::from(least) && n == overlap(a, b, mode));
+            }
+            let asks = |user: u32| probing.is_none_or(|some| some.contains(&user));
+            for a in 0..users {
+                for b in a + 1..users {
+                    // The later of two finds the pair where everyone asks.
+                    let asked = match probing {
+                        None => !out.contains(&b) && !out.contains(&a),
+                        Some(_) => [a, b].iter().any(|u| asks(*u) && !out.contains(u)),
+                    };
+                    let enough = overlap(a, b, mode) >= u32::from(least);
+                    assert!(!asked || !enough || found.contains_key(&(a, b)), "{a} {b}");
+                }
+            }
+            if least == 6 {
+                assert!(out.len() < 20 && !found.is_empty(), "{out:?}");
+            }
+        }
     }
 }

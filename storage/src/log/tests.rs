@@ -128,6 +128,19 @@ fn a_payload_has_the_bytes_that_the_format_says() {
     assert_eq!(u32_at(frame, 4), crc);
     let expected = xxh3_64_with_seed(&frame[4..], 0x1122_3344_5566_7788);
     assert_eq!(digest, expected);
+    let buffer = payload.bytes.as_ptr();
+    let bytes = payload.into_bytes();
+    assert_eq!(bytes.as_ptr(), buffer);
+    // What the first frame of a log is chained to.
+    let first = xxh3_64_with_seed(&[3, 0, 0, 0, 0, 0, 0, 0], 77);
+    assert_eq!(genesis_digest(77, 3), first);
+}
+
+#[test]
+fn a_name_without_a_folder_is_synced_in_the_folder_at_hand() {
+    sync_parent(Path::new("Cargo.toml")).unwrap();
+    let missing = sync_parent(Path::new("no folder/file")).unwrap_err();
+    assert!(matches!(missing, StoreError::Io { .. }));
 }
 
 #[test]
@@ -253,11 +266,16 @@ struct Log {
 
 impl Log {
     fn new(segment_bytes: u64) -> Self {
+        Self::after(0, segment_bytes)
+    }
+
+    /// A log that begins after this sequence number, as one that a compaction wrote.
+    fn after(seq: u64, segment_bytes: u64) -> Self {
         let dir = tempfile::tempdir().unwrap();
         let at = Mark {
             generation: 3,
             store_id: 77,
-            seq: 0,
+            seq,
             digest: genesis_digest(77, 3),
             frames: 0,
         };
@@ -298,6 +316,25 @@ impl Log {
             })
         })?;
         Ok((users, end))
+    }
+
+    fn salvaged(
+        &self,
+        from: (u64, u64, Mark),
+        mark: Option<&Mark>,
+        past_gaps: bool,
+    ) -> (Vec<u32>, u64, usize) {
+        let mut users = Vec::new();
+        let found = salvage(self.dir.path(), from, mark, past_gaps, |frame| {
+            frame.visit(|record| {
+                if let Record::Forget { user } = record {
+                    users.push(user);
+                }
+                Ok(())
+            })
+        });
+        let found = found.unwrap();
+        (users, found.lost, found.gaps.len())
     }
 
     fn segments(&self) -> Vec<(u64, u64, PathBuf)> {
@@ -442,6 +479,7 @@ fn a_header_or_frame_of_another_log_or_place_is_no_part_of_this_one() {
     log.commit(&[1, 2]);
     let second = log.segments()[1].2.clone();
     let whole = std::fs::read(&second).unwrap();
+    let one = log.read(None, Strictness::Exact, Some(1)).unwrap().1.at;
     // Magic, version, generation, number, store, first, digest; then the frame's own.
     let words = [0, 8, 16, 24, 32, 40, 48, 64, 72, 80];
     for at in words {
@@ -456,6 +494,11 @@ fn a_header_or_frame_of_another_log_or_place_is_no_part_of_this_one() {
                 assert_eq!(offset, if at < 64 { 0 } else { 64 }, "byte {at}");
             }
             other => panic!("byte {at}: {:?}", other.map(|o| o.0)),
+        }
+        if at >= 72 {
+            // Where the mark does not vouch for it, the log ends before it.
+            let (users, end) = log.read(Some(&one), Strictness::Exact, None).unwrap();
+            assert_eq!((users, end.torn_bytes), (vec![1], 30));
         }
         bytes[60] ^= 1;
         std::fs::write(&second, &bytes).unwrap();
@@ -480,6 +523,151 @@ fn a_header_or_frame_of_another_log_or_place_is_no_part_of_this_one() {
         assert_eq!(users, [1, 2]);
         assert!(end.damage.is_some());
     }
+}
+
+#[test]
+fn what_a_reader_refuses_is_named_and_a_repair_ends_before_it() {
+    let mut log = Log::new(1 << 20);
+    log.commit(&[1, 2]);
+    // A frame that says nothing is one, too.
+    let mut nothing = Payload::new(3, Vec::new());
+    nothing.count_one();
+    log.writer.commit(&mut [nothing]).unwrap();
+    assert_eq!(log.lengths(), [64 + 60 + 28]);
+    let (users, end) = log.read(None, Strictness::Exact, None).unwrap();
+    assert_eq!((users, end.at.seq, end.torn_bytes), (vec![1, 2], 3, 0));
+    let refusing = |strictness| {
+        let dir = log.dir.path();
+        replay(
+            dir,
+            dir,
+            3,
+            Some(&log.writer.at),
+            strictness,
+            None,
+            |frame| {
+                frame.visit(|record| match record {
+                    Record::Forget { user: 2 } => Err("no".into()),
+                    _ => Ok(()),
+                })
+            },
+        )
+    };
+    // The second frame's record: behind its header and its count.
+    let place = 64 + 30 + FRAME_HEADER as u64 + 4;
+    let error = refusing(Strictness::Exact).err().unwrap();
+    assert!(matches!(error, StoreError::Corrupt { offset, .. } if offset == place));
+    let end = refusing(Strictness::Repair).unwrap();
+    assert_eq!(end.at.frames, 1);
+    assert!(end.damage.unwrap().contains(&format!("at byte {place}")));
+}
+
+#[test]
+fn a_salvage_gives_what_the_chain_proves_and_counts_what_lacks() {
+    // Three frames a segment: 1 to 3, 4 to 6, 7 and 8.
+    let mut log = Log::new(64 + 95);
+    log.commit(&[1, 2, 3, 4, 5, 6, 7, 8]);
+    let all = log.writer.at;
+    let paths: Vec<PathBuf> = log.segments().into_iter().map(|s| s.2).collect();
+    let whole: Vec<Vec<u8>> = paths.iter().map(|p| std::fs::read(p).unwrap()).collect();
+    let put = |segment: usize, change: &dyn Fn(&mut Vec<u8>)| {
+        let mut bytes = whole[segment].clone();
+        change(&mut bytes);
+        std::fs::write(&paths[segment], bytes).unwrap();
+    };
+    let start = beginning(log.dir.path(), &all).unwrap();
+    let none_yet = Mark {
+        seq: 0,
+        frames: 0,
+        digest: genesis_digest(77, 3),
+        ..all
+    };
+    assert_eq!(start, (1, 64, none_yet));
+    let salvaged = |mark: Option<&Mark>, past_gaps| log.salvaged(start, mark, past_gaps);
+    assert_eq!(
+        salvaged(Some(&all), true),
+        (vec![1, 2, 3, 4, 5, 6, 7, 8], 0, 0)
+    );
+
+    // Frame 5 is damaged: 6 leads to the digest that the next segment begins with.
+    let broken = |at: usize| move |bytes: &mut Vec<u8>| bytes[at] ^= 1;
+    put(1, &broken(64 + 59));
+    assert_eq!(
+        salvaged(Some(&all), true),
+        (vec![1, 2, 3, 4, 6, 7, 8], 1, 1)
+    );
+    assert_eq!(salvaged(None, true), (vec![1, 2, 3, 4, 6, 7, 8], 1, 1));
+    assert_eq!(salvaged(Some(&all), false), (vec![1, 2, 3, 4], 4, 0));
+    // Where that header is not whole, or of something else, it proves nothing.
+    put(2, &broken(50));
+    assert_eq!(salvaged(Some(&all), true), (vec![1, 2, 3, 4, 7, 8], 2, 1));
+    put(2, &|bytes| {
+        bytes[0] ^= 1;
+        reseal(bytes);
+    });
+    assert_eq!(salvaged(Some(&all), true), (vec![1, 2, 3, 4, 7, 8], 2, 1));
+    put(2, &|_| {});
+
+    // Frame 5 is cut out: what stands side by side does not follow.
+    put(1, &|bytes| drop(bytes.drain(64 + 30..64 + 60)));
+    assert_eq!(
+        salvaged(Some(&all), true),
+        (vec![1, 2, 3, 4, 6, 7, 8], 1, 1)
+    );
+    // Frame 6 is there twice.
+    put(1, &|bytes| bytes.extend_from_within(64 + 60..));
+    assert_eq!(
+        salvaged(Some(&all), true),
+        (vec![1, 2, 3, 4, 5, 6, 7, 8], 0, 0)
+    );
+
+    // Frame 6 is damaged: 7 and 8 are proven by the mark alone.
+    put(1, &broken(64 + 89));
+    assert_eq!(
+        salvaged(Some(&all), true),
+        (vec![1, 2, 3, 4, 5, 7, 8], 1, 1)
+    );
+    assert_eq!(salvaged(None, true), (vec![1, 2, 3, 4, 5], 0, 0));
+    // And 8: nothing proves 7.
+    put(2, &broken(64 + 59));
+    assert_eq!(salvaged(Some(&all), true), (vec![1, 2, 3, 4, 5], 3, 0));
+    put(2, &|_| {});
+    // And 4: what lies between two gaps may be anybody's.
+    put(1, &|bytes| {
+        bytes[64 + 29] ^= 1;
+        bytes[64 + 89] ^= 1;
+    });
+    assert_eq!(salvaged(Some(&all), true), (vec![1, 2, 3, 7, 8], 3, 1));
+    put(1, &|_| {});
+
+    // From the middle of a segment on; other generations' segments are no part of it.
+    std::fs::copy(&paths[2], segment_path(log.dir.path(), 2, 9)).unwrap();
+    let four = log.read(None, Strictness::Exact, Some(4)).unwrap().1.at;
+    let from = (2, 64 + 30, four);
+    assert_eq!(
+        log.salvaged(from, Some(&all), true),
+        (vec![5, 6, 7, 8], 0, 0)
+    );
+}
+
+#[test]
+fn a_log_begins_where_its_header_says_or_else_its_first_frame() {
+    let mut log = Log::after(40, 1 << 20);
+    log.commit(&[1, 2]);
+    let path = log.segments()[0].2.clone();
+    let whole = std::fs::read(&path).unwrap();
+    let begins = |broken: &[usize]| {
+        let mut bytes = whole.clone();
+        broken.iter().for_each(|at| bytes[*at] ^= 1);
+        std::fs::write(&path, bytes).unwrap();
+        beginning(log.dir.path(), &log.writer.at).unwrap().2.seq
+    };
+    let (header, first, second) = (50, 64 + 29, 64 + 59);
+    assert_eq!(begins(&[]), 40);
+    assert_eq!(begins(&[first, second]), 40);
+    assert_eq!(begins(&[header]), 40);
+    // Nothing says where the second frame belongs.
+    assert_eq!(begins(&[header, first]), 0);
 }
 
 #[test]

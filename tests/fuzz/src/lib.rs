@@ -15,6 +15,8 @@ pub use simpatico_tests::memory::peak_bytes;
 pub use targets::{TARGETS, Target, target};
 
 use simpatico_schema::random::Philox;
+use std::fs::File;
+use std::os::unix::fs::FileExt;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
@@ -127,9 +129,9 @@ fn processor_time() -> Duration {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-/// Runs a target. `keep` receives each case's bytes before it is tried, so that an abort
-/// leaves its cause behind.
-pub fn run(target: &Target, seed: u64, budget: Budget, keep: Option<&Path>) -> Report {
+/// Runs a target. `keep` holds each case's bytes while it is tried, so that an abort leaves its
+/// cause behind.
+pub fn run(target: &Target, seed: u64, budget: Budget, keep: &File) -> Report {
     let corpus = corpus(target);
     assert!(!corpus.is_empty(), "{} has no corpus", target.name);
     let mut report = Report::default();
@@ -142,9 +144,9 @@ pub fn run(target: &Target, seed: u64, budget: Budget, keep: Option<&Path>) -> R
         }
         let number = report.cases;
         let bytes = input(target, &corpus, seed, number);
-        if let Some(path) = keep {
-            let _ = std::fs::write(path, &bytes);
-        }
+        // One file for all: making one anew would be much of a case's time.
+        let _ = keep.write_all_at(&bytes, 0);
+        let _ = keep.set_len(bytes.len() as u64);
         let started = processor_time();
         let (outcome, peak) =
             peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))));

@@ -1,8 +1,9 @@
 //! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--case N] [--table]`: runs targets
-//! and says what was found, with `--table` in FAULTS.md too. `--case` runs one case again. The bytes of the case in work lie in
-//! /dev/shm/fuzz-TARGET, so that an abort leaves its cause behind.
+//! and says what was found, with `--table` in FAULTS.md too. `--case` runs one case again. The
+//! bytes of the case in work lie in /dev/shm/fuzz-TARGET, so that an abort leaves its cause behind.
 
 use simpatico_fuzz::{Budget, TARGETS, corpus, input, run, target};
+use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
 use std::time::Duration;
@@ -43,8 +44,15 @@ fn main() -> ExitCode {
             true => memory.to_path_buf(),
             false => std::env::temp_dir(),
         };
-        let keep = folder.join(format!("fuzz-{}", target.name));
-        let report = run(target, seed, budget, Some(&keep));
+        let path = folder.join(format!("fuzz-{}", target.name));
+        let keep = match File::create(&path) {
+            Ok(file) => file,
+            Err(e) => {
+                eprintln!("{}: {e}", path.display());
+                return ExitCode::FAILURE;
+            }
+        };
+        let report = run(target, seed, budget, &keep);
         let cells = [
             target.name.to_string(),
             seed.to_string(),

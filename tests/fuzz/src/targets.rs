@@ -8,9 +8,11 @@ use simpatico_engine::weights::Weights;
 use simpatico_engine::{picture, provenance};
 use simpatico_schema::formats::{Column, Delimited, Format, Line, Lines, read_event};
 use simpatico_storage::{Options, Snapshot, Store, fuzzing};
+use simpatico_tests::processes::wait;
 use std::cell::OnceCell;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 /// One reader of foreign bytes.
 pub struct Target {
@@ -539,18 +541,21 @@ fn arguments(bytes: &[u8]) -> bool {
     let text = String::from_utf8_lossy(bytes).replace('\0', "");
     let here = folder().join("arguments");
     std::fs::create_dir_all(&here).expect("a folder");
-    let output = Command::new(program)
+    let (said, limit) = (here.join("said"), Duration::from_secs(30));
+    let mut child = Command::new(program)
         .args(text.lines().take(40))
         .current_dir(&here)
         .env("HOME", &here)
         .stdin(Stdio::null())
-        .output()
+        .stdout(Stdio::null())
+        .stderr(std::fs::File::create(&said).expect("a file"))
+        .spawn()
         .expect("the program runs");
-    let said = String::from_utf8_lossy(&output.stderr);
-    let code = output.status.code();
+    let code = wait(&mut child, limit);
+    let said = String::from_utf8_lossy(&std::fs::read(&said).expect("a file")).into_owned();
     assert!(
         code.is_some_and(|c| c < 100) && !said.contains("panicked"),
-        "{text:?}: {said}"
+        "{text:?}: {code:?} {said}"
     );
-    output.status.success()
+    code == Some(0)
 }

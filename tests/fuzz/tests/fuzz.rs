@@ -1,26 +1,38 @@
 //! Each target at its small count, or for FUZZ_SECONDS seconds each.
 
-use simpatico_fuzz::{Budget, TARGETS, run};
-use std::time::Duration;
+use simpatico_fuzz::TARGETS;
+use std::process::Command;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
-/// One test for all: the memory of a case is counted over the whole process.
+/// Each target is a process of its own, for the memory of a case is counted over the whole
+/// process; as many run at once as there are processors.
 #[test]
 fn nothing_that_reads_foreign_bytes_panics_hangs_or_swells() {
-    let seconds = std::env::var("FUZZ_SECONDS")
-        .ok()
-        .and_then(|s| s.parse().ok());
-    let mut findings = Vec::new();
-    for target in TARGETS {
-        let budget = match seconds {
-            Some(seconds) => Budget::Time(Duration::from_secs(seconds)),
-            None => Budget::Cases(target.small),
-        };
-        let report = run(target, 1, budget, None);
-        println!(
-            "{}: {} cases, {} accepted",
-            target.name, report.cases, report.accepted
-        );
-        findings.extend(report.findings);
-    }
-    assert!(findings.is_empty(), "{findings:#?}");
+    let seconds = std::env::var("FUZZ_SECONDS").unwrap_or_default();
+    let (next, findings) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from);
+    std::thread::scope(|scope| {
+        for _ in 0..at_once {
+            scope.spawn(|| {
+                while let Some(target) = TARGETS.get(next.fetch_add(1, Ordering::Relaxed)) {
+                    let mut command = Command::new(env!("CARGO_BIN_EXE_fuzz"));
+                    command.arg(target.name);
+                    if !seconds.is_empty() {
+                        command.args(["--seconds", &seconds]);
+                    }
+                    let output = command.output().expect("the fuzzer runs");
+                    let said = String::from_utf8_lossy(&output.stdout);
+                    print!("{said}");
+                    if !output.status.success() {
+                        let trouble = String::from_utf8_lossy(&output.stderr);
+                        let found = format!("{}: {said}{trouble}", target.name);
+                        findings.lock().expect("not poisoned").push(found);
+                    }
+                }
+            });
+        }
+    });
+    let findings = findings.into_inner().expect("not poisoned");
+    assert!(findings.is_empty(), "{}", findings.join("\n"));
 }

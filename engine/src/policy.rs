@@ -119,8 +119,8 @@ pub struct PolicyOptions {
     /// A user with fewer likes gets suggestions from neighbours up to this number.
     pub fill_up_to: usize,
     /// Whether an instruction that takes up nothing the user or the neighbours like is written
-    /// anew, as one that takes up a dislike always is. A cue may well ask for something else, so
-    /// with a cue it is not.
+    /// anew, as one that takes up a dislike always is; a user with at most `fill_up_to` likes
+    /// wants to see one of them. A cue may well ask for something else, so with a cue it is not.
     pub insist: bool,
 }
 
@@ -301,7 +301,8 @@ impl Policy {
                     let words = clean(&answer.text);
                     let cue = requests[i].cue.as_deref();
                     let insist = self.options.insist && cue.is_none_or(|c| c.trim().is_empty());
-                    let faults = Faults::of(&words, &asked[i].0, insist);
+                    let new = self.options.fill_up_to;
+                    let faults = Faults::of(&words, &asked[i].0, insist.then_some(new));
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -460,18 +461,27 @@ impl Policy {
 struct Faults {
     /// How many of the user's dislikes it takes up.
     dislikes: usize,
-    /// That it takes up nothing which the user or the neighbours like.
-    impersonal: bool,
+    /// 2: that it takes up nothing which the user or the neighbours like; 1: nothing which the
+    /// user likes, who has said so little that it is missed.
+    impersonal: u8,
 }
 
 impl Faults {
-    fn of(words: &str, taste: &Asked, insist: bool) -> Self {
-        let liked = [&taste.likes, &taste.suggestions, &taste.shown];
-        let takes_up = |list: &&Vec<String>| !named_in(words, list).is_empty();
-        let could = liked.iter().any(|list| !list.is_empty());
+    /// `insist`: how many likes a user has at most who wants to see one of them.
+    fn of(words: &str, taste: &Asked, insist: Option<usize>) -> Self {
+        let takes_up = |list: &Vec<String>| !named_in(words, list).is_empty();
+        let near = [&taste.suggestions, &taste.shown];
+        let could = !taste.likes.is_empty() || near.iter().any(|list| !list.is_empty());
+        let new = |most: usize| (1..=most).contains(&taste.likes.len());
+        let impersonal = match insist.filter(|_| could) {
+            None => 0,
+            Some(_) if takes_up(&taste.likes) => 0,
+            Some(most) if near.into_iter().any(takes_up) => u8::from(new(most)),
+            Some(_) => 2,
+        };
         Self {
             dislikes: named_in(words, &taste.dislikes).len(),
-            impersonal: insist && could && !liked.iter().any(takes_up),
+            impersonal,
         }
     }
 }
@@ -939,15 +949,20 @@ mod tests {
             dislikes: names(&["falling snow"]),
             ..Asked::default()
         };
-        let faults = |words: &str| Faults::of(words, &taste, true);
+        let faults = |words: &str| Faults::of(words, &taste, Some(0));
         let none = Faults::default();
         assert!(faults("Make it out of rustic wood.") == none);
         assert!(faults("Add exposed beams above it.") == none);
         assert!(faults("Paint it blue.") > none);
         assert!(faults("Make it out of rustic wood in falling snow.") > faults("Paint it blue."));
+        // Who has said one thing wants to see it.
+        let new = |words: &str| Faults::of(words, &taste, Some(4));
+        assert!(new("Make it out of rustic wood.") == none);
+        assert!(new("Add exposed beams above it.") > none);
+        assert!(new("Add exposed beams above it.") < new("Paint it blue."));
         // Not where nobody insists, or nothing is known that could be taken up.
-        assert!(Faults::of("Paint it blue.", &taste, false) == none);
-        assert!(Faults::of("Paint it blue.", &Asked::default(), true) == none);
+        assert!(Faults::of("Paint it blue.", &taste, None) == none);
+        assert!(Faults::of("Paint it blue.", &Asked::default(), Some(4)) == none);
     }
 
     #[test]

@@ -1,19 +1,15 @@
 //! The synthetic community: users with taste, what they said, and what they would rather hear.
 //!
 //! How a user comes to be, in order: two or three taste clusters with shares (clusters are not
-//! equally common), and within each one of its [circles](circles_of); likes drawn from the
-//! circles by share and rarity, now and then from the rest of the cluster, plus one to three
-//! quirks from anywhere; dislikes drawn mostly from clusters that rub the main one the wrong way
-//! and from the other circles of the user's own; a small part of both flipped by noise. A fifth
-//! of the likes is then *held out*: they appear in no event and no training pair. A tenth of the
-//! users is held out whole.
+//! equally common); likes drawn from the clusters by share and rarity, plus one to three quirks
+//! from anywhere; dislikes drawn mostly from clusters that rub the main one the wrong way; a
+//! small part of both flipped by noise. A fifth of the likes is then *held out*: they appear in
+//! no event and no training pair. A tenth of the users is held out whole.
 //!
-//! What makes it worth learning from: clusters overlap, neither they nor their circles are named
-//! in the events, and which things of a cluster go together follows from no wording: that lovers
-//! of leather sofas also like exposed beams and a stone fireplace, but care little for the rest
-//! of a cabin, can be known from neighbours only. Most of the training pairs prefer such
-//! unstated attributes, and some reject one of a neighbouring circle. Wording comes from a
-//! grammar; a thirtieth of the pairs is the wrong way round.
+//! What makes it worth learning from: the clusters overlap and are nowhere named in the events,
+//! so that a like nobody stated ("exposed beams" for a lover of leather sofas) can be known from
+//! neighbours only; a third of the training pairs prefer such unstated attributes. Wording comes
+//! from a grammar; a thirtieth of the pairs is the wrong way round.
 //!
 //! 3,000 users × 4 captions × 6 edit types give 72,000 pairs, 144,000 instructions. Everything is
 //! a function of the seed; user *i* uses stream *i* alone, so fewer users are a prefix of more.
@@ -85,9 +81,6 @@ pub struct SynthUser {
     pub captions: Vec<String>,
     /// The truth: clusters and their shares.
     pub clusters: Vec<(String, f32)>,
-    /// The truth: which circle of each of these clusters.
-    #[serde(default)]
-    pub circles: Vec<u32>,
 }
 
 /// Who somebody is; drawn apart from taste, so nothing can be read off it.
@@ -391,66 +384,8 @@ fn weighted<T: Copy>(random: &mut Philox, items: &[(T, f32)]) -> Option<T> {
     items.last().map(|i| i.0)
 }
 
-/// How many circles a cluster falls into.
-pub const CIRCLES: u32 = 3;
-
-/// How much less somebody takes to what is of their cluster, but of another circle.
-const OUTSIDE: f32 = 0.1;
-
-/// Within a cluster, people fall into circles: those who love the leather sofa love the beams and
-/// the fireplace too, others come for the knitwear. Which circle a thing is of follows from no
-/// wording; it is drawn once for all data sets, so that every kind of edit is found in each.
-/// An attribute of a cluster belongs to one of its circles; 0 to [`CIRCLES`] - 1.
-pub fn circles_of(cluster: Cluster) -> &'static BTreeMap<&'static str, u32> {
-    type Circles = BTreeMap<Cluster, BTreeMap<&'static str, u32>>;
-    static ALL: std::sync::OnceLock<Circles> = std::sync::OnceLock::new();
-    let all = ALL.get_or_init(|| {
-        let mut all = Circles::new();
-        for (c, cluster) in Cluster::ALL.into_iter().enumerate() {
-            let mut random = Philox::new(0x0063_6972_636c_6573, c as u64);
-            let mut next = 0;
-            for kind in EditType::ALL {
-                let of_kind =
-                    |a: &&'static Attribute| a.clusters.contains(&cluster) && a.edit_type() == kind;
-                let mut own: Vec<_> = vocabulary::all().iter().filter(of_kind).collect();
-                random.shuffle(&mut own);
-                for attribute in own {
-                    all.entry(cluster).or_default().insert(attribute.name, next);
-                    next = (next + 1) % CIRCLES;
-                }
-            }
-        }
-        all
-    });
-    &all[&cluster]
-}
-
-/// One of a user's tastes.
-#[derive(Clone, Copy, Debug, PartialEq)]
-struct Taken {
-    cluster: Cluster,
-    share: f32,
-    /// `None`: the whole cluster alike.
-    circle: Option<u32>,
-}
-
-impl Taken {
-    fn of(cluster: Cluster, share: f32, circle: Option<u32>) -> Self {
-        Self {
-            cluster,
-            share,
-            circle,
-        }
-    }
-
-    fn is_of_circle(&self, attribute: &Attribute) -> bool {
-        let circle = circles_of(self.cluster).get(attribute.name);
-        circle.is_some() && self.circle.is_none_or(|own| circle == Some(&own))
-    }
-}
-
-/// Clusters by popularity: the first in the list are the commonest (Zipf). Circles alike.
-fn draw_tastes(random: &mut Philox) -> Vec<Taken> {
+/// Clusters by popularity: the first in the list are the commonest (Zipf).
+fn draw_clusters(random: &mut Philox) -> Vec<(Cluster, f32)> {
     let popular: Vec<(Cluster, f32)> = Cluster::ALL
         .iter()
         .enumerate()
@@ -472,31 +407,15 @@ fn draw_tastes(random: &mut Philox) -> Vec<Taken> {
     } else {
         &[0.5, 0.3, 0.2]
     };
-    chosen
-        .into_iter()
-        .zip(shares)
-        .map(|(cluster, share)| Taken::of(cluster, *share, Some(random.below(CIRCLES))))
-        .collect()
+    chosen.into_iter().zip(shares.iter().copied()).collect()
 }
 
-/// How much a user of these tastes takes to an attribute, quirks aside.
-fn affinity(tastes: &[Taken], attribute: &Attribute) -> f32 {
-    let of_cluster = |t: &&Taken| attribute.clusters.contains(&t.cluster);
-    let share = |t: &Taken| {
-        t.share
-            * if t.is_of_circle(attribute) {
-                1.0
-            } else {
-                OUTSIDE
-            }
-    };
-    let shares = tastes.iter().filter(of_cluster).map(share);
-    shares.sum::<f32>() * attribute.weight()
-}
-
-/// Whether it belongs to a circle of the user's, not only to a cluster.
-fn of_own_circle(tastes: &[Taken], attribute: &Attribute) -> bool {
-    tastes.iter().any(|t| t.is_of_circle(attribute))
+/// How much a user of these clusters takes to an attribute, quirks aside.
+fn affinity(clusters: &[(Cluster, f32)], attribute: &Attribute) -> f32 {
+    let share = clusters
+        .iter()
+        .filter(|(c, _)| attribute.clusters.contains(c));
+    share.map(|(_, s)| s).sum::<f32>() * attribute.weight()
 }
 
 fn draw_distinct(
@@ -524,11 +443,11 @@ fn make_user(
     random: &mut Philox,
 ) -> SynthUser {
     let all = vocabulary::all();
-    let tastes = draw_tastes(random);
+    let clusters = draw_clusters(random);
     let mut taken = BTreeSet::new();
     let wanted: Vec<(usize, f32)> = all
         .iter()
-        .map(|a| affinity(&tastes, a))
+        .map(|a| affinity(&clusters, a))
         .enumerate()
         .collect();
     let count = 8 + random.below(13) as usize;
@@ -536,10 +455,14 @@ fn make_user(
     let anything: Vec<(usize, f32)> = all.iter().map(Attribute::weight).enumerate().collect();
     let quirks = 1 + random.below(3) as usize;
     likes.extend(draw_distinct(random, anything.clone(), quirks, &mut taken));
-    let against = opposed(&tastes);
-    let unwanted = all.iter().map(|a| match of_own_circle(&tastes, a) {
-        true => 0.0,
-        false => affinity(&against, a) + 3.0 * affinity(&tastes, a),
+    let against = opposed(&clusters);
+    let unwanted = all.iter().map(|a| {
+        let own: f32 = affinity(&clusters, a);
+        if own > 0.0 {
+            0.0
+        } else {
+            affinity(&against, a)
+        }
     });
     let count = 4 + random.below(6) as usize;
     let mut dislikes = draw_distinct(random, unwanted.enumerate().collect(), count, &mut taken);
@@ -549,9 +472,8 @@ fn make_user(
     let held = ((likes.len() as f32 * options.held_out_likes).round() as usize).min(likes.len());
     let name = |i: &usize| all[*i].name.to_string();
     let mut tones = Vec::new();
-    for taste in &tastes {
-        let own = random.choose(grammar::tones(taste.cluster));
-        tones.extend(own.map(|t| t.to_string()));
+    for (c, _) in &clusters {
+        tones.extend(random.choose(grammar::tones(*c)).map(|t| t.to_string()));
     }
     let overlays = likes
         .iter()
@@ -560,9 +482,9 @@ fn make_user(
     SynthUser {
         user: format!("u{i:04}"),
         demographics: demographics(random),
-        themes: tastes
+        themes: clusters
             .iter()
-            .map(|t| t.cluster.theme().to_string())
+            .map(|(c, _)| c.theme().to_string())
             .collect(),
         tones,
         overlays: overlays.collect(),
@@ -572,22 +494,19 @@ fn make_user(
         captions: (0..4)
             .filter_map(|_| random.choose(captions).map(|c| c.caption.clone()))
             .collect(),
-        clusters: tastes
+        clusters: clusters
             .iter()
-            .map(|t| (format!("{:?}", t.cluster).to_lowercase(), t.share))
+            .map(|(c, s)| (format!("{c:?}").to_lowercase(), *s))
             .collect(),
-        circles: tastes.iter().filter_map(|t| t.circle).collect(),
     }
 }
 
-/// What rubs these tastes the wrong way: whole clusters.
-fn opposed(tastes: &[Taken]) -> Vec<Taken> {
-    let own = |c: &Cluster| tastes.iter().any(|t| t.cluster == *c);
-    tastes
+fn opposed(clusters: &[(Cluster, f32)]) -> Vec<(Cluster, f32)> {
+    let own: Vec<Cluster> = clusters.iter().map(|c| c.0).collect();
+    clusters
         .iter()
-        .flat_map(|t| t.cluster.opposites().iter().map(|o| (*o, t.share)))
-        .filter(|(o, _)| !own(o))
-        .map(|(o, share)| Taken::of(o, share, None))
+        .flat_map(|(c, s)| c.opposites().iter().map(move |o| (*o, *s)))
+        .filter(|(o, _)| !own.contains(o))
         .collect()
 }
 
@@ -719,8 +638,8 @@ struct Taste {
     stated: Vec<&'static Attribute>,
     held_out: Vec<&'static Attribute>,
     dislikes: Vec<&'static Attribute>,
-    tastes: Vec<Taken>,
-    against: Vec<Taken>,
+    clusters: Vec<(Cluster, f32)>,
+    against: Vec<(Cluster, f32)>,
 }
 
 impl Taste {
@@ -729,30 +648,28 @@ impl Taste {
         let likes: Vec<&'static Attribute> = look_up(&user.likes);
         let held_out: Vec<&'static Attribute> = look_up(&user.held_out_likes);
         let is_held = |a: &&'static Attribute| held_out.iter().any(|h| h.name == a.name);
-        let cluster = |name: &str| {
-            let mut all = Cluster::ALL.into_iter();
-            all.find(|c| format!("{c:?}").to_lowercase() == name)
-        };
-        let tastes: Vec<Taken> = (0..user.clusters.len())
-            .filter_map(|i| {
-                let (name, share) = &user.clusters[i];
-                let circle = user.circles.get(i).copied();
-                Some(Taken::of(cluster(name)?, *share, circle))
+        let clusters: Vec<(Cluster, f32)> = Cluster::ALL
+            .iter()
+            .filter_map(|c| {
+                let word = format!("{c:?}").to_lowercase();
+                user.clusters
+                    .iter()
+                    .find(|(n, _)| *n == word)
+                    .map(|(_, s)| (*c, *s))
             })
             .collect();
         Self {
             stated: likes.into_iter().filter(|a| !is_held(a)).collect(),
             dislikes: look_up(&user.dislikes),
-            against: opposed(&tastes),
-            tastes,
+            against: opposed(&clusters),
+            clusters,
             held_out,
         }
     }
 
-    /// Something of that kind the user would love. In training a stated like one time in three,
-    /// where there is one of that kind, else an unstated one of the user's circles, which only
-    /// the neighbours' tastes give away: who has said what they like wants to be surprised. In
-    /// testing a held-out like where there is one of that kind.
+    /// Something of that kind the user would love. In training a stated like two times in
+    /// three, else an unstated one that only the neighbours' tastes give away; in testing a
+    /// held-out like where there is one of that kind.
     fn preferred(
         &self,
         kind: EditType,
@@ -770,7 +687,7 @@ impl Taste {
         } else {
             of_kind(&self.stated)
         };
-        if !direct.is_empty() && (testing || random.uniform() < 0.33) {
+        if !direct.is_empty() && (testing || random.uniform() < 0.67) {
             return random.choose(&direct).copied();
         }
         let known = |a: &Attribute| {
@@ -780,11 +697,11 @@ impl Taste {
         let unstated: Vec<(&'static Attribute, f32)> = vocabulary::all()
             .iter()
             .filter(|a| a.edit_type() == kind && !known(a))
-            .map(|a| (a, affinity(&self.tastes, a)))
+            .map(|a| (a, affinity(&self.clusters, a)))
             .filter(|(_, w)| *w > 0.0)
             .collect();
         let near =
-            |a: &&'static Attribute| affinity(&self.tastes, a) > 0.0 && a.edit_type() == kind;
+            |a: &&'static Attribute| affinity(&self.clusters, a) > 0.0 && a.edit_type() == kind;
         let near: Vec<&'static Attribute> = vocabulary::all().iter().filter(near).collect();
         let allowed =
             |a: &&&'static Attribute| testing || !self.held_out.iter().any(|h| h.name == a.name);
@@ -795,8 +712,7 @@ impl Taste {
     }
 
     /// Something of that kind the user would not want: a stated dislike half of the time, else
-    /// something of an opposite taste, of the user's own clusters but of no circle of the user's,
-    /// or anything that is not to the user's taste.
+    /// something of an opposite taste, else anything that is not to the user's taste.
     fn unwanted(&self, kind: EditType, random: &mut Philox) -> Option<&'static Attribute> {
         let stated: Vec<_> = self
             .dislikes
@@ -807,24 +723,36 @@ impl Taste {
         if !stated.is_empty() && random.uniform() < 0.5 {
             return random.choose(&stated).copied();
         }
-        let from = random.uniform();
-        let weight = |a: &Attribute| match from {
-            x if x < 0.4 => affinity(&self.against, a),
-            x if x < 0.7 => affinity(&self.tastes, a),
-            _ => a.weight(),
+        let clusters: &[(Cluster, f32)] = if random.uniform() < 0.6 {
+            &self.against
+        } else {
+            &[]
         };
         let liked = |a: &Attribute| {
-            let mut known = self.stated.iter().chain(&self.held_out);
-            of_own_circle(&self.tastes, a) || known.any(|k| k.name == a.name)
+            affinity(&self.clusters, a) > 0.0
+                || self
+                    .stated
+                    .iter()
+                    .chain(&self.held_out)
+                    .any(|k| k.name == a.name)
         };
-        let any = vocabulary::all().iter();
-        let any: Vec<&'static Attribute> =
-            any.filter(|a| a.edit_type() == kind && !liked(a)).collect();
-        let pool: Vec<(&'static Attribute, f32)> = any
+        let pool: Vec<(&'static Attribute, f32)> = vocabulary::all()
             .iter()
-            .map(|a| (*a, weight(a)))
+            .filter(|a| a.edit_type() == kind && !liked(a))
+            .map(|a| {
+                (
+                    a,
+                    if clusters.is_empty() {
+                        a.weight()
+                    } else {
+                        affinity(clusters, a)
+                    },
+                )
+            })
             .filter(|(_, w)| *w > 0.0)
             .collect();
+        let any = || vocabulary::all().iter().filter(|a| a.edit_type() == kind);
+        let any: Vec<&'static Attribute> = any().filter(|a| !liked(a)).collect();
         weighted(random, &pool)
             .or_else(|| random.choose(&stated).copied())
             .or_else(|| random.choose(&any).copied())
@@ -1252,37 +1180,6 @@ mod tests {
         }
         let (near, far) = (near as f64 / near_n as f64, far as f64 / far_n as f64);
         assert!(near > 2.0 * far, "near {near:.3} far {far:.3}");
-    }
-
-    #[test]
-    fn circles_part_every_cluster_and_tell_what_is_liked() {
-        for cluster in Cluster::ALL {
-            let own = vocabulary::all().iter();
-            let own: Vec<_> = own.filter(|a| a.clusters.contains(&cluster)).collect();
-            let circles = circles_of(cluster);
-            assert_eq!(circles.len(), own.len());
-            for circle in 0..CIRCLES {
-                let of_it = circles.values().filter(|c| **c == circle).count();
-                assert!(of_it.abs_diff(own.len() / CIRCLES as usize) <= 1);
-            }
-        }
-        // Of the likes that are of the main cluster, most are of the user's circle, and of the
-        // dislikes that are of it, hardly any.
-        let synth = small();
-        let (mut likes, mut dislikes) = ([0usize; 2], [0usize; 2]);
-        for user in &synth.users {
-            let taste = Taste::of(user).tastes[0];
-            let count = |names: &[String], into: &mut [usize; 2]| {
-                let known = names.iter().filter_map(|n| vocabulary::find(n));
-                for a in known.filter(|a| a.clusters.contains(&taste.cluster)) {
-                    into[usize::from(taste.is_of_circle(a))] += 1;
-                }
-            };
-            count(&user.likes, &mut likes);
-            count(&user.dislikes, &mut dislikes);
-        }
-        assert!(likes[1] > 2 * likes[0], "{likes:?}");
-        assert!(dislikes[0] > 5 * dislikes[1], "{dislikes:?}");
     }
 
     #[test]

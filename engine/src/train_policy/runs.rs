@@ -369,8 +369,8 @@ const WORDS_RIDGE: f64 = 0.1;
 /// the rest the mean of all likes; as far as they follow linearly from the user's embedding
 /// (ridge regression in closed form, a second, no language model). GELU(x) - GELU(-x) = x, so two
 /// layers of twice the embedding's width hold that map exactly. From random tokens the adapter
-/// would first have to learn that they mean anything, and steps of Adam on the same squares found
-/// half as many of the likes.
+/// would first have to learn that they mean anything, and 800 steps of Adam on the same squares
+/// found a quarter fewer of the likes.
 ///
 /// Users without known likes count for nothing; likes that are held out are not looked at.
 fn start_from_words(

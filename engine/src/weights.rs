@@ -434,14 +434,15 @@ impl Inner {
             }
             _ => return Err(refuse(name, start)),
         };
-        if header_bytes > HEADER_MAX || header_bytes + 8 > bytes {
+        // The first byte of the header has been read: an empty one is none.
+        if header_bytes == 0 || header_bytes > HEADER_MAX || header_bytes + 8 > bytes {
             if is_pickle(start) {
                 return Err(refuse(name, start));
             }
             return Err(Error::bad_model(
                 name,
                 format!(
-                    "safetensors header of {header_bytes} bytes; at most {HEADER_MAX} and no \
+                    "safetensors header of {header_bytes} bytes; expected 1 to {HEADER_MAX} and no \
                      more than the file's {bytes} (truncated download?)"
                 ),
             ));

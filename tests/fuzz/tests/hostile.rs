@@ -100,6 +100,9 @@ fn hostile_model_files_and_pictures_are_refused_in_little_memory() {
     let mut header = u64::MAX.to_le_bytes().to_vec();
     header.extend(b"{}");
     refused_weights(header, "a header of 2^64 bytes");
+    let mut header = 0u64.to_le_bytes().to_vec();
+    header.extend(b"{}");
+    refused_weights(header, "a header of no bytes");
     let wide = br#"{"x":{"dtype":"F32","shape":[8589934592,8589934592],"data_offsets":[0,0]}}"#;
     let wide = [&(wide.len() as u64).to_le_bytes()[..], wide].concat();
     refused_weights(wide, "safetensors 2^33 x 2^33");

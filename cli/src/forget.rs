@@ -70,7 +70,8 @@ fn edits_of(store: &Store, user: &str) -> BTreeSet<String> {
 fn names(user: &str) -> BTreeSet<Vec<u8>> {
     let json = serde_json::Value::from(user).to_string();
     let html = simpatico_engine::plot::escape(user);
-    let forms = [user, json.trim_matches('"'), &html];
+    // Only JSON's own quotes come off: a name may end with one.
+    let forms = [user, &json[1..json.len() - 1], &html];
     forms.map(|form| form.as_bytes().to_vec()).into()
 }
 

@@ -843,10 +843,17 @@ pub fn pair_scores(
     let mut gaps = Vec::new();
     for (n, group) in groups.iter().enumerate() {
         let one = std::slice::from_ref(group);
+        let mut base: Option<Vec<f32>> = None;
         for System { policy, .. } in systems {
             let model = &policy.model.decoder;
-            let go_on = |_, _| ControlFlow::Continue(());
-            let base = reference_logps(model, reference, one, None, go_on)?.concat();
+            // The seeds differ in what was trained on top, not in the model or the reference.
+            let base = match &mut base {
+                Some(base) => base,
+                none => {
+                    let go_on = |_, _| ControlFlow::Continue(());
+                    none.insert(reference_logps(model, reference, one, None, go_on)?.concat())
+                }
+            };
             let row = Row {
                 prompt: &group.prompt,
                 completions: group
@@ -865,7 +872,7 @@ pub fn pair_scores(
             let logps = score(model, adapter, None, soft.as_ref(), &[row], false)?
                 .logps
                 .to_vec1::<f32>()?;
-            let gains = logps.iter().zip(&base).map(|(l, b)| f64::from(l - b));
+            let gains = logps.iter().zip(&*base).map(|(l, b)| f64::from(l - b));
             let gains: Vec<f64> = gains.collect();
             let own = gains.chunks_exact(2).map(|g| g[0] - g[1]);
             gaps.extend(own.clone());

@@ -468,7 +468,7 @@ fn start_from_words(
 
 /// The linear map from rows x (d numbers each) to rows y (m numbers each) with the least squared
 /// error plus `penalty` times the squares of the map: its matrix (m, d) and its bias (m), which
-/// is not penalised. Without rows all zero.
+/// is not penalised. Without rows both are empty.
 fn ridge(x: &[&[f64]], y: &[&[f32]], penalty: f64) -> (Vec<f32>, Vec<f32>) {
     let (Some(d), Some(m)) = (x.first().map(|x| x.len()), y.first().map(|y| y.len())) else {
         return (Vec::new(), Vec::new());

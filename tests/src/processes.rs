@@ -280,7 +280,7 @@ pub fn failed_syncs(plan: Plan) -> String {
             seed: plan.seed + number,
             threads: 3,
             events: 30,
-            duty: ["bulk", "compact"][random.below(2) as usize],
+            duty: ["bulk", "compact", "segments"][random.below(3) as usize],
         };
         let run = Run::in_memory();
         let fail = format!("sync:{}:{EIO}", 6 + random.below(40));

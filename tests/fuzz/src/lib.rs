@@ -129,24 +129,57 @@ fn processor_time() -> Duration {
     Duration::new(now.tv_sec as u64, now.tv_nsec as u32)
 }
 
-/// Runs a target. `keep` holds each case's bytes while it is tried, so that an abort leaves its
-/// cause behind.
-pub fn run(target: &Target, seed: u64, budget: Budget, keep: &File) -> Report {
+/// Writes down a case before it is tried: the length in eight bytes, and the bytes. What a longer
+/// case left behind them stays: giving pages back and asking for them again would be half of a
+/// small case's time.
+fn write_down(bytes: &[u8], page: &mut Vec<u8>, keep: &File) {
+    page.clear();
+    page.extend((bytes.len() as u64).to_le_bytes());
+    page.extend(bytes);
+    let _ = keep.write_all_at(page, 0);
+}
+
+/// Says once a minute how far a long run is.
+fn tell(target: &Target, begun: Instant, report: &Report, budget: Budget, told: &mut u64) {
+    let minutes = begun.elapsed().as_secs() / 60;
+    if report.cases % 256 != 0 || minutes == *told {
+        return;
+    }
+    *told = minutes;
+    let of = match budget {
+        Budget::Cases(most) => {
+            let left = begun.elapsed().mul_f64(most as f64 / report.cases as f64);
+            let left = left.saturating_sub(begun.elapsed()).as_secs() / 60;
+            format!(" of {most}, about {left} min left")
+        }
+        Budget::Time(most) => format!(", {minutes} of {} min", most.as_secs() / 60),
+    };
+    let findings = report.findings.len();
+    eprintln!(
+        "{}: {} cases{of}; {findings} findings",
+        target.name, report.cases
+    );
+}
+
+/// Runs a target from a case on. `keep` holds each case's bytes while it is tried, so that an
+/// abort leaves its cause behind.
+pub fn run(target: &Target, seed: u64, from: u64, budget: Budget, keep: &File) -> Report {
     let corpus = corpus(target);
     assert!(!corpus.is_empty(), "{} has no corpus", target.name);
     let mut report = Report::default();
+    let mut page = Vec::new();
     let begun = Instant::now();
+    let mut told = 0;
     loop {
         match budget {
             Budget::Cases(most) if report.cases >= most => return report,
             Budget::Time(most) if begun.elapsed() >= most => return report,
             _ => {}
         }
-        let number = report.cases;
+        let number = from + report.cases;
+        tell(target, begun, &report, budget, &mut told);
         let bytes = input(target, &corpus, seed, number);
-        // One file for all: making one anew would be much of a case's time.
-        let _ = keep.write_all_at(&bytes, 0);
-        let _ = keep.set_len(bytes.len() as u64);
+        write_down(&bytes, &mut page, keep);
         let started = processor_time();
         let (outcome, peak) =
             peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))));

@@ -1,6 +1,8 @@
-//! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--case N] [--table]`: runs targets
-//! and says what was found, with `--table` in FAULTS.md too. `--case` runs one case again. The
-//! bytes of the case in work lie in /dev/shm/fuzz-TARGET, so that an abort leaves its cause behind.
+//! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--from CASE] [--case N] [--table]`: runs
+//! targets and says what was found, with `--table` in FAULTS.md too. `--from` goes on where another
+//! run ended (its cases are counted in the table with these), `--case` runs one case again. The
+//! bytes of the case in work lie in /dev/shm/fuzz-TARGET behind their length in eight bytes, so that
+//! an abort leaves its cause behind.
 
 use simpatico_fuzz::{Budget, TARGETS, corpus, input, run, target};
 use std::fs::File;
@@ -52,11 +54,12 @@ fn main() -> ExitCode {
                 return ExitCode::FAILURE;
             }
         };
-        let report = run(target, seed, budget, &keep);
+        let from = value("--from").unwrap_or(0);
+        let report = run(target, seed, from, budget, &keep);
         let cells = [
             target.name.to_string(),
             seed.to_string(),
-            report.cases.to_string(),
+            (from + report.cases).to_string(),
             format!("{} findings", report.findings.len()),
             report.accepted.to_string(),
             format!("{} ms", report.slowest.as_millis()),

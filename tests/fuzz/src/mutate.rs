@@ -64,12 +64,7 @@ pub fn mutate(bytes: &mut Vec<u8>, other: &[u8], words: &[&str], random: &mut Ph
                 // A piece again and again: nesting, long names, many members.
                 let piece = bytes[at..to].to_vec();
                 let times = 1usize << random.below(12);
-                let many: Vec<u8> = piece
-                    .iter()
-                    .copied()
-                    .cycle()
-                    .take(piece.len() * times)
-                    .collect();
+                let many = piece.repeat(times);
                 bytes.splice(at..at, many);
             }
         }

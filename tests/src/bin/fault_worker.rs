@@ -5,7 +5,7 @@
 //! of thread t is fixed by the seed ([`simpatico_tests::workload::event`]). Once `append` has
 //! returned, the line "t n\n" goes to ROOT/acks in one write. DUTY makes thread 0 do upkeep
 //! in between: compact, snapshot, restore, forget; `bulk` makes every append longer than a page
-//! of the disk. The duty `open` opens and closes the store
+//! of the disk, and `segments` besides begins a new segment with each. The duty `open` opens and closes the store
 //! all the time; `forget-marked` appends nothing, but forgets every marked user, then
 //! compacts and writes a snapshot; `volume` measures memory ([`simpatico_tests::volume`]).
 //!
@@ -54,11 +54,11 @@ pub fn main() -> ExitCode {
     }
 }
 
-fn open(root: &Path) -> Result<Store, String> {
+fn open(root: &Path, duty: &str) -> Result<Store, String> {
     let options = Options {
         // So that the mirror is written in the middle, and segments are begun.
         checkpoint_idle: std::time::Duration::from_millis(1),
-        segment_bytes: 20_000,
+        segment_bytes: if duty == "segments" { 1_000 } else { 20_000 },
         ..Options::default()
     };
     Store::open(root.join("store"), options).map_err(|e| e.to_string())
@@ -96,7 +96,7 @@ fn append_with(
 fn reopening(root: &Path, seed: u64, events: u64) -> Result<(), String> {
     let acks = acks(root)?;
     for n in 0..events {
-        let store = open(root)?;
+        let store = open(root, "open")?;
         append(&store, &acks, seed, 0, n)?;
         if n % 2 == 0 {
             store.close().map_err(|e| e.to_string())?;
@@ -106,11 +106,12 @@ fn reopening(root: &Path, seed: u64, events: u64) -> Result<(), String> {
 }
 
 fn work(root: &Path, seed: u64, threads: u64, events: u64, duty: &str) -> Result<(), String> {
-    let store = open(root)?;
+    let store = open(root, duty)?;
     let acks = acks(root)?;
+    let bulk = matches!(duty, "bulk" | "segments");
     let appended = |thread: u64| -> Result<(), String> {
         for n in 0..events {
-            let others = workload::filling(if duty == "bulk" { 25 } else { 0 }, thread, n);
+            let others = workload::filling(if bulk { 25 } else { 0 }, thread, n);
             append_with(&store, &acks, seed, thread, n, &others)?;
             if thread == 0 && n % 40 == 39 {
                 upkeep(&store, root, duty, n)?;

@@ -1,7 +1,9 @@
-//! What we build upon: only from the registry, only under licences we list in .deny.toml, and
-//! what is unmaintained is known by name.
+//! What we build upon: only from the registry, only under licences we list in .deny.toml, in two
+//! versions only where it says why, and what is unmaintained is known by name. cargo-deny reads
+//! the same file; these tests need no program that a machine may lack.
 
 use serde_json::Value;
+use std::collections::BTreeSet;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
@@ -75,6 +77,59 @@ fn every_crate_is_of_the_registry_and_under_a_licence_we_list() {
         }
         let licence = package["license"].as_str().unwrap_or("none");
         assert!(met(licence, &allowed), "{name}: {licence}");
+    }
+}
+
+/// What stands in .deny.toml as `crate = "NAME@VERSION"`: the versions that may stand beside
+/// another of the same name.
+fn excused() -> Vec<String> {
+    let text = std::fs::read_to_string(root().join(".deny.toml")).unwrap();
+    let named = text.split("crate = \"").skip(1);
+    named
+        .map(|rest| rest.split('"').next().unwrap().to_string())
+        .collect()
+}
+
+#[test]
+fn a_second_version_of_a_crate_has_its_reason() {
+    let output = Command::new(env!("CARGO"))
+        .args([
+            "tree",
+            "--duplicates",
+            "--workspace",
+            "--offline",
+            "--locked",
+        ])
+        .args(["--target", "x86_64-unknown-linux-gnu"])
+        .args(["--depth", "0", "--prefix", "none"])
+        .current_dir(root())
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{said}");
+    let text = String::from_utf8(output.stdout).unwrap();
+    // "base64 v0.13.1 (proc-macro)": the name, and the version.
+    let doubles: BTreeSet<(&str, &str)> = text
+        .lines()
+        .filter_map(|line| line.split(" (").next()?.split_once(" v"))
+        .collect();
+    assert!(doubles.len() > 10, "{text}");
+    let excused = excused();
+    let is = |excuse: &str, (name, version): (&str, &str)| {
+        let (n, v) = excuse.split_once('@').unwrap();
+        n == name && version.strip_prefix(v).is_some_and(|r| r.starts_with('.'))
+    };
+    for excuse in &excused {
+        let found = doubles.iter().any(|double| is(excuse, *double));
+        assert!(found, "{excuse} is alone now: take it off .deny.toml");
+    }
+    let names: BTreeSet<&str> = doubles.iter().map(|d| d.0).collect();
+    for name in names {
+        let left: Vec<_> = doubles
+            .iter()
+            .filter(|d| d.0 == name && !excused.iter().any(|e| is(e, **d)))
+            .collect();
+        assert!(left.len() <= 1, "{left:?}: .deny.toml excuses none of them");
     }
 }
 

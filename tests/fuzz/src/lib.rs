@@ -161,13 +161,18 @@ fn tell(target: &Target, begun: Instant, report: &Report, budget: Budget, told: 
     );
 }
 
-/// Runs a target from a case on. `keep` holds each case's bytes while it is tried, so that an
-/// abort leaves its cause behind.
+/// Runs a target from a case on, after all that was found under coverage. `keep` holds each case's
+/// bytes while it is tried, so that an abort leaves its cause behind.
 pub fn run(target: &Target, seed: u64, from: u64, budget: Budget, keep: &File) -> Report {
     let corpus = corpus(target);
     assert!(!corpus.is_empty(), "{} has no corpus", target.name);
     let mut report = Report::default();
     let mut page = Vec::new();
+    for (number, bytes) in grown(target).iter().enumerate() {
+        write_down(bytes, &mut page, keep);
+        attempt(target, &format!("grown case {number}"), bytes, &mut report);
+    }
+    report.accepted = 0;
     let begun = Instant::now();
     let mut told = 0;
     loop {
@@ -180,32 +185,87 @@ pub fn run(target: &Target, seed: u64, from: u64, budget: Budget, keep: &File) -
         tell(target, begun, &report, budget, &mut told);
         let bytes = input(target, &corpus, seed, number);
         write_down(&bytes, &mut page, keep);
-        let started = processor_time();
-        let (outcome, peak) =
-            peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(&bytes))));
-        let took = processor_time().saturating_sub(started);
+        let name = format!("case {number}");
+        attempt(target, &name, &bytes, &mut report);
         report.cases += 1;
-        report.slowest = report.slowest.max(took);
-        report.peak = report.peak.max(peak);
-        let mut finding = |what: String| {
-            if report.findings.len() < 20 {
-                report
-                    .findings
-                    .push(format!("{} case {number}: {what}", target.name));
-            }
-        };
-        match outcome {
-            Ok(accepted) => report.accepted += u64::from(accepted),
-            Err(_) => finding("it panicked".into()),
-        }
-        if took > SLOW {
-            finding(format!("it took {took:?}"));
-        }
-        if peak > LARGE {
-            finding(format!("it held {peak} bytes"));
-        }
         if number < corpus.len() as u64 && report.accepted == 0 && target.must_accept {
-            finding("the corpus itself is not accepted".into());
+            let what = format!("{} {name}: the corpus itself is not accepted", target.name);
+            report.findings.push(what);
         }
     }
+}
+
+/// Tries one case.
+fn attempt(target: &Target, name: &str, bytes: &[u8], report: &mut Report) {
+    let started = processor_time();
+    let (outcome, peak) = peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(bytes))));
+    let took = processor_time().saturating_sub(started);
+    report.slowest = report.slowest.max(took);
+    report.peak = report.peak.max(peak);
+    let mut finding = |what: String| {
+        if report.findings.len() < 20 {
+            report
+                .findings
+                .push(format!("{} {name}: {what}", target.name));
+        }
+    };
+    match outcome {
+        Ok(accepted) => report.accepted += u64::from(accepted),
+        Err(_) => finding("it panicked".into()),
+    }
+    if took > SLOW {
+        finding(format!("it took {took:?}"));
+    }
+    if peak > LARGE {
+        finding(format!("it held {peak} bytes"));
+    }
+}
+
+/// Where the cases of a target lie that were found under coverage (`guided`): each is its length
+/// in four bytes, little-endian, and its bytes. Whole, they are tried by every run; mutations do
+/// not begin with them, so that a case keeps its number when they grow.
+fn grown_file(target: &Target) -> PathBuf {
+    let grown = Path::new(env!("CARGO_MANIFEST_DIR")).join("grown");
+    grown.join(format!("{}.cases", target.name))
+}
+
+/// The cases of a target that were found under coverage.
+pub fn grown(target: &Target) -> Vec<Vec<u8>> {
+    let bytes = std::fs::read(grown_file(target)).unwrap_or_default();
+    let (mut rest, mut cases) = (&bytes[..], Vec::new());
+    while let Some((length, behind)) = rest.split_first_chunk::<4>() {
+        let length = u32::from_le_bytes(*length) as usize;
+        let (case, behind) = behind.split_at_checked(length).expect("a whole case");
+        cases.push(case.to_vec());
+        rest = behind;
+    }
+    cases
+}
+
+/// Writes each grown case into a file of its own, for libFuzzer to begin with.
+pub fn unpack(target: &Target, folder: &Path) -> std::io::Result<()> {
+    std::fs::create_dir_all(folder)?;
+    for (number, case) in grown(target).iter().enumerate() {
+        std::fs::write(folder.join(format!("grown-{number}")), case)?;
+    }
+    Ok(())
+}
+
+/// Makes a folder's files the grown cases, in the order of their length, then bytes.
+pub fn pack(target: &Target, folder: &Path) -> std::io::Result<usize> {
+    let mut cases = Vec::new();
+    for entry in std::fs::read_dir(folder)? {
+        cases.push(std::fs::read(entry?.path())?);
+    }
+    cases.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
+    cases.dedup();
+    let mut bytes = Vec::new();
+    for case in &cases {
+        bytes.extend((case.len() as u32).to_le_bytes());
+        bytes.extend(case);
+    }
+    let path = grown_file(target);
+    std::fs::create_dir_all(path.parent().expect("a folder"))?;
+    std::fs::write(path, bytes)?;
+    Ok(cases.len())
 }

@@ -2,9 +2,10 @@
 //! targets and says what was found, with `--table` in FAULTS.md too. `--from` goes on where another
 //! run ended (its cases are counted in the table with these), `--case` runs one case again. The
 //! bytes of the case in work lie in /dev/shm/fuzz-TARGET behind their length in eight bytes, so that
-//! an abort leaves its cause behind.
+//! an abort leaves its cause behind. `fuzz TARGET --unpack FOLDER` writes what was found under
+//! coverage into files, `--pack FOLDER` takes a folder's files in its place (`guided` calls both).
 
-use simpatico_fuzz::{Budget, TARGETS, corpus, input, run, target};
+use simpatico_fuzz::{Budget, TARGETS, corpus, input, pack, run, target, unpack};
 use std::fs::File;
 use std::path::Path;
 use std::process::ExitCode;
@@ -25,6 +26,28 @@ fn main() -> ExitCode {
         let names: Vec<&str> = TARGETS.iter().map(|t| t.name).collect();
         eprintln!("expected a target, one of {}", names.join(", "));
         return ExitCode::from(2);
+    }
+    let folder = |flag: &str| {
+        let at = args.iter().position(|a| a == flag)?;
+        args.get(at + 1).map(Path::new)
+    };
+    if let Some(target) = only.and_then(|n| target(n)) {
+        let done = match (folder("--unpack"), folder("--pack")) {
+            (Some(folder), _) => Some(unpack(target, folder).map(|()| 0)),
+            (None, Some(folder)) => Some(pack(target, folder)),
+            (None, None) => None,
+        };
+        match done {
+            Some(Ok(cases)) => {
+                println!("{}: {cases} cases packed", target.name);
+                return ExitCode::SUCCESS;
+            }
+            Some(Err(e)) => {
+                eprintln!("{}: {e}", target.name);
+                return ExitCode::FAILURE;
+            }
+            None => {}
+        }
     }
     let seed = value("--seed").unwrap_or(1);
     let mut failed = false;

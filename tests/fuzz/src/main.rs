@@ -1,4 +1,4 @@
-//! `fuzz [TARGET] [--seconds N | --count N] [--seed S] [--from CASE] [--case N] [--table]`: runs
+//! `fuzz [TARGET] [--seconds N | --count N | --full] [--seed S] [--from CASE] [--case N] [--table]`: runs
 //! targets and says what was found, with `--table` in FAULTS.md too. `--from` goes on where another
 //! run ended (its cases are counted in the table with these), `--case` runs one case again. The
 //! bytes of the case in work lie in /dev/shm/fuzz-TARGET behind their length in eight bytes, so that
@@ -61,6 +61,7 @@ fn main() -> ExitCode {
         let budget = match (value("--seconds"), value("--count")) {
             (Some(seconds), _) => Budget::Time(Duration::from_secs(seconds)),
             (None, Some(count)) => Budget::Cases(count),
+            (None, None) if args.iter().any(|a| a == "--full") => Budget::Cases(target.full),
             (None, None) => Budget::Cases(target.small),
         };
         // In memory: on a disk this would be most of a case's time.

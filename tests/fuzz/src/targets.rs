@@ -30,6 +30,8 @@ pub struct Target {
     pub must_accept: bool,
     /// Cases of a test; about a second's worth.
     pub small: u64,
+    /// Cases in full.
+    pub full: u64,
 }
 
 /// All of them.
@@ -51,6 +53,7 @@ pub const TARGETS: &[Target] = &[
         run: event_lines,
         must_accept: true,
         small: 20_000,
+        full: 100_000_000,
     },
     Target {
         name: "csv",
@@ -60,6 +63,7 @@ pub const TARGETS: &[Target] = &[
         run: csv,
         must_accept: true,
         small: 20_000,
+        full: 10_000_000,
     },
     Target {
         name: "log-segment",
@@ -69,6 +73,7 @@ pub const TARGETS: &[Target] = &[
         run: log_segment,
         must_accept: true,
         small: 20_000,
+        full: 100_000_000,
     },
     Target {
         name: "log-in-a-store",
@@ -78,6 +83,7 @@ pub const TARGETS: &[Target] = &[
         run: log_in_a_store,
         must_accept: true,
         small: 500,
+        full: 20_000,
     },
     Target {
         name: "sled-rows",
@@ -87,6 +93,7 @@ pub const TARGETS: &[Target] = &[
         run: sled_rows,
         must_accept: true,
         small: 5_000,
+        full: 1_000_000,
     },
     Target {
         name: "rows-in-a-store",
@@ -96,6 +103,7 @@ pub const TARGETS: &[Target] = &[
         run: rows_in_a_store,
         must_accept: true,
         small: 40,
+        full: 10_000,
     },
     Target {
         name: "snapshot-file",
@@ -105,6 +113,7 @@ pub const TARGETS: &[Target] = &[
         run: snapshot_file,
         must_accept: true,
         small: 20_000,
+        full: 100_000_000,
     },
     Target {
         name: "snapshot-restored",
@@ -114,6 +123,7 @@ pub const TARGETS: &[Target] = &[
         run: snapshot_restored,
         must_accept: true,
         small: 500,
+        full: 100_000,
     },
     Target {
         name: "safetensors",
@@ -133,6 +143,7 @@ pub const TARGETS: &[Target] = &[
         run: safetensors,
         must_accept: true,
         small: 3_000,
+        full: 10_000_000,
     },
     Target {
         name: "gguf",
@@ -142,6 +153,7 @@ pub const TARGETS: &[Target] = &[
         run: gguf,
         must_accept: true,
         small: 10_000,
+        full: 10_000_000,
     },
     Target {
         name: "tokenizer",
@@ -158,6 +170,7 @@ pub const TARGETS: &[Target] = &[
         run: tokenizer,
         must_accept: true,
         small: 300,
+        full: 10_000_000,
     },
     Target {
         name: "adapter-config",
@@ -170,6 +183,7 @@ pub const TARGETS: &[Target] = &[
         run: adapter_config,
         must_accept: true,
         small: 10_000,
+        full: 10_000_000,
     },
     Target {
         name: "images",
@@ -179,6 +193,7 @@ pub const TARGETS: &[Target] = &[
         run: images,
         must_accept: true,
         small: 600,
+        full: 1_000_000,
     },
     Target {
         name: "provenance",
@@ -188,6 +203,7 @@ pub const TARGETS: &[Target] = &[
         run: provenance_file,
         must_accept: false,
         small: 1_500,
+        full: 1_000_000,
     },
     Target {
         name: "arguments",
@@ -197,6 +213,7 @@ pub const TARGETS: &[Target] = &[
         run: arguments,
         must_accept: false,
         small: 60,
+        full: 10_000,
     },
 ];
 

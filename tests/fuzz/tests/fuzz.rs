@@ -18,6 +18,9 @@ fn nothing_that_reads_foreign_bytes_panics_hangs_or_swells() {
                 while let Some(target) = TARGETS.get(next.fetch_add(1, Ordering::Relaxed)) {
                     let mut command = Command::new(env!("CARGO_BIN_EXE_fuzz"));
                     command.arg(target.name);
+                    // Else glibc gives its top pages back after each case and asks for them again.
+                    command.env("MALLOC_TRIM_THRESHOLD_", "100000000");
+                    command.env("MALLOC_TOP_PAD_", "10000000");
                     if !seconds.is_empty() {
                         command.args(["--seconds", &seconds]);
                     }

@@ -267,7 +267,8 @@ pub fn all(work: &Path, tree: &Path, mutants: &[Mutant], switched: &[usize]) {
     );
 }
 
-/// What came of a mutant. Tests that caught many in its file are tried first, then quick ones.
+/// What came of a mutant. Tests that caught many in its file for the time they take are tried first,
+/// then quick ones.
 fn attempt<'a>(
     checks: &[Check],
     id: usize,
@@ -287,7 +288,8 @@ fn attempt<'a>(
             .get(&(file, *i))
             .copied()
     };
-    order.sort_by_cached_key(|i| std::cmp::Reverse(count(i)));
+    let worth = |i: &usize| f64::from(count(i).unwrap_or(0)) / (checks[*i].seconds + 0.05);
+    order.sort_by_cached_key(|i| std::cmp::Reverse((worth(i) * 1000.0) as u64));
     for i in order {
         let (passed, late) = checks[i].run("MUTANT", &id.to_string(), checks[i].limit());
         if !passed {

@@ -755,7 +755,9 @@ fn read_edits(folder: &Path) -> Result<Pictures> {
 }
 
 /// Edits of drawings of objects that no training has seen, for users of different taste, two
-/// seeds each; written beside the report so that they can be looked at.
+/// seeds each; written beside the report so that they can be looked at. The second seed carries
+/// out the first one's instruction: what differs between seeds is then the sampler's noise alone,
+/// and what differs between users their taste.
 fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pictures> {
     let users = args.users.unwrap_or(args.eval.size(2, 3, 8)).max(1);
     let pictures = args.pictures.unwrap_or(args.eval.size(1, 3, 10)).max(1);
@@ -771,7 +773,7 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
     let scratch = Scratch::new("images")?;
     let store = community_store(&scratch.0, &data, true, common, output)?;
     let names = different_tastes(&data, users);
-    let bar = output.bar((names.len() * pictures * 2) as u64, "edits");
+    let bar = output.bar((names.len() * pictures * 4) as u64, "edits");
     let folder = args.eval.out.join("edits");
     let (mut sources, mut edits) = (BTreeMap::new(), Vec::new());
     let colors = [Color::Red, Color::Blue, Color::Green, Color::Yellow];
@@ -785,14 +787,16 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
         write_whole(&file, &source.to_png(&[])?)?;
         for backend in [Backend::Canny, Backend::Img2img] {
             let method = backend.as_str().to_string();
+            let mut asked: Vec<Vec<String>> = vec![Vec::new(); names.len()];
             for seed in [common.seed, common.seed + 1] {
                 if cancelled() {
                     bail!("interrupted");
                 }
-                let request = |user: &String| EditRequest {
+                let request = |(user, instructions): (&String, &Vec<String>)| EditRequest {
                     user: user.clone(),
                     source: Some(Source::of(source.clone())),
                     caption: Some(scene.caption()),
+                    instructions: instructions.clone(),
                     settings: EditSettings {
                         backend: Some(backend),
                         steps: args.steps,
@@ -802,17 +806,18 @@ fn make_edits(args: &ImagesArgs, common: &Common, output: &Output) -> Result<Pic
                     },
                     ..EditRequest::default()
                 };
-                let requests: Vec<EditRequest> = names.iter().map(request).collect();
+                let requests: Vec<EditRequest> = names.iter().zip(&asked).map(request).collect();
                 let mut hooks = Hooks {
                     cancel: Some(&CANCELLED),
                     ..Hooks::default()
                 };
                 let made = engine.edit_batch(&store.snapshot(), &requests, &mut hooks)?;
-                for (user, edit) in names.iter().zip(made) {
+                for ((user, asked), edit) in names.iter().zip(&mut asked).zip(made) {
                     let (images, records) = (edit.images, edit.provenance);
                     let Some((picture, record)) = images.into_iter().zip(records).next() else {
                         continue;
                     };
+                    *asked = vec![record.instruction.clone()];
                     let file = folder
                         .join(&method)
                         .join(format!("{name}--{user}--{seed}.png"));

@@ -94,7 +94,7 @@ pub const ROWS: &[Row] = &[
     },
     Row {
         name: "failed-syncs",
-        what: "one failed sync, then the program again, then a power cut; what a failed sync left is taken as clean and lost by the kernel: no acknowledged event lost",
+        what: "one failed sync, then the program again (or only an open and a close), then a power cut; what a failed sync left is taken as clean and lost by the kernel: no acknowledged event lost",
         seed: 6,
         small: 50,
         full: 500,

@@ -219,4 +219,12 @@ mod tests {
             assert_eq!(kept.bounds[gone as usize], 0);
         }
     }
+
+    #[test]
+    fn a_store_s_file_is_read_where_it_is_there_and_whole() {
+        let folder = tempfile::tempdir().unwrap();
+        assert_eq!(MaximumFile::read(folder.path()), None);
+        std::fs::write(file_path(folder.path()), file().to_bytes()).unwrap();
+        assert_eq!(MaximumFile::read(folder.path()), Some(file()));
+    }
 }

@@ -349,4 +349,19 @@ mod tests {
         }
         assert!(matches!(chunk, Chunk::Empty));
     }
+
+    #[test]
+    fn the_users_of_a_posting_come_by_number_from_all_chunks() {
+        let mut posting = Posting::default();
+        let users = [1_030, 3, 600, 511, 512, 1_024];
+        for user in users {
+            posting.insert(user, 1_100, LAYOUT);
+        }
+        let now = |posting: &Posting| posting.users(LAYOUT).collect::<Vec<_>>();
+        assert_eq!(now(&posting), [3, 511, 512, 600, 1_024, 1_030]);
+        posting.remove(600, 1_100, LAYOUT);
+        posting.remove(601, 1_100, LAYOUT);
+        assert_eq!(now(&posting), [3, 511, 512, 1_024, 1_030]);
+        assert_eq!((posting.count, posting.chunks.len()), (5, 3));
+    }
 }

@@ -295,3 +295,56 @@ pub(crate) fn chunks(users: u32, layout: Layout) -> impl Iterator<Item = (usize,
     (0..(users as usize).div_ceil(size))
         .map(move |chunk| (chunk, size.min(users as usize - chunk * size)))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::cell::Cell;
+
+    #[test]
+    fn ranks_keep_the_first_of_those_who_have_one_and_all_others() {
+        let ranks = [3, 0, 2, 1];
+        let ties = |users: &[u32]| users.iter().map(|u| (*u, 7)).collect::<Vec<_>>();
+        let kept = |users: &[u32], places| {
+            let mut kept: Vec<u32> = first_by_rank(ties(users), places, &ranks)
+                .into_iter()
+                .map(|(user, _)| user)
+                .collect();
+            kept.sort_unstable();
+            kept
+        };
+        assert_eq!(kept(&[0, 1, 2, 3, 4, 9], 2), [1, 3, 4, 9]);
+        assert_eq!(kept(&[0, 1, 2, 3], 4), [0, 1, 2, 3]);
+        assert_eq!(kept(&[0, 2], 3), [0, 2]);
+        assert_eq!(kept(&[4, 5], 1), [4, 5]);
+    }
+
+    #[test]
+    fn ranks_are_asked_for_only_where_very_many_tie() {
+        let names: Vec<String> = (0..10_000).map(|n| format!("{n:05}")).collect();
+        for (ties, asked) in [(MANY_TIES, false), (MANY_TIES + 1, true)] {
+            let mut top = Top::new(3, u32::MAX, 5);
+            (0..ties as u32).for_each(|user| top.offer(9_000 - user, 1));
+            let was = Cell::new(false);
+            let ranks = || {
+                was.set(true);
+                None
+            };
+            let best = top.finish(|user| names[user as usize].as_bytes(), ranks);
+            let least = 9_001 - ties as u32;
+            assert_eq!(best, [(least, 1), (least + 1, 1), (least + 2, 1)]);
+            assert_eq!(was.get(), asked, "{ties}");
+        }
+    }
+
+    #[test]
+    fn who_is_no_longer_among_the_best_is_let_go() {
+        let mut top = Top::new(10, u32::MAX, 200_000);
+        for user in 0..100_000 {
+            top.offer(user, user + 1);
+            assert!(top.candidates.len() <= 4_096, "{}", top.candidates.len());
+        }
+        let best = top.finish(|_| b"", || None);
+        assert!(best.iter().map(|b| b.0).eq((99_990..100_000).rev()));
+    }
+}

@@ -82,4 +82,38 @@ mod tests {
         other.add_user("f");
         assert!(Arc::ptr_eq(&second, &other.ranks));
     }
+
+    /// Asks until the ranks of so many users are made, and returns them.
+    fn wait(graph: &Graph, len: usize) -> Vec<u32> {
+        loop {
+            match super::get(&graph.ranks, &graph.users) {
+                Some(ranks) if ranks.len() == len => return ranks.to_vec(),
+                _ => std::thread::yield_now(),
+            }
+        }
+    }
+
+    fn at_work(graph: &Graph) -> bool {
+        graph.ranks.made.lock().unwrap().at_work
+    }
+
+    #[test]
+    fn ranks_are_places_by_name_and_made_again_when_users_have_grown_by_a_third() {
+        let mut graph = Graph::new();
+        for name in ["i", "b", "h", "a", "g", "c", "f", "d", "e"] {
+            graph.add_user(name);
+        }
+        assert_eq!(super::get(&graph.ranks, &graph.users), None);
+        assert_eq!(wait(&graph, 9), [8, 1, 7, 0, 6, 2, 5, 3, 4]);
+        for n in 0..3 {
+            graph.add_user(&format!("x{n}"));
+        }
+        // Nine of twelve are three quarters, which will do.
+        let of_nine = super::get(&graph.ranks, &graph.users).map(|ranks| ranks.len());
+        assert_eq!((of_nine, at_work(&graph)), (Some(9), false));
+        for n in 0..4 {
+            graph.add_user(&format!("w{n}"));
+        }
+        assert_eq!(wait(&graph, 16)[12..], [9, 10, 11, 12]);
+    }
 }

@@ -271,3 +271,34 @@ fn push_varint(out: &mut Vec<u8>, mut value: u64) {
     }
     out.push(value as u8);
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_merge_says_what_it_changed_what_it_moved_and_how_many_edges_came() {
+        let to = |polarity, at| Register {
+            polarity,
+            at,
+            id: "",
+        };
+        let (like, dislike, clear) = (Polarity::Like, Polarity::Dislike, Polarity::Clear);
+        let (mut first, mut second) = (Vec::new(), Vec::new());
+        let events = [(1, to(like, 5)), (4, to(like, 5)), (6, to(clear, 5))];
+        let merged = merge(&[], events.into_iter(), &mut first);
+        assert_eq!((merged.changed, merged.moved, merged.edges), (3, 2, 2));
+        // One is too late, one says the same again later, one turns, one goes, one comes.
+        let events = [
+            (1, to(dislike, 4)),
+            (4, to(like, 6)),
+            (6, to(dislike, 6)),
+            (7, to(like, 6)),
+        ];
+        let merged = merge(&first, events.into_iter(), &mut second);
+        assert_eq!((merged.changed, merged.moved, merged.edges), (3, 2, 2));
+        let events = [(1, to(dislike, 7)), (4, to(clear, 7))];
+        let merged = merge(&second, events.into_iter(), &mut first);
+        assert_eq!((merged.changed, merged.moved, merged.edges), (2, 2, -1));
+    }
+}

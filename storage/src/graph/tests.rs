@@ -491,3 +491,40 @@ fn a_join_finds_every_pair_that_has_enough_and_says_whose_it_did_not() {
         }
     }
 }
+
+/// More than the byte counters hold, for users of the first chunk and of the second.
+#[test]
+fn more_than_255_attributes_in_common_are_counted_in_every_chunk() {
+    let layout = Layout {
+        chunk_bits: 9,
+        ..Layout::default()
+    };
+    let mut graph = Graph::with(layout, Kernel::Portable);
+    for attribute in 0..600 {
+        graph.add_attribute(&format!("a{attribute}"));
+    }
+    let like = Register {
+        polarity: Polarity::Like,
+        at: 0,
+        id: "",
+    };
+    for user in 0..700 {
+        graph.add_user(&format!("{user:03}"));
+        let likes = match user {
+            5 => 600,
+            7 => 300,
+            600 => 511,
+            690 => 255,
+            _ => user % 3,
+        };
+        for attribute in 0..likes {
+            graph.set(UserId(user), AttributeId(attribute), like);
+        }
+    }
+    let best = graph.similar(UserId(5), 4, OverlapMode::Agreeing);
+    let of = |user, overlap| (UserId(user), overlap);
+    let expected = [of(600, 511), of(7, 300), of(690, 255), of(2, 2)];
+    assert_eq!(best, expected);
+    let best = graph.similar(UserId(600), 2, OverlapMode::Shared);
+    assert_eq!(best, [of(5, 511), of(7, 300)]);
+}

@@ -199,4 +199,22 @@ mod tests {
             }
         }
     }
+
+    #[test]
+    fn what_two_trees_share_is_not_looked_through() {
+        let mut tree = Tree::<u32, 4>::default();
+        for index in 0..5_000 {
+            *tree.get_mut(index) = 1;
+        }
+        let then = tree.clone();
+        let looked = |now: &Tree<u32, 4>| {
+            let mut looked = 0;
+            now.for_each_difference(&then, &mut |_, _, _| looked += 1);
+            looked
+        };
+        assert_eq!(looked(&tree), 0);
+        // One leaf of four.
+        *tree.get_mut(4_321) = 2;
+        assert_eq!(looked(&tree), 4);
+    }
 }

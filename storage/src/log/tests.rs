@@ -390,6 +390,23 @@ fn a_log_goes_on_in_segments_and_is_read_back_in_order() {
 }
 
 #[test]
+fn a_tail_keeps_each_payload_and_the_number_of_its_first_record() {
+    let mut log = Log::new(64 + 95);
+    log.commit(&[1, 2]);
+    log.writer.tail = Some(Vec::new());
+    // Into the next segment, too.
+    log.commit(&[3, 4, 5]);
+    log.commit(&[6]);
+    let tail = log.writer.tail.take().unwrap();
+    let firsts: Vec<u64> = tail.iter().map(|payload| payload.first_seq).collect();
+    assert_eq!(firsts, [3, 4, 5, 6]);
+    assert!(
+        tail.iter()
+            .all(|payload| payload.bytes.len() == 30 - FRAME_HEADER)
+    );
+}
+
+#[test]
 fn a_commit_moves_the_mark_and_a_close_writes_both_its_slots() {
     let mut log = Log::new(1 << 20);
     let path = log.dir.path().join("mark");

@@ -63,7 +63,7 @@ pub const TARGETS: &[Target] = &[
         run: csv,
         must_accept: true,
         small: 20_000,
-        full: 10_000_000,
+        full: 1_000_000,
     },
     Target {
         name: "log-segment",
@@ -83,7 +83,7 @@ pub const TARGETS: &[Target] = &[
         run: log_in_a_store,
         must_accept: true,
         small: 500,
-        full: 20_000,
+        full: 10_000,
     },
     Target {
         name: "sled-rows",
@@ -103,7 +103,7 @@ pub const TARGETS: &[Target] = &[
         run: rows_in_a_store,
         must_accept: true,
         small: 40,
-        full: 10_000,
+        full: 2_000,
     },
     Target {
         name: "snapshot-file",

@@ -142,7 +142,7 @@ fn write_down(bytes: &[u8], page: &mut Vec<u8>, keep: &File) {
 /// Says once a minute how far a long run is.
 fn tell(target: &Target, begun: Instant, report: &Report, budget: Budget, told: &mut u64) {
     let minutes = begun.elapsed().as_secs() / 60;
-    if report.cases % 256 != 0 || minutes == *told {
+    if !report.cases.is_multiple_of(256) || minutes == *told {
         return;
     }
     *told = minutes;

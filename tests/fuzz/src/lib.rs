@@ -242,16 +242,18 @@ pub fn grown(target: &Target) -> Vec<Vec<u8>> {
     cases
 }
 
-/// Writes each grown case into a file of its own, for libFuzzer to begin with.
-pub fn unpack(target: &Target, folder: &Path) -> std::io::Result<()> {
+/// Writes each case of the corpus and each grown one into a file of its own, for libFuzzer to begin
+/// with. Says how many.
+pub fn unpack(target: &Target, folder: &Path) -> std::io::Result<usize> {
     std::fs::create_dir_all(folder)?;
-    for (number, case) in grown(target).iter().enumerate() {
-        std::fs::write(folder.join(format!("grown-{number}")), case)?;
+    let cases = [corpus(target), grown(target)].concat();
+    for (number, case) in cases.iter().enumerate() {
+        std::fs::write(folder.join(format!("known-{number}")), case)?;
     }
-    Ok(())
+    Ok(cases.len())
 }
 
-/// Makes a folder's files the grown cases, in the order of their length, then bytes.
+/// Makes a folder's files the grown cases, in the order of their length, then bytes. Says how many.
 pub fn pack(target: &Target, folder: &Path) -> std::io::Result<usize> {
     let mut cases = Vec::new();
     for entry in std::fs::read_dir(folder)? {

@@ -2,8 +2,9 @@
 //! targets and says what was found, with `--table` in FAULTS.md too. `--from` goes on where another
 //! run ended (its cases are counted in the table with these), `--case` runs one case again. The
 //! bytes of the case in work lie in /dev/shm/fuzz-TARGET behind their length in eight bytes, so that
-//! an abort leaves its cause behind. `fuzz TARGET --unpack FOLDER` writes what was found under
-//! coverage into files, `--pack FOLDER` takes a folder's files in its place (`guided` calls both).
+//! an abort leaves its cause behind. `fuzz TARGET --unpack FOLDER` writes the corpus and
+//! what was found under coverage into files, `--pack FOLDER` makes a folder's files what was found
+//! (`guided` calls both).
 
 use simpatico_fuzz::{Budget, TARGETS, corpus, input, pack, run, target, unpack};
 use std::fs::File;
@@ -33,13 +34,13 @@ fn main() -> ExitCode {
     };
     if let Some(target) = only.and_then(|n| target(n)) {
         let done = match (folder("--unpack"), folder("--pack")) {
-            (Some(folder), _) => Some(unpack(target, folder).map(|()| 0)),
+            (Some(folder), _) => Some(unpack(target, folder)),
             (None, Some(folder)) => Some(pack(target, folder)),
             (None, None) => None,
         };
         match done {
             Some(Ok(cases)) => {
-                println!("{}: {cases} cases packed", target.name);
+                println!("{}: {cases} cases", target.name);
                 return ExitCode::SUCCESS;
             }
             Some(Err(e)) => {

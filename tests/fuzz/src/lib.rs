@@ -253,7 +253,11 @@ pub fn unpack(target: &Target, folder: &Path) -> std::io::Result<usize> {
     Ok(cases.len())
 }
 
-/// Makes a folder's files the grown cases, in the order of their length, then bytes. Says how many.
+/// The most that the grown cases of a target may come to, in bytes: they are committed.
+const ROOM: usize = 1 << 18;
+
+/// Makes a folder's files the grown cases, in the order of their length, then bytes, as many as
+/// there is room for. Says how many.
 pub fn pack(target: &Target, folder: &Path) -> std::io::Result<usize> {
     let mut cases = Vec::new();
     for entry in std::fs::read_dir(folder)? {
@@ -261,13 +265,17 @@ pub fn pack(target: &Target, folder: &Path) -> std::io::Result<usize> {
     }
     cases.sort_by(|a, b| (a.len(), a).cmp(&(b.len(), b)));
     cases.dedup();
-    let mut bytes = Vec::new();
+    let (mut bytes, mut taken) = (Vec::new(), 0);
     for case in &cases {
+        if bytes.len() + 4 + case.len() > ROOM {
+            break;
+        }
         bytes.extend((case.len() as u32).to_le_bytes());
         bytes.extend(case);
+        taken += 1;
     }
     let path = grown_file(target);
     std::fs::create_dir_all(path.parent().expect("a folder"))?;
     std::fs::write(path, bytes)?;
-    Ok(cases.len())
+    Ok(taken)
 }

@@ -147,9 +147,8 @@ pub fn measure(path: &Path, seed: u64, count: u64) -> String {
             ..5 => half.resident_kib = half.resident_kib.max(now.resident_kib),
             5 => {
                 // A system that takes idle pages away makes a process look small for a while.
-                let resident_kib = half.resident_kib.max(now.resident_kib);
                 half = Use {
-                    resident_kib,
+                    resident_kib: half.resident_kib.max(now.resident_kib),
                     ..now
                 };
             }

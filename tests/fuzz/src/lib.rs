@@ -170,7 +170,12 @@ pub fn run(target: &Target, seed: u64, from: u64, budget: Budget, keep: &File) -
     let mut page = Vec::new();
     for (number, bytes) in grown(target).iter().enumerate() {
         write_down(bytes, &mut page, keep);
-        attempt(target, &format!("grown case {number}"), bytes, &mut report);
+        attempt(
+            target,
+            format_args!("grown case {number}"),
+            bytes,
+            &mut report,
+        );
     }
     report.accepted = 0;
     let begun = Instant::now();
@@ -185,18 +190,18 @@ pub fn run(target: &Target, seed: u64, from: u64, budget: Budget, keep: &File) -
         tell(target, begun, &report, budget, &mut told);
         let bytes = input(target, &corpus, seed, number);
         write_down(&bytes, &mut page, keep);
-        let name = format!("case {number}");
-        attempt(target, &name, &bytes, &mut report);
+        attempt(target, format_args!("case {number}"), &bytes, &mut report);
         report.cases += 1;
         if number < corpus.len() as u64 && report.accepted == 0 && target.must_accept {
-            let what = format!("{} {name}: the corpus itself is not accepted", target.name);
+            let name = target.name;
+            let what = format!("{name} case {number}: the corpus itself is not accepted");
             report.findings.push(what);
         }
     }
 }
 
 /// Tries one case.
-fn attempt(target: &Target, name: &str, bytes: &[u8], report: &mut Report) {
+fn attempt(target: &Target, name: std::fmt::Arguments<'_>, bytes: &[u8], report: &mut Report) {
     let started = processor_time();
     let (outcome, peak) = peak_bytes(|| catch_unwind(AssertUnwindSafe(|| (target.run)(bytes))));
     let took = processor_time().saturating_sub(started);

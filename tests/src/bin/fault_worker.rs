@@ -5,9 +5,9 @@
 //! of thread t is fixed by the seed ([`simpatico_tests::workload::event`]). Once `append` has
 //! returned, the line "t n\n" goes to ROOT/acks in one write. DUTY makes thread 0 do upkeep
 //! in between: compact, snapshot, restore, forget; `bulk` makes every append longer than a page
-//! of the disk, and `segments` besides begins a new segment with each. The duty `open` opens and closes the store
-//! all the time; `forget-marked` appends nothing, but forgets every marked user, then
-//! compacts and writes a snapshot; `volume` measures memory ([`simpatico_tests::volume`]).
+//! of the disk, and `segments` besides begins a new segment with each. The duty `open` opens and
+//! closes the store all the time; `forget-marked` appends nothing, but forgets every marked user,
+//! then compacts and writes a snapshot; `volume` measures memory ([`simpatico_tests::volume`]).
 //!
 //! Exit status: 0 done, 4 the store said no (the message is on stderr), 5 it said no and
 //! then reading did not go on.

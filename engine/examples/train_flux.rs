@@ -248,8 +248,10 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let range = (number(1).unwrap_or(4000), number(2).unwrap_or(0));
             prepare_samples(&rhythm.folder, stage, bundle, &subjects, range, &device)?;
         }
+        // FOLDER [STEPS] [COOLDOWN] [FLUX]: from an exported model, or from nothing.
         "flow" => {
             let mut options = flow::Options::shipped();
+            options.from = rest.get(2).map(Into::into);
             options.steps = number(0).unwrap_or(options.steps);
             options.cooldown = number(1).unwrap_or(options.steps / 4);
             let pairs = pairs::Pairs::open_all(&rhythm.folder)?;

@@ -11,7 +11,8 @@
 use crate::error::{Error, Result};
 use crate::params::{load_tensors, save_tensors};
 use candle_core::backprop::GradStore;
-use candle_core::{DType, Device, Tensor, Var};
+use candle_core::{CpuStorage, DType, Device, InplaceOp2, InplaceOp3, Layout, Tensor, Var};
+use rayon::prelude::*;
 use std::collections::BTreeMap;
 use std::path::Path;
 
@@ -117,6 +118,172 @@ struct Slot {
     average: Option<Tensor>,
 }
 
+impl Slot {
+    fn add(&mut self, gradient: &Tensor, scale: f64) -> Result<()> {
+        // Detached, or the sum would keep the whole graph of the micro-batch alive.
+        let mut g = gradient.detach().to_dtype(DType::F32)?;
+        if scale != 1.0 {
+            g = g.affine(scale, 0.0)?;
+        }
+        self.gradient = Some(match self.gradient.take() {
+            Some(sum) => (sum + g)?,
+            None => g,
+        });
+        Ok(())
+    }
+}
+
+/// The numbers of one step of one group.
+struct Step {
+    clip: f64,
+    lr: f64,
+    decay: f64,
+    betas: (f64, f64),
+    /// What the moments are short of, having begun at zero.
+    corrections: (f64, f64),
+    eps: f64,
+    ema: Option<f64>,
+}
+
+impl Step {
+    /// One operation of the tensor library after the other, on any device.
+    fn by_tensors(&self, slot: &mut Slot, g: &Tensor) -> Result<()> {
+        let (beta1, beta2) = self.betas;
+        let g = g.affine(self.clip, 0.0)?;
+        slot.first = (slot.first.affine(beta1, 0.0)? + g.affine(1.0 - beta1, 0.0)?)?;
+        slot.second = (slot.second.affine(beta2, 0.0)? + g.sqr()?.affine(1.0 - beta2, 0.0)?)?;
+        let denominator = slot
+            .second
+            .affine(1.0 / self.corrections.1, 0.0)?
+            .sqrt()?
+            .affine(1.0, self.eps)?;
+        let update = slot
+            .first
+            .affine(self.lr / self.corrections.0, 0.0)?
+            .div(&denominator)?;
+        // Detached, or the moving average would keep every past weight alive: gigabytes
+        // after a thousand steps.
+        let weight = slot
+            .var
+            .as_detached_tensor()
+            .to_dtype(DType::F32)?
+            .affine(1.0 - self.lr * self.decay, 0.0)?;
+        let weight = (weight - update)?;
+        slot.var.set(&weight.to_dtype(slot.var.dtype())?)?;
+        if let (Some(keep), Some(average)) = (self.ema, slot.average.as_mut()) {
+            *average = (average.affine(keep, 0.0)? + weight.affine(1.0 - keep, 0.0)?)?;
+        }
+        Ok(())
+    }
+
+    /// The same to the bit, for f32 on a CPU: four passes over memory in place of some thirty, which
+    /// took a fifth of a small network's training.
+    fn in_place(&self, slot: &Slot, g: &Tensor) -> Result<()> {
+        let g = g.contiguous()?;
+        let [clip, beta1, beta2, rest1, rest2] = [
+            self.clip,
+            self.betas.0,
+            self.betas.1,
+            1.0 - self.betas.0,
+            1.0 - self.betas.1,
+        ]
+        .map(|x| x as f32);
+        let first = Each(|m: &mut f32, [g]: [f32; 1]| *m = *m * beta1 + g * clip * rest1);
+        slot.first.inplace_op2(&g, &first)?;
+        let second = Each(|v: &mut f32, [g]: [f32; 1]| {
+            let g = g * clip;
+            *v = *v * beta2 + g * g * rest2;
+        });
+        slot.second.inplace_op2(&g, &second)?;
+        let [keep, size, correct, eps] = [
+            1.0 - self.lr * self.decay,
+            self.lr / self.corrections.0,
+            1.0 / self.corrections.1,
+            self.eps,
+        ]
+        .map(|x| x as f32);
+        let weight = Each(|w: &mut f32, [m, v]: [f32; 2]| {
+            *w = *w * keep - m * size / ((v * correct).sqrt() + eps);
+        });
+        let var = slot.var.as_tensor();
+        var.inplace_op3(&slot.first, &slot.second, &weight)?;
+        if let (Some(keep), Some(average)) = (self.ema, &slot.average) {
+            let [keep, rest] = [keep, 1.0 - keep].map(|x| x as f32);
+            let mean = Each(|a: &mut f32, [w]: [f32; 1]| *a = *a * keep + w * rest);
+            average.inplace_op2(var, &mean)?;
+        }
+        Ok(())
+    }
+}
+
+/// Changes every f32 of a tensor, given what is at its place in one or two others.
+struct Each<F>(F);
+
+impl<F: Fn(&mut f32, [f32; 1]) + Sync> InplaceOp2 for Each<F> {
+    fn name(&self) -> &'static str {
+        "optimiser step"
+    }
+
+    fn cpu_fwd(
+        &self,
+        to: &mut CpuStorage,
+        layout: &Layout,
+        a: &CpuStorage,
+        of_a: &Layout,
+    ) -> candle_core::Result<()> {
+        change((to, layout), [(a, of_a)], &self.0)
+    }
+}
+
+impl<F: Fn(&mut f32, [f32; 2]) + Sync> InplaceOp3 for Each<F> {
+    fn name(&self) -> &'static str {
+        "optimiser step"
+    }
+
+    fn cpu_fwd(
+        &self,
+        to: &mut CpuStorage,
+        layout: &Layout,
+        a: &CpuStorage,
+        of_a: &Layout,
+        b: &CpuStorage,
+        of_b: &Layout,
+    ) -> candle_core::Result<()> {
+        change((to, layout), [(a, of_a), (b, of_b)], &self.0)
+    }
+}
+
+fn change<const N: usize>(
+    (to, layout): (&mut CpuStorage, &Layout),
+    from: [(&CpuStorage, &Layout); N],
+    by: &(impl Fn(&mut f32, [f32; N]) + Sync),
+) -> candle_core::Result<()> {
+    /// Long enough to be worth a thread, short enough to stay in its cache.
+    const PART: usize = 1 << 14;
+    let place = |layout: &Layout| match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(start..end),
+        None => candle_core::bail!("optimiser step: expected whole tensors, got {layout:?}"),
+    };
+    let mut others = [&[][..]; N];
+    for (slice, (storage, layout)) in others.iter_mut().zip(from) {
+        *slice = &storage.as_slice::<f32>()?[place(layout)?];
+    }
+    let CpuStorage::F32(to) = to else {
+        candle_core::bail!("optimiser step: expected f32");
+    };
+    let to = &mut to[place(layout)?];
+    if others.iter().any(|other| other.len() != to.len()) {
+        candle_core::bail!("optimiser step: expected {} numbers of each", to.len());
+    }
+    to.par_chunks_mut(PART).enumerate().for_each(|(i, part)| {
+        let others = others.map(|all| &all[i * PART..][..part.len()]);
+        for (j, x) in part.iter_mut().enumerate() {
+            by(x, others.map(|all| all[j]));
+        }
+    });
+    Ok(())
+}
+
 /// The optimiser and its state.
 pub struct AdamW {
     options: AdamWOptions,
@@ -143,10 +310,9 @@ impl AdamW {
                         "parameter {name} stands in two groups"
                     )));
                 }
-                let zero = var
-                    .as_detached_tensor()
-                    .zeros_like()?
-                    .to_dtype(DType::F32)?;
+                // Each has memory of its own, since it may be changed in place.
+                let zero = || Tensor::zeros(var.shape(), DType::F32, var.device());
+                let (first, second) = (zero()?, zero()?);
                 let average = match options.ema {
                     // Detached, or each step's average would keep the one before alive.
                     Some(_) => Some(var.as_detached_tensor().copy()?.to_dtype(DType::F32)?),
@@ -156,8 +322,8 @@ impl AdamW {
                     name,
                     var,
                     group: index,
-                    first: zero.clone(),
-                    second: zero,
+                    first,
+                    second,
                     gradient: None,
                     average,
                 });
@@ -181,12 +347,7 @@ impl AdamW {
     pub fn accumulate(&mut self, gradients: &GradStore, scale: f64) -> Result<()> {
         for slot in &mut self.slots {
             if let Some(g) = gradients.get(&slot.var) {
-                // Detached, or the sum would keep the whole graph of the micro-batch alive.
-                let g = g.detach().to_dtype(DType::F32)?.affine(scale, 0.0)?;
-                slot.gradient = Some(match slot.gradient.take() {
-                    Some(sum) => (sum + g)?,
-                    None => g,
-                });
+                slot.add(g, scale)?;
             }
         }
         Ok(())
@@ -196,11 +357,7 @@ impl AdamW {
     pub fn accumulate_one(&mut self, var: &Var, gradient: &Tensor, scale: f64) -> Result<()> {
         let id = var.as_tensor().id();
         if let Some(slot) = self.slots.iter_mut().find(|s| s.var.as_tensor().id() == id) {
-            let g = gradient.detach().to_dtype(DType::F32)?.affine(scale, 0.0)?;
-            slot.gradient = Some(match slot.gradient.take() {
-                Some(sum) => (sum + g)?,
-                None => g,
-            });
+            slot.add(gradient, scale)?;
         }
         Ok(())
     }
@@ -246,37 +403,28 @@ impl AdamW {
         let AdamWOptions {
             beta1, beta2, eps, ..
         } = self.options;
-        let correction1 = 1.0 - beta1.powi(self.steps as i32);
-        let correction2 = 1.0 - beta2.powi(self.steps as i32);
+        let corrections = (
+            1.0 - beta1.powi(self.steps as i32),
+            1.0 - beta2.powi(self.steps as i32),
+        );
         for slot in &mut self.slots {
             let Some(g) = slot.gradient.take() else {
                 continue;
             };
-            let g = g.affine(clip, 0.0)?;
             let (lr, decay) = self.groups[slot.group];
-            let lr = lr * factor;
-            slot.first = (slot.first.affine(beta1, 0.0)? + g.affine(1.0 - beta1, 0.0)?)?;
-            slot.second = (slot.second.affine(beta2, 0.0)? + g.sqr()?.affine(1.0 - beta2, 0.0)?)?;
-            let denominator = slot
-                .second
-                .affine(1.0 / correction2, 0.0)?
-                .sqrt()?
-                .affine(1.0, eps)?;
-            let update = slot
-                .first
-                .affine(lr / correction1, 0.0)?
-                .div(&denominator)?;
-            // Detached, or the moving average would keep every past weight alive: gigabytes
-            // after a thousand steps.
-            let weight = slot
-                .var
-                .as_detached_tensor()
-                .to_dtype(DType::F32)?
-                .affine(1.0 - lr * decay, 0.0)?;
-            let weight = (weight - update)?;
-            slot.var.set(&weight.to_dtype(slot.var.dtype())?)?;
-            if let (Some(keep), Some(average)) = (self.options.ema, slot.average.as_mut()) {
-                *average = (average.affine(keep, 0.0)? + weight.affine(1.0 - keep, 0.0)?)?;
+            let step = Step {
+                clip,
+                lr: lr * factor,
+                decay,
+                betas: (beta1, beta2),
+                corrections,
+                eps,
+                ema: self.options.ema,
+            };
+            let var = slot.var.as_tensor();
+            match var.device().is_cpu() && var.dtype() == DType::F32 && var.is_contiguous() {
+                true => step.in_place(slot, &g)?,
+                false => step.by_tensors(slot, &g)?,
             }
         }
         Ok(norm)
@@ -312,13 +460,14 @@ impl AdamW {
         Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
     }
 
-    /// The averaged weights by name; empty where no average is kept.
-    pub fn averages(&self) -> Vec<(String, Tensor)> {
-        let kept = self
-            .slots
-            .iter()
-            .filter_map(|s| Some((s.name.clone(), s.average.clone()?)));
-        kept.collect()
+    /// The averaged weights by name, as they are after this step; empty where no average is kept.
+    pub fn averages(&self) -> Result<Vec<(String, Tensor)>> {
+        let kept = self.slots.iter().filter_map(|s| {
+            let average = s.average.as_ref()?;
+            Some((s.name.as_str(), average))
+        });
+        kept.map(|(name, average)| Ok((name.to_string(), average.copy()?)))
+            .collect()
     }
 
     /// Puts the averaged weights into the variables.
@@ -488,6 +637,54 @@ mod tests {
         }
     }
 
+    /// Long enough for several threads; the weight is a transpose's copy, the gradient a transpose.
+    #[test]
+    fn in_place_and_by_tensors_are_the_same_to_the_bit() -> Result<()> {
+        use simpatico_schema::random::Philox;
+        let shape = (300, 200);
+        let normals = |stream| {
+            let values = Philox::new(1, stream).normals(shape.0 * shape.1);
+            Tensor::from_vec(values, (shape.1, shape.0), &Device::Cpu)?.t()
+        };
+        let slot = || -> Result<Slot> {
+            let weight = normals(0)?.contiguous()?;
+            Ok(Slot {
+                name: "w".into(),
+                var: Var::from_tensor(&weight)?,
+                group: 0,
+                first: normals(1)?.contiguous()?,
+                second: normals(2)?.sqr()?.contiguous()?,
+                gradient: None,
+                average: Some(weight.copy()?),
+            })
+        };
+        let step = Step {
+            clip: 0.7,
+            lr: 1e-3,
+            decay: 0.01,
+            betas: (0.9, 0.99),
+            corrections: (0.5, 0.1),
+            eps: 1e-8,
+            ema: Some(0.998),
+        };
+        let (mut slow, fast) = (slot()?, slot()?);
+        for stream in 3..6 {
+            step.by_tensors(&mut slow, &normals(stream)?)?;
+            step.in_place(&fast, &normals(stream)?)?;
+        }
+        let bits = |slot: &Slot| -> Result<Vec<u32>> {
+            let average = slot.average.as_ref().expect("kept");
+            let mut all = Vec::new();
+            for tensor in [slot.var.as_tensor(), &slot.first, &slot.second, average] {
+                all.extend(tensor.flatten_all()?.to_vec1::<f32>()?);
+            }
+            Ok(all.into_iter().map(f32::to_bits).collect())
+        };
+        assert_ne!(bits(&slow)?, bits(&slot()?)?);
+        assert!(bits(&slow)? == bits(&fast)?);
+        Ok(())
+    }
+
     #[test]
     fn a_resumed_run_is_bit_identical_and_micro_batches_add_up() {
         let path = std::env::temp_dir().join(format!("simpatico-adam-{}", std::process::id()));
@@ -515,7 +712,7 @@ mod tests {
             assert!(second.step(1.0).unwrap() > 1.0);
         }
         assert_eq!(one.to_vec1::<f32>().unwrap(), two.to_vec1::<f32>().unwrap());
-        let average = |a: &AdamW| a.averages()[0].1.to_vec1::<f32>().unwrap();
+        let average = |a: &AdamW| a.averages().unwrap()[0].1.to_vec1::<f32>().unwrap();
         assert_eq!(average(&whole), average(&second));
         std::fs::remove_file(path).unwrap();
     }

@@ -230,7 +230,7 @@ impl<'a> Run<'a> {
         let folder = checkpoint_folder(self.rhythm, self.stage, self.state.step);
         params.save(&folder.join("weights.safetensors"), DType::F32, &[])?;
         adam.save(&folder.join("moments.safetensors"))?;
-        let averages = adam.averages();
+        let averages = adam.averages()?;
         if !averages.is_empty() {
             save_tensors(&folder.join("average.safetensors"), &averages, &[])?;
         }

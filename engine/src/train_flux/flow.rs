@@ -620,7 +620,7 @@ pub(super) mod tests {
             let down = (8 - step) as f64 / 2.0;
             adam.step(up.min(down).min(1.0)).unwrap();
         }
-        let by_hand = values(&adam.averages().into_iter().collect());
+        let by_hand = values(&adam.averages().unwrap().into_iter().collect());
         let cpu = Compute::cpu();
         assert_eq!(values(&trained(&options, &[&cpu], &[8]).0), by_hand);
         // Stopped and resumed it is the same.

@@ -7,10 +7,11 @@
 //! rest is drawing pictures and fitting them, on the CPU. What ships, on a GPU:
 //!
 //! ```text
-//! cargo run --release --features cuda --example train_flux -- flow RUN 21000 6000
+//! cargo run --release --features cuda --example train_flux -- flow RUN 21000 6000 [FLUX]
 //! ```
 //!
-//! with RUN from `patches`, `pairs`, `artwork` and `photos` (bundles/default/flux/MODEL_CARD.md).
+//! with RUN from `patches`, `pairs`, `artwork` and `photos`, and FLUX what to begin with, such as
+//! bundles/default/flux (its MODEL_CARD.md).
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;

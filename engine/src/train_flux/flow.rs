@@ -32,10 +32,6 @@ use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
-/// From here on the noise hides what the result will be: of 64 tokens of 96 channels, a colour that
-/// half of them share still shows at 0.8.
-pub const NOISY: f32 = 0.85;
-
 /// The settings of a run, of this stage or of [`super::guidance`].
 #[derive(Clone, Debug, PartialEq)]
 pub struct Options {
@@ -55,9 +51,6 @@ pub struct Options {
     pub warmup: usize,
     /// The factor that times are shifted by; 1 leaves them as they are.
     pub shift: f64,
-    /// How often the time is drawn evenly from [`NOISY`] to 1 instead. Below, the noisy latents
-    /// show what was asked for, and nothing is learnt from the words; sampling begins above.
-    pub noisy: f32,
     /// How often the text is left out.
     pub drop_text: f32,
     /// How often the control is left out.
@@ -81,7 +74,6 @@ impl Options {
             lr: 1.5e-3,
             warmup: 200,
             shift: 2.5,
-            noisy: 0.6,
             drop_text: 0.1,
             drop_control: 0.03,
             tile: 0.8,
@@ -262,13 +254,9 @@ struct Draw {
 
 fn draw(options: &Options, pairs: usize, random: &mut Philox) -> Draw {
     let odds = f64::from(random.normal()).exp() * options.shift;
-    let time = match random.uniform() < options.noisy {
-        true => NOISY + (1.0 - NOISY) * random.uniform(),
-        false => (odds / (1.0 + odds)) as f32,
-    };
     Draw {
         pair: random.below(pairs as u32),
-        time,
+        time: (odds / (1.0 + odds)) as f32,
         text: random.uniform() >= options.drop_text,
         control: random.uniform() >= options.drop_control,
         tile: random.uniform() < options.tile,
@@ -664,6 +652,31 @@ pub(super) mod tests {
             .fold(0.0, f32::max);
         // Eight steps of at most the learning rate, of which some went another way.
         assert!(worst > 0.0 && worst < 8.0 * options.lr as f32, "{worst}");
+    }
+
+    #[test]
+    fn training_goes_on_from_an_exported_model() {
+        let mut options = options(4);
+        let folder = tempfile::tempdir().unwrap();
+        let (rhythm, pairs) = (Rhythm::usual(folder.path()), pairs(&options.config));
+        run(&options, &pairs, &Compute::cpu(), &rhythm, &mut |_| true).unwrap();
+        let out = folder.path().join("exported");
+        export(folder.path(), &options.config, &out).unwrap();
+        let rounded = |t: &Tensor| t.to_dtype(DType::F16)?.to_dtype(DType::F32);
+        let averages = latest(folder.path(), "flow").unwrap();
+        let wanted: Weights = averages
+            .iter()
+            .map(|(name, t)| (name.clone(), rounded(t).unwrap()))
+            .collect();
+        options.from = Some(out);
+        let begun = begin(&options, &Device::Cpu).unwrap();
+        let begun: Weights = begun
+            .vars()
+            .into_iter()
+            .map(|(name, var)| (name, var.as_detached_tensor()))
+            .collect();
+        assert!(begun.keys().eq(wanted.keys()));
+        assert_eq!(values(&begun), values(&wanted));
     }
 
     #[test]

@@ -176,8 +176,8 @@ impl Step {
         Ok(())
     }
 
-    /// The same to the bit, for f32 on a CPU: four passes over memory in place of some thirty, which
-    /// took a fifth of a small network's training.
+    /// The same to the bit, for f32 on a CPU: four passes over memory in place of some thirty. A step of
+    /// the small Flux takes 8 % less.
     fn in_place(&self, slot: &Slot, g: &Tensor) -> Result<()> {
         let g = g.contiguous()?;
         let [clip, beta1, beta2, rest1, rest2] = [

@@ -141,26 +141,37 @@ fn begin(options: &Options, device: &Device) -> Result<Params> {
     let (config, seed) = (&options.config, options.seed);
     let params = Params::new(seed, device.clone());
     let transformer = names::transformer_shapes(config);
-    fresh(&params, "transformer.", &transformer, seed)?;
     let control = names::controlnet_shapes(&control_config(config));
-    fresh(&params, "controlnet.", &control, seed + 1)?;
-    let Some(from) = &options.from else {
-        begin_as_copy(&params, config)?;
-        return Ok(params);
-    };
-    for (part, kind, shapes) in [
-        ("transformer", names::Kind::Transformer, transformer),
-        ("controlnet", names::Kind::ControlNet, control),
-    ] {
-        let weights = Weights::open(&from.join(part))?;
-        let vb = names::open(&weights, kind, 0, DType::F32, device)?;
-        for (name, shape) in shapes {
-            if let Some(var) = params.get(&format!("{part}.{name}")) {
-                var.set(&vb.get(shape, &name)?)?;
-            }
+    match &options.from {
+        None => {
+            fresh(&params, "transformer.", &transformer, seed)?;
+            fresh(&params, "controlnet.", &control, seed + 1)?;
+            begin_as_copy(&params, config)?;
+        }
+        Some(from) => {
+            let kind = names::Kind::Transformer;
+            exported(&params, from, "transformer", kind, transformer)?;
+            let kind = names::Kind::ControlNet;
+            exported(&params, from, "controlnet", kind, control)?;
         }
     }
     Ok(params)
+}
+
+/// The parameters of one part of an exported model, under the part's name.
+fn exported(
+    params: &Params,
+    from: &Path,
+    part: &str,
+    kind: names::Kind,
+    shapes: Vec<names::NameAndShape>,
+) -> Result<()> {
+    let weights = Weights::open(&from.join(part))?;
+    let vb = names::open(&weights, kind, 0, DType::F32, &Device::Cpu)?;
+    for (name, shape) in shapes {
+        params.insert(format!("{part}.{name}"), &vb.get(shape, &name)?)?;
+    }
+    Ok(())
 }
 
 /// Weights with which the two networks, all blocks still silent, estimate in mode tile that

@@ -1,9 +1,10 @@
 //! How often an edit shows what was asked for:
-//! `eval_edits OUT JUDGE CUT_OUTS (exact | bundle DIR | run FOLDER) [ATTRIBUTES] [STEPS] [START] [CFG]`.
+//! `eval_edits OUT JUDGE CUT_OUTS (exact | encoded RUN | bundle DIR | run FOLDER) [ATTRIBUTES] [STEPS] [START] [CFG]`.
 //!
 //! Sources are held out: drawn objects and the artwork of the folder CUT_OUTS. For each kind,
 //! ATTRIBUTES common attributes are asked for, each of two sources. `exact` judges what the
-//! renderer itself would make of it, the best that can be had; `bundle` goes through the
+//! renderer itself would make of it, the best that can be had, and `encoded` the same through
+//! the autoencoder of a training; `bundle` goes through the
 //! engine with the bundle's own settings; `run` takes the averaged weights of a training
 //! (mode tile). Writes OUT/report.json and OUT/grid.png: source, wanted, edited, in threes.
 
@@ -82,15 +83,29 @@ fn by_bundle(bundle: &str, cases: &[Case], steps: Option<usize>) -> Result<Vec<P
     Ok(pictures)
 }
 
+fn autoencoder(run: &Path) -> Result<Vae> {
+    let weights = load_tensors(&run.join("patches.safetensors"), &Device::Cpu)?;
+    let builder = init::builder(&weights, candle_core::DType::F32, &Device::Cpu);
+    Ok(autoencoder::scaled(Vae::new(&patches::config(), builder)?)?)
+}
+
+/// Pictures through a run's autoencoder.
+fn encoded(run: &Path, pictures: &[Picture]) -> Result<Vec<Picture>> {
+    let vae = autoencoder(run)?;
+    let there_and_back = |picture: &Picture| -> Result<Picture> {
+        let decoded = vae.decode(&vae.encode(&picture.to_tensor(&Device::Cpu)?)?)?;
+        Ok(Picture::from_tensor(&decoded)?.remove(0))
+    };
+    pictures.iter().map(there_and_back).collect()
+}
+
 /// Edits with the averaged weights of a training run.
 fn by_run(
     folder: &Path,
     cases: &[Case],
     (start, steps, cfg): (f64, usize, f64),
 ) -> Result<Vec<Picture>> {
-    let weights = load_tensors(&folder.join("patches.safetensors"), &Device::Cpu)?;
-    let builder = init::builder(&weights, candle_core::DType::F32, &Device::Cpu);
-    let vae = autoencoder::scaled(Vae::new(&patches::config(), builder)?)?;
+    let vae = autoencoder(folder)?;
     let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
     let mut pictures = Vec::new();
     for some in cases.chunks(16) {
@@ -120,7 +135,7 @@ fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [out, judge, cut_outs, method, rest @ ..] = arguments.as_slice() else {
         return Err(
-            "eval_edits OUT JUDGE CUT_OUTS (exact | bundle DIR | run FOLDER) \
+            "eval_edits OUT JUDGE CUT_OUTS (exact | encoded RUN | bundle DIR | run FOLDER) \
                     [ATTRIBUTES] [STEPS] [START] [CFG]"
                 .into(),
         );
@@ -138,6 +153,7 @@ fn main() -> Result<()> {
     let wanted = |c: &Case| picture_of(&c.scene.clone().with(&[c.asked]));
     let pictures = match method.as_str() {
         "exact" => cases.iter().map(wanted).collect(),
+        "encoded" => encoded(from.as_ref(), &cases.iter().map(wanted).collect::<Vec<_>>())?,
         "bundle" => by_bundle(from, &cases, steps)?,
         "run" => {
             let settings = (

@@ -1,5 +1,5 @@
 //! Trains the small Flux: `train_flux STAGE FOLDER [ARGUMENTS] [--device cpu|cuda|cuda:N|metal]
-//! [--dtype f32|bf16]`. What each stage takes stands at its place below.
+//! [--dtype f32|bf16] [--parts N]`. What each stage takes stands at its place below.
 //!
 //! `flow`, `detail`, `guidance` and `vae` train on the device (default: the best there is), in
 //! bf16 on a GPU and f32 on a CPU unless told; they save every two minutes and go on from where
@@ -165,10 +165,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         told.map(Some).ok_or(format!("{name} wants a word"))
     };
     let (device, dtype) = (option("--device")?, option("--dtype")?);
+    let parts = option("--parts")?.map_or(Ok(1), |n| n.parse::<usize>())?;
     let device = simpatico_engine::device(device.as_deref())?;
     let compute = Compute::on(device.clone(), dtype.as_deref())?;
     let [stage, folder, rest @ ..] = arguments.as_slice() else {
-        return Err("train_flux STAGE FOLDER [ARGUMENTS] [--device D] [--dtype T]".into());
+        return Err(
+            "train_flux STAGE FOLDER [ARGUMENTS] [--device D] [--dtype T] [--parts N]".into(),
+        );
     };
     let rhythm = Rhythm::usual(folder);
     std::fs::create_dir_all(folder)?;
@@ -252,6 +255,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // FOLDER [STEPS] [COOLDOWN] [FLUX]: from an exported model, or from nothing.
         "flow" => {
             let mut options = flow::Options::shipped();
+            options.parts = parts;
             options.from = rest.get(2).map(Into::into);
             options.steps = number(0).unwrap_or(options.steps);
             options.cooldown = number(1).unwrap_or(options.steps / 4);

@@ -289,14 +289,15 @@ impl Scene {
             let (x, y) = frame.pixel(index, size);
             let mut color = place.at(x, y);
             let p = frame.to_object(x, y);
+            let q = [x * surfaces::TILES, y * surfaces::TILES];
             if !self.subject.whole() {
                 frame.shade(&mut color, x, y);
             }
             for part in &parts {
-                paint_part(&mut color, part, p, &frame, &paint);
+                paint_part(&mut color, part, (p, q), &frame, &paint);
             }
             if let Subject::Artwork(art) = &self.subject {
-                art.paint(&mut color, p, &frame, repainted.then_some(&paint));
+                art.paint(&mut color, (p, q), &frame, repainted.then_some(&paint));
             }
             *pixel = color;
         }
@@ -335,13 +336,13 @@ impl Scene {
 
 /// How often an edit touches a category: what the small model can show clearly comes often.
 const EDITED: [(Category, f32); 9] = [
-    (Category::Color, 0.20),
-    (Category::Material, 0.18),
-    (Category::Pattern, 0.14),
-    (Category::Background, 0.18),
-    (Category::Overlay, 0.12),
-    (Category::Tone, 0.07),
-    (Category::Light, 0.05),
+    (Category::Color, 0.21),
+    (Category::Material, 0.21),
+    (Category::Pattern, 0.18),
+    (Category::Background, 0.14),
+    (Category::Overlay, 0.11),
+    (Category::Tone, 0.05),
+    (Category::Light, 0.04),
     (Category::Style, 0.03),
     (Category::Object, 0.03),
 ];
@@ -362,13 +363,14 @@ fn over_all(category: Category) -> bool {
     )
 }
 
-/// One attribute of a category that has a look, the common ones oftener.
+/// One attribute of a category that has a look, the common ones oftener, but the rarest still a
+/// third as often: who likes what is rare wants to see it too, and it is learnt no sooner.
 fn draw(category: Category, random: &mut Philox) -> &'static Attribute {
     weighted(
         vocabulary::all(),
         |a| {
             if a.category == category && a.look.is_some() {
-                a.weight()
+                a.weight().powf(0.3)
             } else {
                 0.0
             }
@@ -490,7 +492,7 @@ impl Frame {
 fn paint_part(
     color: &mut Rgb,
     part: &shapes::Part,
-    p: [f32; 2],
+    (p, q): ([f32; 2], [f32; 2]),
     frame: &Frame,
     surface: &surfaces::Surface,
 ) {
@@ -499,7 +501,7 @@ fn paint_part(
         return;
     }
     if part.tint != shapes::Tint::Fixed([0.0; 3]) {
-        distance += surface.ragged(p);
+        distance += surface.ragged(q);
     }
     let coverage = (0.5 - distance / frame.pixel).clamp(0.0, 1.0);
     if coverage <= 0.0 {
@@ -516,7 +518,7 @@ fn paint_part(
         slope * gy / length,
         1.0 - 0.6 * slope,
     ]);
-    let (painted, alpha) = surface.paint(part.tint, p, normal, frame.pose.light);
+    let (painted, alpha) = surface.paint(part.tint, (p, q), normal, frame.pose.light);
     // A thin darker rim sets the parts off from one another.
     let rim = 1.0 - 0.45 * (1.0 + distance / 0.045).clamp(0.0, 1.0);
     for c in 0..3 {

@@ -208,7 +208,7 @@ impl Artwork {
     pub(super) fn paint(
         &self,
         color: &mut Rgb,
-        p: [f32; 2],
+        (p, q): ([f32; 2], [f32; 2]),
         frame: &Frame,
         surface: Option<&Surface>,
     ) {
@@ -218,7 +218,7 @@ impl Artwork {
         let texel = self.at(p);
         let (painted, alpha) = match surface {
             None => (texel.rgb, texel.alpha),
-            Some(surface) => self.repaint(&texel, p, frame, surface),
+            Some(surface) => self.repaint(&texel, (p, q), frame, surface),
         };
         for c in 0..3 {
             color[c] = color[c] * (1.0 - alpha) + painted[c] * alpha;
@@ -226,15 +226,21 @@ impl Artwork {
     }
 
     /// The point in another paint: the artwork's light and dark stay.
-    fn repaint(&self, texel: &Texel, p: [f32; 2], frame: &Frame, surface: &Surface) -> (Rgb, f32) {
-        let ragged = surface.ragged(p);
+    fn repaint(
+        &self,
+        texel: &Texel,
+        (p, q): ([f32; 2], [f32; 2]),
+        frame: &Frame,
+        surface: &Surface,
+    ) -> (Rgb, f32) {
+        let ragged = surface.ragged(q);
         let covered = match ragged == 0.0 {
             true => texel.alpha,
             false => (0.5 - (texel.distance + ragged) / frame.pixel).clamp(0.0, 1.0),
         };
         let side = if frame.pose.mirrored { -1.0 } else { 1.0 };
         let normal = normalize([side * texel.lean[0], texel.lean[1], 0.8]);
-        let (paint, alpha) = surface.paint(Tint::Body, p, normal, frame.pose.light);
+        let (paint, alpha) = surface.paint(Tint::Body, (p, q), normal, frame.pose.light);
         let shade = 0.50 + 0.85 * texel.level;
         let rim = 1.0 - 0.30 * (1.0 + texel.distance / 0.05).clamp(0.0, 1.0);
         let bright = 0.10 * (texel.level - 0.8).max(0.0) * 5.0;

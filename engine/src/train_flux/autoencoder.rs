@@ -89,6 +89,7 @@ pub fn run(options: &Options, compute: &Compute, rhythm: &Rhythm, report: Report
         weight_decay: 0.0,
         beta2: 0.99,
         ema: 0.995,
+        parts: 1,
     };
     training::run(
         &training,

@@ -45,6 +45,9 @@ pub struct Options {
     pub cooldown: usize,
     /// Pairs a step.
     pub batch: usize,
+    /// Micro-batches that they come in, each computed on a thread of its own. It decides what is
+    /// drawn: a run must go on with the number it began with to end in the same bytes.
+    pub parts: usize,
     /// Peak learning rate.
     pub lr: f64,
     /// Steps of warm-up.
@@ -71,9 +74,10 @@ impl Options {
             steps: 11_000,
             cooldown: 3_000,
             batch: 16,
+            parts: 1,
             lr: 1.5e-3,
             warmup: 200,
-            shift: 2.5,
+            shift: 5.0,
             drop_text: 0.1,
             drop_control: 0.03,
             tile: 0.8,
@@ -94,6 +98,26 @@ impl Options {
             weight_decay,
             beta2: 0.99,
             ema,
+            parts: self.parts,
+        }
+    }
+
+    /// The same for one micro-batch.
+    ///
+    /// # Errors
+    /// If the batch cannot be divided by the parts.
+    pub(super) fn part(&self) -> Result<Self> {
+        let parts = self.parts.max(1);
+        match self.batch % parts {
+            0 => Ok(Self {
+                batch: self.batch / parts,
+                parts: 1,
+                ..self.clone()
+            }),
+            _ => Err(Error::BadRequest(format!(
+                "a batch of {} cannot be divided into {parts} parts of one size",
+                self.batch
+            ))),
         }
     }
 }
@@ -242,13 +266,14 @@ pub fn run(
     report: Report,
 ) -> Result<()> {
     pairs.check()?;
+    let part = options.part()?;
     training::run(
         &options.training("flow", 0.01, 0.998),
         compute,
         &begin(options, &compute.device)?,
         rhythm,
         |vb| Networks::new(&options.config, vb),
-        |step| Batch::new(options, pairs, step as u64, &compute.device),
+        |n| Batch::new(&part, pairs, n as u64, &compute.device),
         loss,
         report,
     )
@@ -625,6 +650,49 @@ pub(super) mod tests {
         // Stopped and resumed it is the same.
         let resumed = trained(&options, &[&cpu, &cpu], &[3, 8]).0;
         assert_eq!(values(&resumed), by_hand);
+    }
+
+    #[test]
+    fn micro_batches_side_by_side_are_the_same_one_after_the_other() {
+        let options = Options {
+            parts: 2,
+            ..options(6)
+        };
+        let pairs = pairs(&options.config);
+        let part = options.part().unwrap();
+        let params = begin(&options, &Device::Cpu).unwrap();
+        let group = Group {
+            vars: params.vars(),
+            lr: options.lr,
+            weight_decay: 0.01,
+        };
+        let settings = AdamWOptions {
+            beta2: 0.99,
+            ema: Some(0.998),
+            ..AdamWOptions::default()
+        };
+        let mut adam = AdamW::new(vec![group], settings).unwrap();
+        let schedule = options.training("flow", 0.01, 0.998).schedule;
+        for step in 0..options.steps {
+            for n in [2 * step, 2 * step + 1] {
+                let networks = Networks::new(&options.config, params.builder(DType::F32)).unwrap();
+                let batch = Batch::new(&part, &pairs, n as u64, &Device::Cpu).unwrap();
+                let loss = loss(&networks, &batch).unwrap();
+                adam.accumulate(&loss.backward().unwrap(), 0.5).unwrap();
+            }
+            adam.step(schedule.factor(step)).unwrap();
+        }
+        let by_hand = values(&adam.averages().unwrap().into_iter().collect());
+        let cpu = Compute::cpu();
+        assert_eq!(
+            values(&trained(&options, &[&cpu, &cpu], &[2, 6]).0),
+            by_hand
+        );
+        let odd = Options {
+            parts: 3,
+            ..options.clone()
+        };
+        assert!(odd.part().unwrap_err().to_string().contains("4 cannot"));
     }
 
     #[test]

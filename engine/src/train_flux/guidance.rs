@@ -94,13 +94,14 @@ pub fn run(
     let learned = latest(&rhythm.folder, "flow")?;
     let teacher = teacher(&learned, &options.config, compute)?;
     let config = student_config(&options.config);
+    let part = options.part()?;
     training::run(
         &options.training("guidance", 0.0, 0.99),
         compute,
         &student(&learned, &options.config, options.seed, &compute.device)?,
         rhythm,
         |vb| FluxTransformer::new(&config, vb),
-        |step| Question::new(options, pairs, step as u64, compute),
+        |n| Question::new(&part, pairs, n as u64, compute),
         |student, question| {
             let (error, added) = errors(&teacher, student, question)?;
             // Scales of 1 add nothing: nothing to divide by either.

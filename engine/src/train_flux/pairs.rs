@@ -12,7 +12,8 @@ use crate::params::{load_tensors, save_tensors};
 use crate::picture::Picture;
 use crate::render::{Object, Scene, Subject};
 use crate::text_vectors::TextEncoder;
-use crate::{Error, Result};
+use crate::vocabulary::Attribute;
+use crate::{Error, Result, grammar};
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
 use std::path::Path;
@@ -59,7 +60,8 @@ pub struct Pair {
     pub text: String,
 }
 
-/// Pair number `i`: half with an instruction, half with the caption of the result.
+/// Pair number `i`: three in four with an instruction, half of these in the words that the
+/// policy learns ([`grammar`]), the fourth with the caption of the result.
 ///
 /// # Panics
 /// If there are no subjects.
@@ -74,9 +76,14 @@ pub fn pair<S: Clone + Into<Subject>>(
     let source = Scene::random(subject, random.next_u64());
     let edit = source.random_edit(most_changes, &mut random);
     let target = source.clone().with(&edit);
-    let text = match random.uniform() < 0.6 {
-        true => source.instruction(&edit, &mut random),
-        false => target.caption_varied(&mut random),
+    let text = match random.uniform() {
+        p if p < 0.375 => source.instruction(&edit, &mut random),
+        p if p < 0.75 => {
+            let named: Vec<&Attribute> = edit.iter().take(2).copied().collect();
+            let object = format!("the {}", source.subject.word());
+            grammar::instruction(&mut random, &object, &named, None)
+        }
+        _ => target.caption_varied(&mut random),
     };
     Pair {
         source,

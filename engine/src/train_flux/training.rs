@@ -5,15 +5,22 @@
 //! go through them to the f32 weights, whose moments and averages are f32 too. So a checkpoint
 //! does not say where or in what it was made, and any device goes on from it.
 //!
+//! A step may be made of several micro-batches, computed side by side on a thread each: on a CPU
+//! that is where the second core goes, since most of what a small network does, a product's
+//! threads cannot share. Their gradients are added in order, so the bytes do not depend on who
+//! was done first.
+//!
 //! A step asks its device one question, the size of the gradient, which decides whether the
 //! weights move at all. Losses stay on the device until they are reported.
 
 use super::{Compute, Report, Rhythm, Run};
-use crate::Result;
 use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
 use crate::params::Params;
+use crate::{Error, Result};
 use candle_core::Tensor;
+use candle_core::backprop::GradStore;
 use candle_nn::VarBuilder;
+use rayon::{ThreadPool, ThreadPoolBuilder};
 
 /// The settings of a run.
 pub(crate) struct Training {
@@ -31,6 +38,8 @@ pub(crate) struct Training {
     pub beta2: f64,
     /// Decay of the weights' average.
     pub ema: f64,
+    /// Micro-batches a step.
+    pub parts: usize,
 }
 
 impl Training {
@@ -48,21 +57,23 @@ impl Training {
             weight_decay: 0.02,
             beta2: 0.999,
             ema: 0.99,
+            parts: 1,
         }
     }
 }
 
 /// Trains `params`, or goes on training, until the steps are done or `report` says stop.
 ///
-/// `build` makes the network, `draw` what step n is trained on, `loss` an f32 number of the two.
-pub(crate) fn run<M, B>(
+/// `build` makes the network, `draw` micro-batch n (step n's only one, where a step has one),
+/// `loss` an f32 number of the two.
+pub(crate) fn run<M, B: Send>(
     training: &Training,
     compute: &Compute,
     params: &Params,
     rhythm: &Rhythm,
-    build: impl Fn(VarBuilder) -> Result<M>,
-    draw: impl Fn(usize) -> Result<B>,
-    loss: impl Fn(&M, &B) -> Result<Tensor>,
+    build: impl Fn(VarBuilder) -> Result<M> + Sync,
+    draw: impl Fn(usize) -> Result<B> + Sync,
+    loss: impl Fn(&M, &B) -> Result<Tensor> + Sync,
     report: Report,
 ) -> Result<()> {
     let group = Group {
@@ -77,25 +88,76 @@ pub(crate) fn run<M, B>(
     };
     let mut adam = AdamW::new(vec![group], settings)?;
     let mut run = Run::open(training.stage, rhythm, training.steps, params, &mut adam)?;
+    let learn = |batch: &B| -> Result<(Tensor, GradStore)> {
+        let loss = loss(&build(params.builder(compute.dtype))?, batch)?;
+        Ok((loss.detach(), loss.backward()?))
+    };
+    let parts = training.parts.max(1);
+    let pools = match parts {
+        1 => Vec::new(),
+        _ => (0..parts).map(|_| own_thread()).collect::<Result<_>>()?,
+    };
     let mut drawn = None;
     while run.state.step < training.steps {
         let step = run.state.step;
-        let batch = match drawn.take() {
-            Some(batch) => batch,
-            None => draw(step)?,
+        let learned = match pools.is_empty() {
+            false => side_by_side(&pools, |part| learn(&draw(step * parts + part)?))?,
+            true => {
+                let batch = match drawn.take() {
+                    Some(batch) => batch,
+                    None => draw(step)?,
+                };
+                let learned = learn(&batch)?;
+                // The device works on what it was told while the next batch is made.
+                if step + 1 < training.steps {
+                    drawn = Some(draw(step + 1)?);
+                }
+                vec![learned]
+            }
         };
-        let loss = loss(&build(params.builder(compute.dtype))?, &batch)?;
-        adam.accumulate(&loss.backward()?, 1.0)?;
-        // The device works on what it was told while the next batch is made.
-        if step + 1 < training.steps {
-            drawn = Some(draw(step + 1)?);
+        let share = 1.0 / parts as f64;
+        let mut mean: Option<Tensor> = None;
+        for (loss, gradients) in &learned {
+            adam.accumulate(gradients, share)?;
+            let loss = (loss * share)?;
+            mean = Some(match mean {
+                Some(mean) => (mean + loss)?,
+                None => loss,
+            });
         }
         let norm = adam.step(training.schedule.factor(step))?;
-        if !run.after_step(loss.detach(), norm, params, &adam, report)? {
+        let Some(loss) = mean else { break };
+        if !run.after_step(loss, norm, params, &adam, report)? {
             break;
         }
     }
     Ok(())
+}
+
+/// A thread with a pool of its own: operations that would spread over all cores stay on it.
+fn own_thread() -> Result<ThreadPool> {
+    let pool = ThreadPoolBuilder::new().num_threads(1).build();
+    pool.map_err(|e| Error::BadRequest(format!("a thread to train on could not be started: {e}")))
+}
+
+/// `work` of 0, 1, ..., each on its thread; the answers in order, or the first error.
+fn side_by_side<T: Send>(
+    pools: &[ThreadPool],
+    work: impl Fn(usize) -> Result<T> + Sync,
+) -> Result<Vec<T>> {
+    std::thread::scope(|scope| {
+        let work = &work;
+        let mut threads = Vec::new();
+        for (part, pool) in pools.iter().enumerate() {
+            threads.push(scope.spawn(move || pool.install(|| work(part))));
+        }
+        let finish = |thread: std::thread::ScopedJoinHandle<'_, Result<T>>| {
+            thread
+                .join()
+                .unwrap_or_else(|panic| std::panic::resume_unwind(panic))
+        };
+        threads.into_iter().map(finish).collect()
+    })
 }
 
 #[cfg(test)]

@@ -24,6 +24,7 @@ use simpatico_engine::picture::{Picture, write_whole};
 use simpatico_engine::render::artwork::cut_outs;
 use simpatico_engine::render::{Color, Object, Scene};
 use simpatico_engine::synth::{self, Synth, SynthOptions};
+use simpatico_engine::vocabulary::{self, Category};
 use simpatico_schema::edit::EditSettings;
 use simpatico_schema::{Event, OverlapMode, Polarity};
 use simpatico_storage::{Options, Store};
@@ -179,7 +180,20 @@ fn ingest(store: &Store, common: &Common, output: &Output, page: &mut Page) -> R
     Ok(community)
 }
 
-/// Four held-out users of different main taste, who say three of their likes.
+/// Whether the small picture model shows this clearly: what a thing is made of or painted in, and
+/// what lies behind it. Things to be added, styles and light it hardly draws (its model card).
+fn shown_clearly(like: &str) -> bool {
+    vocabulary::find(like).is_some_and(|attribute| {
+        let clear = matches!(
+            attribute.category,
+            Category::Color | Category::Material | Category::Pattern | Category::Background
+        );
+        clear && attribute.look.is_some()
+    })
+}
+
+/// Four held-out users of different main taste, who say three of their likes: such as the small
+/// picture model can show, since here the pictures are what is looked at.
 fn newcomers(store: &Store, community: &Synth, page: &mut Page) -> Result<Vec<String>> {
     let mut names = Vec::new();
     let mut tastes: Vec<&str> = Vec::new();
@@ -188,13 +202,13 @@ fn newcomers(store: &Store, community: &Synth, page: &mut Page) -> Result<Vec<St
             continue;
         };
         let new = community.splits.held_out_users.contains(&user.user);
-        if !new || tastes.contains(&taste.as_str()) || user.likes.len() < 4 {
+        let likes: Vec<&String> = user.likes.iter().filter(|l| shown_clearly(l)).collect();
+        if !new || tastes.contains(&taste.as_str()) || likes.len() < 3 {
             continue;
         }
         tastes.push(taste);
-        let events: Vec<Event> = user
-            .likes
-            .iter()
+        let events: Vec<Event> = likes
+            .into_iter()
             .take(3)
             .map(|like| Event::new(&user.user, like, Polarity::Like))
             .collect();

@@ -117,7 +117,10 @@ pub fn html(page: &Page) -> String {
 }
 
 fn users(out: &mut String, page: &Page) {
-    out.push_str("<h2>Four newcomers, three likes each</h2><div class=cards>");
+    out.push_str(
+        "<h2>Four newcomers, three likes each</h2><p>Each names three that the small picture \
+         model can show: colours, materials, patterns and backgrounds.</p><div class=cards>",
+    );
     for user in &page.users {
         let _ = write!(out, "<section class=card><h3>{}</h3>", escape(&user.name));
         chips(out, "likes", "like", &user.likes);

@@ -24,11 +24,16 @@ pub fn hash(x: i32, y: i32, seed: u64) -> f32 {
 
 /// Smooth noise in 0..1, one bump per lattice cell.
 pub fn noise(x: f32, y: f32, seed: u64) -> f32 {
+    between(x, y, |i, j| hash(i, j, seed))
+}
+
+/// The values `at` the four lattice points around, blended smoothly.
+fn between(x: f32, y: f32, at: impl Fn(i32, i32) -> f32) -> f32 {
     let (x0, y0) = (x.floor(), y.floor());
     let smooth = |t: f32| t * t * (3.0 - 2.0 * t);
     let (u, v) = (smooth(x - x0), smooth(y - y0));
     let (i, j) = (x0 as i32, y0 as i32);
-    let row = |j| hash(i, j, seed) * (1.0 - u) + hash(i + 1, j, seed) * u;
+    let row = |j| at(i, j) * (1.0 - u) + at(i + 1, j) * u;
     row(j) * (1.0 - v) + row(j + 1) * v
 }
 
@@ -61,14 +66,8 @@ pub const TILES: f32 = 8.0;
 
 /// Smooth noise in 0..1 that repeats with every tile, of `nx` by `ny` bumps each.
 fn tiled(q: [f32; 2], nx: i32, ny: i32, seed: u64) -> f32 {
-    let (x, y) = (q[0] * nx as f32, q[1] * ny as f32);
-    let (x0, y0) = (x.floor(), y.floor());
-    let smooth = |t: f32| t * t * (3.0 - 2.0 * t);
-    let (u, v) = (smooth(x - x0), smooth(y - y0));
-    let (i, j) = (x0 as i32, y0 as i32);
     let at = |i: i32, j: i32| hash(i.rem_euclid(nx), j.rem_euclid(ny), seed);
-    let row = |j| at(i, j) * (1.0 - u) + at(i + 1, j) * u;
-    row(j) * (1.0 - v) + row(j + 1) * v
+    between(q[0] * nx as f32, q[1] * ny as f32, at)
 }
 
 /// Three octaves of [`tiled`], in 0..1.

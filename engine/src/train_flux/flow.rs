@@ -619,12 +619,8 @@ pub(super) mod tests {
         Compute::on(Device::Cpu, Some("bf16")).unwrap()
     }
 
-    #[test]
-    fn a_run_on_the_cpu_is_the_plain_loop_to_the_bit() {
-        let options = options(8);
-        let pairs = pairs(&options.config);
-        let params = begin(&options, &Device::Cpu).unwrap();
-        let networks = Networks::new(&options.config, params.builder(DType::F32)).unwrap();
+    /// The optimiser that a run of the flow has.
+    fn plain_adam(options: &Options, params: &Params) -> AdamW {
         let group = Group {
             vars: params.vars(),
             lr: options.lr,
@@ -635,7 +631,16 @@ pub(super) mod tests {
             ema: Some(0.998),
             ..AdamWOptions::default()
         };
-        let mut adam = AdamW::new(vec![group], settings).unwrap();
+        AdamW::new(vec![group], settings).unwrap()
+    }
+
+    #[test]
+    fn a_run_on_the_cpu_is_the_plain_loop_to_the_bit() {
+        let options = options(8);
+        let pairs = pairs(&options.config);
+        let params = begin(&options, &Device::Cpu).unwrap();
+        let networks = Networks::new(&options.config, params.builder(DType::F32)).unwrap();
+        let mut adam = plain_adam(&options, &params);
         for step in 0..options.steps {
             let batch = Batch::new(&options, &pairs, step as u64, &Device::Cpu).unwrap();
             let loss = loss(&networks, &batch).unwrap();
@@ -661,17 +666,7 @@ pub(super) mod tests {
         let pairs = pairs(&options.config);
         let part = options.part().unwrap();
         let params = begin(&options, &Device::Cpu).unwrap();
-        let group = Group {
-            vars: params.vars(),
-            lr: options.lr,
-            weight_decay: 0.01,
-        };
-        let settings = AdamWOptions {
-            beta2: 0.99,
-            ema: Some(0.998),
-            ..AdamWOptions::default()
-        };
-        let mut adam = AdamW::new(vec![group], settings).unwrap();
+        let mut adam = plain_adam(&options, &params);
         let schedule = options.training("flow", 0.01, 0.998).schedule;
         for step in 0..options.steps {
             for n in [2 * step, 2 * step + 1] {

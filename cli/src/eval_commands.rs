@@ -168,6 +168,10 @@ pub struct PromptsArgs {
     /// without this what is judged is what training did, not what the store mends afterwards
     #[arg(long)]
     insist: bool,
+    /// How much more than by itself a user's embedding counts for the words, 0 to 10; 1 leaves
+    /// it be [default: the bundle's]
+    #[arg(long, value_name = "X")]
+    emphasis: Option<f32>,
     /// What is written of the profile (may be given several times) [default: both and
     /// embedding; with --full all five]
     #[arg(long, value_enum)]
@@ -230,13 +234,7 @@ fn finish<T: Serialize>(
     (out, started): (&Path, Instant),
     output: &Output,
 ) -> Result<()> {
-    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
-    let (json, page) = (
-        out.join(format!("{name}.json")),
-        out.join(format!("{name}.html")),
-    );
-    write_whole(&json, &serde_json::to_vec_pretty(report)?)?;
-    write_whole(&page, html.as_bytes())?;
+    let [json, page] = save(name, report, &html, out)?;
     let seconds = started.elapsed().as_secs_f64();
     let answer = serde_json::json!({
         "report": report, "json": json, "html": page, "seconds": seconds,
@@ -248,6 +246,15 @@ fn finish<T: Serialize>(
             page.display()
         )
     })
+}
+
+/// Writes the report and its page, and returns their files.
+fn save<T: Serialize>(name: &str, report: &T, html: &str, out: &Path) -> Result<[PathBuf; 2]> {
+    std::fs::create_dir_all(out).with_context(|| out.display().to_string())?;
+    let [json, page] = ["json", "html"].map(|end| out.join(format!("{name}.{end}")));
+    write_whole(&json, &serde_json::to_vec_pretty(report)?)?;
+    write_whole(&page, html.as_bytes())?;
+    Ok([json, page])
 }
 
 fn go_on() -> ControlFlow<()> {
@@ -421,6 +428,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     }
     let policy_options = PolicyOptions {
         insist: args.insist,
+        emphasis: args.emphasis.unwrap_or(bundle.manifest.settings.emphasis),
         ..PolicyOptions::default()
     };
     let mut loaded = Vec::new();
@@ -467,6 +475,16 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     let snapshot = store.snapshot();
     let named = (judge_name.as_str(), &judge);
     let mut report = eval_prompts::evaluate(&mut loaded, &snapshot, &data, named, &options, tell)?;
+    // What is known so far is on disk before the next hour begins.
+    let so_far = |report: &eval_prompts::Report| {
+        save(
+            "prompts",
+            report,
+            &eval_prompts::page(report),
+            &args.eval.out,
+        )
+    };
+    so_far(&report)?;
     let prompts = args.pairs.unwrap_or(args.eval.size(2, 8, 200));
     if prompts > 0 {
         let reference = match &args.reference {
@@ -488,6 +506,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
             let scores =
                 eval_prompts::pair_scores(&same, reference, &snapshot, &groups, 0.1, tell)?;
             report.pairs.push(scores);
+            so_far(&report)?;
         }
     }
     drop(snapshot);

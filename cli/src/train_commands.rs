@@ -216,6 +216,15 @@ pub struct DpoArgs {
     /// Share of prompts with the profile in words, 0 to 1 [default: 0.5]
     #[arg(long, value_name = "X")]
     profiles: Option<f64>,
+    /// Share of each user's stated likes, 0 to below 1, that graph and profile leave out and the
+    /// pairs are about, so that what is learnt is to guess; newcomers keep theirs [default: 0]
+    #[arg(
+        long,
+        value_name = "X",
+        default_value_t = 0.0,
+        hide_default_value = true
+    )]
+    hidden: f64,
     /// Soft prompt to start from, a file of an earlier run
     #[arg(long, value_name = "FILE")]
     start_soft: Option<PathBuf>,
@@ -648,6 +657,10 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     if let Some(share) = args.profiles.filter(|s| !(0.0..=1.0).contains(s)) {
         return Err(Usage(format!("--profiles: expected 0 to 1, got {share}")).into());
     }
+    if !(0.0..1.0).contains(&args.hidden) {
+        let text = format!("--hidden: expected 0 to below 1, got {}", args.hidden);
+        return Err(Usage(text).into());
+    }
     let own = match args.go_on {
         true => Some(open_existing(common)?),
         false => None,
@@ -674,6 +687,7 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         _ => Method::Collaborative,
     };
     // All methods learn from the same pairs.
+    let data = synth::with_hidden(&data, args.hidden, common.seed);
     let data = synth::with_newcomers(&data, common.seed);
     let mut snapshots = Vec::new();
     let mut stores = Vec::new();

@@ -176,6 +176,9 @@ pub struct Settings {
     pub neighbors: usize,
     /// The most tokens of an instruction.
     pub max_tokens: usize,
+    /// How much more than by itself a user's embedding counts for the words; 1 to leave it be
+    /// and read every prompt once. See [`crate::generate::Options::emphasis`].
+    pub emphasis: f32,
     /// The weights' type in memory on a GPU: "f32", "bf16" or "f16". On a CPU always f32.
     pub dtype: String,
 }
@@ -199,6 +202,7 @@ impl Default for Settings {
             neutral_caption: "a picture".into(),
             neighbors: 10,
             max_tokens: 48,
+            emphasis: 1.0,
             dtype: "bf16".into(),
         }
     }

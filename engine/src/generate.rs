@@ -61,6 +61,11 @@ pub struct Options {
     pub sampling: Sampling,
     /// Texts at which the answer ends; they are not part of it.
     pub stop: Vec<String>,
+    /// How much more than by itself a soft prompt counts, 1 being by itself: logits are
+    /// without + emphasis·(with - without), among the tokens that with it are at least a
+    /// tenth as likely as the likeliest (classifier-free guidance, arXiv 2306.17806; the bound,
+    /// arXiv 2210.15097). Other than 1, every prompt with a soft prompt is read twice.
+    pub emphasis: f32,
 }
 
 impl Options {
@@ -70,6 +75,25 @@ impl Options {
             max_tokens,
             sampling: Sampling::greedy(),
             stop: Vec::new(),
+            emphasis: 1.0,
+        }
+    }
+
+    /// The same prompt without its soft tokens, if it has to be read too.
+    fn without(&self, prompt: &Prompt) -> Option<Prompt> {
+        let twice = prompt.soft.is_some() && !prompt.ids.is_empty() && self.emphasis != 1.0;
+        twice.then(|| Prompt::tokens(prompt.ids.clone()))
+    }
+
+    /// Makes logits with the soft prompt count as much as asked beside those without.
+    fn emphasise(&self, with: &mut [f32], without: &[f32]) {
+        let most = with.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        let least = most - 10f32.ln();
+        for (a, b) in with.iter_mut().zip(without) {
+            *a = match *a >= least {
+                true => b + self.emphasis * (*a - b),
+                false => f32::NEG_INFINITY,
+            };
         }
     }
 }
@@ -147,8 +171,17 @@ pub fn generate(
 ) -> Result<Answer> {
     check(model, std::slice::from_ref(prompt), options)?;
     let mut writer = Writer::new(model, prompt, options);
-    let mut state = State::new(model, adapter, prompt.len()? + options.max_tokens)?;
+    let room = prompt.len()? + options.max_tokens;
+    let mut state = State::new(model, adapter, room)?;
     let mut logits = state.read(model, &prompt.embedded(model)?)?;
+    let mut beside = match options.without(prompt) {
+        Some(without) => Some((State::new(model, adapter, room)?, without)),
+        None => None,
+    };
+    if let Some((state, without)) = &mut beside {
+        let other = state.read(model, &without.embedded(model)?)?;
+        options.emphasise(&mut logits, &other);
+    }
     loop {
         let Some(token) = writer.take(&mut logits)? else {
             break;
@@ -160,6 +193,9 @@ pub fn generate(
             break;
         }
         logits = state.next(model, token)?;
+        if let Some((state, _)) = &mut beside {
+            options.emphasise(&mut logits, &state.next(model, token)?);
+        }
     }
     // What was held back because a stop text might have begun.
     if piece(writer.fresh()).is_break() {
@@ -182,14 +218,48 @@ pub fn generate_batch(
         return Ok(Vec::new());
     }
     check(model, prompts, options)?;
-    let lengths = prompts
+    let all = Sequences::of(prompts, options);
+    let lengths = all
+        .prompts
         .iter()
         .map(Prompt::len)
         .collect::<Result<Vec<_>>>()?;
     let rooms: Vec<usize> = lengths.iter().map(|n| n + options.max_tokens).collect();
     match Session::new(&model.decoder, adapter, &rooms)? {
-        Some(session) => batch_of_session(session, model, prompts, options, &mut go_on),
-        None => batch_of_tensors(model, prompts, &lengths, adapter, options, &mut go_on),
+        Some(session) => batch_of_session(session, model, &all, options, &mut go_on),
+        None => batch_of_tensors(model, &all, &lengths, adapter, options, &mut go_on),
+    }
+}
+
+/// What the model reads for a batch: the prompts, and after them those again without their
+/// soft tokens that need it.
+struct Sequences {
+    prompts: Vec<Prompt>,
+    /// For each answer the number of the sequence without soft tokens.
+    without: Vec<Option<usize>>,
+}
+
+impl Sequences {
+    fn of(prompts: &[Prompt], options: &Options) -> Self {
+        let mut all = prompts.to_vec();
+        let without = prompts.iter().map(|prompt| {
+            let number = all.len();
+            all.push(options.without(prompt)?);
+            Some(number)
+        });
+        let without = without.collect();
+        Self {
+            prompts: all,
+            without,
+        }
+    }
+
+    fn writers<'a>(&self, model: &'a LanguageModel, options: &'a Options) -> Vec<Writer<'a>> {
+        let answered = &self.prompts[..self.without.len()];
+        answered
+            .iter()
+            .map(|p| Writer::new(model, p, options))
+            .collect()
     }
 }
 
@@ -198,7 +268,7 @@ pub fn generate_batch(
 fn batch_of_session(
     mut session: Session,
     model: &LanguageModel,
-    prompts: &[Prompt],
+    all: &Sequences,
     options: &Options,
     go_on: &mut dyn FnMut() -> ControlFlow<()>,
 ) -> Result<Vec<Answer>> {
@@ -206,53 +276,63 @@ fn batch_of_session(
         ControlFlow::Continue(()) => Ok(()),
         ControlFlow::Break(()) => Err(Error::Cancelled),
     };
-    let mut writers: Vec<Writer> = prompts
-        .iter()
-        .map(|p| Writer::new(model, p, options))
-        .collect();
-    let shared = shared_beginning(prompts);
-    let mut logits: Vec<(usize, Vec<f32>)> = Vec::new();
-    for (i, prompt) in prompts.iter().enumerate() {
+    let mut writers = all.writers(model, options);
+    let mut logits: Vec<Vec<f32>> = Vec::with_capacity(all.prompts.len());
+    // Sequences without soft tokens take over what they begin with alike from the first of them.
+    let plain = || (0..all.prompts.len()).filter(|i| all.prompts[*i].soft.is_none());
+    let shared = shared_beginning(plain().map(|i| &all.prompts[i].ids));
+    let first = plain().next();
+    for (i, prompt) in all.prompts.iter().enumerate() {
         check()?;
         let mut x = prompt.embedded(model)?;
-        if i > 0 && shared > 0 {
-            session.share(0, i, shared);
+        if let Some(first) = first.filter(|f| i > *f && shared > 0 && prompt.soft.is_none()) {
+            session.share(first, i, shared);
             x = x.narrow(1, shared, x.dim(1)? - shared)?;
         }
-        logits.push((i, session.read(&[(i, x)])?.swap_remove(0)));
+        logits.push(session.read(&[(i, x)])?.swap_remove(0));
     }
     loop {
         let mut next = Vec::new();
-        for (i, mut logits) in logits {
-            let token = writers[i].take(&mut logits)?;
-            if let Some(token) = token.filter(|_| writers[i].ended.is_none()) {
-                next.push((i, model.embed_tokens(&[token])?));
+        for (i, writer) in writers.iter_mut().enumerate() {
+            if writer.ended.is_some() {
+                continue;
+            }
+            let mut own = std::mem::take(&mut logits[i]);
+            if let Some(j) = all.without[i] {
+                options.emphasise(&mut own, &logits[j]);
+            }
+            let token = writer.take(&mut own)?;
+            if let Some(token) = token.filter(|_| writer.ended.is_none()) {
+                let x = model.embed_tokens(&[token])?;
+                next.extend(all.without[i].map(|j| (j, x.clone())));
+                next.push((i, x));
             }
         }
         if next.is_empty() {
             return writers.into_iter().map(Writer::answer).collect();
         }
         check()?;
-        let answers = session.read(&next)?;
-        logits = next.iter().map(|(i, _)| *i).zip(answers).collect();
+        for ((i, _), read) in next.iter().zip(session.read(&next)?) {
+            logits[*i] = read;
+        }
     }
 }
 
-/// How many tokens all prompts begin with, leaving each at least one of its own.
-fn shared_beginning(prompts: &[Prompt]) -> usize {
-    if prompts.iter().any(|p| p.soft.is_some()) {
+/// How many tokens all of these begin with, leaving each at least one of its own.
+fn shared_beginning<'a>(all: impl Iterator<Item = &'a Vec<u32>> + Clone) -> usize {
+    let Some(first) = all.clone().next() else {
         return 0;
-    }
-    let first = &prompts[0].ids;
+    };
     let same = |ids: &Vec<u32>| first.iter().zip(ids).take_while(|(a, b)| a == b).count();
-    let most = prompts.iter().map(|p| same(&p.ids).min(p.ids.len() - 1));
-    most.min().unwrap_or(0)
+    all.map(|ids| same(ids).min(ids.len() - 1))
+        .min()
+        .unwrap_or(0)
 }
 
 /// Left-padded rows of one batch, through the decoder itself.
 fn batch_of_tensors(
     model: &LanguageModel,
-    prompts: &[Prompt],
+    all: &Sequences,
     lengths: &[usize],
     adapter: Option<&Adapter>,
     options: &Options,
@@ -260,7 +340,8 @@ fn batch_of_tensors(
 ) -> Result<Vec<Answer>> {
     let longest = lengths.iter().copied().max().unwrap_or(0);
     let pads: Vec<usize> = lengths.iter().map(|n| longest - n).collect();
-    let rows = prompts
+    let rows = all
+        .prompts
         .iter()
         .zip(&pads)
         .map(|(prompt, pad)| Ok(prompt.embedded(model)?.pad_with_zeros(1, *pad, 0)?))
@@ -268,10 +349,7 @@ fn batch_of_tensors(
     let decoder = &model.decoder;
     let placement = Placement::LeftPadded(pads);
     let mut cache = Cache::new(&decoder.config, longest + options.max_tokens);
-    let mut writers: Vec<Writer> = prompts
-        .iter()
-        .map(|p| Writer::new(model, p, options))
-        .collect();
+    let mut writers = all.writers(model, options);
     let mut x = Tensor::cat(&rows, 0)?;
     loop {
         if go_on().is_break() {
@@ -279,15 +357,22 @@ fn batch_of_tensors(
         }
         let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
         let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
-        let all = decoder.logits(&last)?.to_vec2::<f32>()?;
-        let mut next = Vec::with_capacity(prompts.len());
-        for (writer, mut logits) in writers.iter_mut().zip(all) {
-            let token = match writer.ended {
-                None => writer.take(&mut logits)?,
-                Some(_) => None,
-            };
-            // A row that has ended goes on with anything; nobody reads it.
-            next.push(token.unwrap_or(0));
+        let mut logits = decoder.logits(&last)?.to_vec2::<f32>()?;
+        // A row that has ended goes on with anything; nobody reads it.
+        let mut next = vec![0; all.prompts.len()];
+        for (i, writer) in writers.iter_mut().enumerate() {
+            if writer.ended.is_some() {
+                continue;
+            }
+            let mut own = std::mem::take(&mut logits[i]);
+            if let Some(j) = all.without[i] {
+                options.emphasise(&mut own, &logits[j]);
+            }
+            let token = writer.take(&mut own)?.unwrap_or(0);
+            next[i] = token;
+            if let Some(j) = all.without[i] {
+                next[j] = token;
+            }
         }
         if writers.iter().all(|w| w.ended.is_some()) {
             return writers.into_iter().map(Writer::answer).collect();
@@ -310,6 +395,12 @@ fn check(model: &LanguageModel, prompts: &[Prompt], options: &Options) -> Result
     if !fits {
         return Err(Error::BadRequest(format!(
             "sampling needs temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 1 and a penalty > 0, got {s:?}"
+        )));
+    }
+    if !(0.0..=10.0).contains(&options.emphasis) {
+        return Err(Error::BadRequest(format!(
+            "emphasis of the soft prompt: expected 0 to 10, got {}",
+            options.emphasis
         )));
     }
     let room = model.decoder.config.positions;

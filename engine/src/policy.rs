@@ -122,6 +122,9 @@ pub struct PolicyOptions {
     /// anew, as one that takes up a dislike always is; a user with at most `fill_up_to` likes
     /// wants to see one of them. A cue may well ask for something else, so with a cue it is not.
     pub insist: bool,
+    /// How much more than by itself the user's embedding counts for the words
+    /// ([`Options::emphasis`]).
+    pub emphasis: f32,
 }
 
 impl Default for PolicyOptions {
@@ -134,6 +137,7 @@ impl Default for PolicyOptions {
             dislikes_shown: 4,
             fill_up_to: 4,
             insist: true,
+            emphasis: 1.0,
         }
     }
 }
@@ -167,6 +171,7 @@ impl Policy {
         let options = PolicyOptions {
             neighbors: bundle.manifest.settings.neighbors,
             max_tokens: bundle.manifest.settings.max_tokens,
+            emphasis: bundle.manifest.settings.emphasis,
             ..PolicyOptions::default()
         };
         Self::new(model, adapter, soft, options)
@@ -330,6 +335,7 @@ impl Policy {
                 ..Sampling::greedy()
             },
             stop: vec!["\n".into()],
+            emphasis: self.options.emphasis,
         }
     }
 
@@ -860,17 +866,20 @@ pub fn pair_groups(
             caption,
             cue: None,
         };
-        let pairs = pairs.iter().map(|p| {
+        let pairs = pairs.iter().filter(|p| user.teaches(p)).map(|p| {
             Ok(TokenPair {
                 chosen: answer_ids(tokenizer, &p.chosen)?,
                 rejected: answer_ids(tokenizer, &p.rejected)?,
             })
         });
-        groups.push(PairGroup {
-            user: name.to_string(),
-            prompt: prompt_ids(tokenizer, template, &text)?,
-            pairs: pairs.collect::<Result<_>>()?,
-        });
+        let pairs: Vec<TokenPair> = pairs.collect::<Result<_>>()?;
+        if !pairs.is_empty() {
+            groups.push(PairGroup {
+                user: name.to_string(),
+                prompt: prompt_ids(tokenizer, template, &text)?,
+                pairs,
+            });
+        }
     }
     Ok(groups)
 }

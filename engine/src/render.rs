@@ -312,7 +312,7 @@ impl Scene {
                     places::light(&mut picture, size, kind, unpack(rgb), &lit);
                 }
                 Look::Overlay(kind, rgb) => {
-                    places::overlay(&mut picture, size, kind, unpack(rgb), self.seed);
+                    places::overlay(&mut picture, size, kind, unpack(rgb));
                 }
                 _ => {}
             }
@@ -336,12 +336,12 @@ impl Scene {
 
 /// How often an edit touches a category: what the small model can show clearly comes often.
 const EDITED: [(Category, f32); 9] = [
-    (Category::Color, 0.21),
-    (Category::Material, 0.21),
-    (Category::Pattern, 0.18),
-    (Category::Background, 0.14),
+    (Category::Color, 0.25),
+    (Category::Material, 0.27),
+    (Category::Pattern, 0.13),
+    (Category::Background, 0.10),
     (Category::Overlay, 0.11),
-    (Category::Tone, 0.05),
+    (Category::Tone, 0.04),
     (Category::Light, 0.04),
     (Category::Style, 0.03),
     (Category::Object, 0.03),

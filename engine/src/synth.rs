@@ -77,6 +77,10 @@ pub struct SynthUser {
     pub dislikes: Vec<String>,
     /// Likes that appear in no event and no training pair.
     pub held_out_likes: Vec<String>,
+    /// Likes that training pairs speak of but no event and no profile, for a policy to guess;
+    /// see [`with_hidden`]. None in a data set as generated.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hidden_likes: Vec<String>,
     /// The user's four captions.
     pub captions: Vec<String>,
     /// The truth: clusters and their shares.
@@ -284,10 +288,18 @@ pub fn generate(options: &SynthOptions) -> Result<Synth> {
 }
 
 impl SynthUser {
-    /// The likes that are not held out, in order.
+    /// The likes that are neither held out nor hidden, in order.
     pub fn stated_likes(&self) -> impl Iterator<Item = &String> + Clone {
-        let stated = |l: &&String| !self.held_out_likes.contains(l);
+        let stated =
+            |l: &&String| !self.held_out_likes.contains(l) && !self.hidden_likes.contains(l);
         self.likes.iter().filter(stated)
+    }
+
+    /// Whether a policy learns from this pair of the user's: one that asks first of all for what
+    /// is hidden, where anything is.
+    pub fn teaches(&self, pair: &SynthPair) -> bool {
+        let hidden = |a: &String| self.hidden_likes.contains(a);
+        self.hidden_likes.is_empty() || pair.chosen_attributes.first().is_some_and(hidden)
     }
 }
 
@@ -306,6 +318,32 @@ pub fn events_of(user: &SynthUser, random: &mut Philox) -> Vec<Event> {
         events.push(event);
     }
     events
+}
+
+/// The data set with a share of the stated likes of each user who is trained on hidden: out of
+/// the events and so of the graph, and out of the profile in words. The pairs stay, and those that
+/// ask for what is hidden are what the user then teaches ([`SynthUser::teaches`]). Held-out likes
+/// are judged by, and who has only ever learnt to repeat what the graph says has not learnt to
+/// guess them. Everyone keeps at least one stated like. 0 hides nothing.
+pub fn with_hidden(synth: &Synth, share: f64, seed: u64) -> Synth {
+    let mut with = synth.clone();
+    let mut hidden: BTreeSet<(&str, &str)> = BTreeSet::new();
+    for (i, user) in with.users.iter_mut().enumerate() {
+        if synth.splits.held_out_users.contains(&user.user) {
+            continue;
+        }
+        let mut random = Philox::new(seed, 0x6869_6400_0000_0000 | i as u64);
+        let mut likes: Vec<String> = user.stated_likes().cloned().collect();
+        random.shuffle(&mut likes);
+        let count = (likes.len() as f64 * share.clamp(0.0, 1.0)).round() as usize;
+        likes.truncate(count.min(likes.len().saturating_sub(1)));
+        let own = synth.users[i].likes.iter().filter(|l| likes.contains(l));
+        hidden.extend(own.map(|l| (synth.users[i].user.as_str(), l.as_str())));
+        user.hidden_likes = likes;
+    }
+    let told = |e: &Event| !hidden.contains(&(e.user.as_str(), e.attribute.as_str()));
+    with.events.retain(told);
+    with
 }
 
 /// The data set with a newcomer beside each user who is trained on: somebody of the same taste
@@ -328,6 +366,7 @@ pub fn with_newcomers(synth: &Synth, seed: u64) -> Synth {
             user: format!("{} as a newcomer", user.user),
             likes: user.stated_likes().cloned().collect(),
             held_out_likes: Vec::new(),
+            hidden_likes: Vec::new(),
             ..user.clone()
         };
         random.shuffle(&mut newcomer.likes);
@@ -480,6 +519,7 @@ fn make_user(
         .filter(|i| all[**i].category == Category::Overlay)
         .map(name);
     SynthUser {
+        hidden_likes: Vec::new(),
         user: format!("u{i:04}"),
         demographics: demographics(random),
         themes: clusters
@@ -1080,6 +1120,38 @@ mod tests {
             );
         }
         assert_eq!(synth.splits.held_out_users.len(), 30);
+    }
+
+    #[test]
+    fn hidden_likes_are_in_no_event_and_are_what_is_taught() {
+        let synth = small();
+        assert_eq!(with_hidden(&synth, 0.0, 1), synth);
+        let with = with_hidden(&synth, 0.5, 1);
+        assert_eq!(with, with_hidden(&synth, 0.5, 1));
+        let users: BTreeMap<&str, &SynthUser> =
+            with.users.iter().map(|u| (u.user.as_str(), u)).collect();
+        for user in &with.users {
+            let new = synth.splits.held_out_users.contains(&user.user);
+            let (stated, hidden) = (user.stated_likes().count(), user.hidden_likes.len());
+            assert!(stated >= 1 && stated + hidden + user.held_out_likes.len() == user.likes.len());
+            assert_eq!(new || stated < 2, hidden == 0, "{}", user.user);
+            let held = |l: &String| user.held_out_likes.contains(l);
+            assert!(!user.hidden_likes.iter().any(held));
+        }
+        for e in &with.events {
+            assert!(!users[e.user.as_str()].hidden_likes.contains(&e.attribute));
+        }
+        let train = || with.pairs.iter().filter(|p| p.split == Split::Train);
+        let taught: Vec<&SynthPair> = train()
+            .filter(|p| users[p.user.as_str()].teaches(p))
+            .collect();
+        let share = taught.len() as f64 / train().count() as f64;
+        assert!((0.35..0.65).contains(&share), "{share}");
+        // Who is new keeps to what is stated.
+        let newer = with_newcomers(&with, 1);
+        for user in &newer.users[with.users.len()..] {
+            assert!(user.hidden_likes.is_empty() && user.stated_likes().count() >= 1);
+        }
     }
 
     #[test]

@@ -69,9 +69,16 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() {
             stream: i as u64,
         })
         .collect();
-    for sampling in [Sampling::greedy(), Sampling::lively(5)] {
+    let (greedy, lively) = (Sampling::greedy(), Sampling::lively(5));
+    for (sampling, emphasis) in [
+        (greedy.clone(), 1.0),
+        (lively.clone(), 1.0),
+        (greedy, 3.0),
+        (lively, 3.0),
+    ] {
         let options = Options {
             sampling,
+            emphasis,
             ..Options::greedy(10)
         };
         let go_on = || ControlFlow::Continue(());
@@ -83,13 +90,56 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() {
 }
 
 #[test]
+fn emphasis_moves_what_the_soft_prompt_moves() {
+    let of = |emphasis: f32| {
+        let options = Options {
+            emphasis,
+            ..Options::greedy(1)
+        };
+        // By itself the first token is likeliest; the soft prompt raised the second; the last
+        // is out of the question.
+        let mut logits = vec![2.0, 1.5, 2.0f32 - 2.4];
+        options.emphasise(&mut logits, &[2.0, 0.5, -9.0]);
+        logits
+    };
+    assert_eq!(of(1.0), [2.0, 1.5, f32::NEG_INFINITY]);
+    assert_eq!(of(2.0), [2.0, 2.5, f32::NEG_INFINITY]);
+    assert_eq!(of(0.0), [2.0, 0.5, f32::NEG_INFINITY]);
+
+    let model = tiny("qwen2");
+    let soft = Tensor::from_vec(Philox::new(1, 0).normals(3 * 32), (3, 32), &Device::Cpu).unwrap();
+    let prompt = Prompt {
+        soft: Some(soft),
+        ..Prompt::tokens(vec![4, 5, 6])
+    };
+    let written = |prompt: &Prompt, emphasis: f32| {
+        let options = Options {
+            emphasis,
+            ..Options::greedy(12)
+        };
+        whole(&model, prompt, &options).tokens
+    };
+    let by_itself = written(&prompt, 1.0);
+    assert!((2..=8).any(|e| written(&prompt, e as f32) != by_itself));
+    // Where nothing is soft there is nothing to emphasise.
+    let plain = Prompt::tokens(vec![4, 5, 6]);
+    assert_eq!(written(&plain, 4.0), written(&plain, 1.0));
+    let wrong = Options {
+        emphasis: f32::NAN,
+        ..Options::greedy(1)
+    };
+    let refused = generate(&model, &plain, None, &wrong, |_| ControlFlow::Continue(()));
+    assert!(refused.unwrap_err().to_string().contains("0 to 10"));
+}
+
+#[test]
 fn what_prompts_begin_with_is_read_once_and_changes_nothing() {
     let model = tiny("qwen2");
     let prompts: Vec<Prompt> = [vec![1, 2, 3, 4], vec![1, 2, 3], vec![1, 2, 3, 9, 9]]
         .into_iter()
         .map(Prompt::tokens)
         .collect();
-    assert_eq!(shared_beginning(&prompts), 2);
+    assert_eq!(shared_beginning(prompts.iter().map(|p| &p.ids)), 2);
     let options = Options::greedy(6);
     let go_on = || ControlFlow::Continue(());
     let batch = generate_batch(&model, &prompts, None, &options, go_on).unwrap();

@@ -1,6 +1,6 @@
 //! What lies behind the object, what falls in front of it, and the light and manner over all.
 
-use super::surfaces::{clouds, gray, hash, mix, noise, shade};
+use super::surfaces::{TILES, clouds, gray, hash, mix, noise, shade};
 use super::{Pose, Rgb, Scene, unpack};
 use crate::vocabulary::{BackgroundKind, LightKind, Look, OverlayKind, StyleKind};
 use simpatico_schema::random::Philox;
@@ -268,6 +268,7 @@ fn star_at(x: f32, y: f32, scale: f32, seed: u64) -> f32 {
 }
 
 /// A stamp on the picture: position and half axes in picture widths, angle, colour, opacity.
+#[derive(Clone, Copy)]
 struct Fleck {
     at: [f32; 2],
     axes: [f32; 2],
@@ -288,14 +289,22 @@ enum Kind {
 }
 
 /// Lays the overlay over a finished picture of `size` by `size` pixels.
-pub fn overlay(picture: &mut [Rgb], size: usize, kind: OverlayKind, rgb: Rgb, seed: u64) {
+///
+/// As with a material's texture, nothing is drawn by lot: an edit has one right result, and
+/// flecks and specks repeat with the picture's [`TILES`] by [`TILES`] tiles.
+pub fn overlay(picture: &mut [Rgb], size: usize, kind: OverlayKind, rgb: Rgb) {
+    // One layout, for good.
+    let seed = 5;
     let mut random = Philox::new(seed, 0x0e71a);
     match kind {
         OverlayKind::Grain => {
-            for pixel in picture.iter_mut() {
-                let speck = (random.uniform() + random.uniform() - 1.0) * 0.36;
+            each(picture, size, |x, y, pixel| {
+                // Specks of a 128th of the picture.
+                let [column, row] = [x, y].map(|v| (in_tile(v) * 16.0) as i32);
+                let [a, b] = [0, 1].map(|k| hash(column, row, seed ^ k));
+                let speck = (a + b - 1.0) * 0.36;
                 *pixel = pixel.map(|c| c * 0.96 + 0.02 + speck);
-            }
+            });
         }
         OverlayKind::LightLeak => {
             let tilt = random.uniform();
@@ -328,7 +337,8 @@ pub fn overlay(picture: &mut [Rgb], size: usize, kind: OverlayKind, rgb: Rgb, se
                     (x - sx - 0.01 * (y * 9.0).sin()).abs() < 0.005
                         && (y - sy).abs() < 0.2 + 0.4 * long
                 };
-                let dust = noise(x * 60.0, y * 60.0, seed) > 0.93;
+                let [u, v] = [x, y].map(|v| in_tile(v) * 7.5);
+                let dust = noise(u, v, seed) > 0.93;
                 if dust || at.iter().any(on) {
                     *pixel = mix(*pixel, rgb, 0.8);
                 }
@@ -363,21 +373,33 @@ pub fn overlay(picture: &mut [Rgb], size: usize, kind: OverlayKind, rgb: Rgb, se
         }),
         _ => {
             for _ in 0..flecks_of(kind) {
-                stamp(picture, size, &fleck(kind, rgb, &mut random));
+                let one = fleck(kind, rgb, &mut random);
+                // One that reaches over the rim of its tile comes in from beyond the picture too.
+                let tiles = -1..=TILES as i32;
+                for (row, column) in tiles
+                    .clone()
+                    .flat_map(|r| tiles.clone().map(move |c| (r, c)))
+                {
+                    let tile = [column as f32, row as f32];
+                    let at = std::array::from_fn(|i| (one.at[i] + tile[i]) / TILES);
+                    stamp(picture, size, &Fleck { at, ..one });
+                }
             }
         }
     }
 }
 
+/// Where in its tile a place of the picture is, 0..1.
+fn in_tile(x: f32) -> f32 {
+    (x * TILES).fract()
+}
+
+/// How many flecks a tile has.
 fn flecks_of(kind: OverlayKind) -> usize {
     match kind {
-        OverlayKind::Snow => 90,
-        OverlayKind::Rain => 80,
-        OverlayKind::Stars => 110,
-        OverlayKind::Confetti | OverlayKind::Embers => 64,
-        OverlayKind::Petals => 36,
-        OverlayKind::Splatter => 30,
-        _ => 24,
+        OverlayKind::Snow | OverlayKind::Stars | OverlayKind::Confetti => 3,
+        OverlayKind::Rain | OverlayKind::Embers | OverlayKind::Petals | OverlayKind::Splatter => 2,
+        _ => 1,
     }
 }
 

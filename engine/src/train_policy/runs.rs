@@ -366,7 +366,8 @@ const WORDS_RIDGE: f64 = 0.1;
 
 /// Brings a fresh soft prompt to where the language model can read it at once: one token for
 /// each kind of edit, the mean of the model's own token embeddings of the likes of that kind, and
-/// the rest the mean of all likes; as far as they follow linearly from the user's embedding
+/// the rest the mean of all likes (of the hidden ones, where the data hides any: what is to be
+/// guessed); as far as they follow linearly from the user's embedding
 /// (ridge regression in closed form, a second, no language model). GELU(x) - GELU(-x) = x, so two
 /// layers of twice the embedding's width hold that map exactly. From random tokens the adapter
 /// would first have to learn that they mean anything, and 800 steps of Adam on the same squares
@@ -390,7 +391,11 @@ fn start_from_words(
         };
         let mut sums = vec![0f32; tokens * hidden];
         let mut seen = vec![0f32; tokens];
-        for like in user.stated_likes() {
+        let mut likes: Vec<&String> = user.hidden_likes.iter().collect();
+        if likes.is_empty() {
+            likes.extend(user.stated_likes());
+        }
+        for like in likes {
             let Some(attribute) = vocabulary::find(like) else {
                 continue;
             };

@@ -274,6 +274,11 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let widths = detail::Options::shipped().widths;
             detail::export(&rhythm.folder, &widths, vae.as_ref())?;
         }
+        // VAE BY: how much less (negative) or more of the source an exported detail network keeps.
+        "source-share" => {
+            let by = rest.first().ok_or("source-share VAE BY")?.parse()?;
+            detail::shift_source_share(folder.as_ref(), by)?;
+        }
         // FOLDER [STEPS]: after `flow`, the guidance scale as an input.
         "guidance" => {
             let mut options = guidance::options();

@@ -1146,7 +1146,8 @@ mod tests {
             .filter(|p| users[p.user.as_str()].teaches(p))
             .collect();
         let share = taught.len() as f64 / train().count() as f64;
-        assert!((0.35..0.65).contains(&share), "{share}");
+        // Half of those about a stated like; the rest take up what neighbours like, or nothing.
+        assert!((0.2..0.4).contains(&share), "{share}");
         // Who is new keeps to what is stated.
         let newer = with_newcomers(&with, 1);
         for user in &newer.users[with.users.len()..] {

@@ -484,7 +484,6 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
             &args.eval.out,
         )
     };
-    so_far(&report)?;
     let prompts = args.pairs.unwrap_or(args.eval.size(2, 8, 200));
     if prompts > 0 {
         let reference = match &args.reference {
@@ -498,6 +497,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
                 continue;
             }
             names.push(&system.name);
+            so_far(&report)?;
             let label = format!("{}, held-out pairs", system.name);
             let tell = |done, all| tell(&label, done, all);
             let same = loaded.iter().filter(|s| s.name == system.name);
@@ -506,11 +506,11 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
             let scores =
                 eval_prompts::pair_scores(&same, reference, &snapshot, &groups, 0.1, tell)?;
             report.pairs.push(scores);
-            so_far(&report)?;
         }
     }
     drop(snapshot);
     if args.cold_start || args.eval.full {
+        so_far(&report)?;
         report.cold = eval_prompts::cold_start(&loaded, &store, &data, &judge, &options, tell)?;
     }
     bar.finish_and_clear();

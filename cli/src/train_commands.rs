@@ -217,13 +217,8 @@ pub struct DpoArgs {
     #[arg(long, value_name = "X")]
     profiles: Option<f64>,
     /// Share of each user's stated likes, 0 to below 1, that graph and profile leave out and the
-    /// pairs are about, so that what is learnt is to guess; newcomers keep theirs [default: 0]
-    #[arg(
-        long,
-        value_name = "X",
-        default_value_t = 0.0,
-        hide_default_value = true
-    )]
+    /// pairs are about, so that what is learnt is to guess; newcomers keep theirs
+    #[arg(long, value_name = "X", default_value_t = 0.0)]
     hidden: f64,
     /// Soft prompt to start from, a file of an earlier run
     #[arg(long, value_name = "FILE")]

@@ -261,6 +261,32 @@ impl Sequences {
             .map(|p| Writer::new(model, p, options))
             .collect()
     }
+
+    /// The token that each sequence goes on with, chosen from the logits of all of them (those
+    /// used are taken out); `None` where the answer has ended.
+    fn choose(
+        &self,
+        writers: &mut [Writer],
+        logits: &mut [Vec<f32>],
+        options: &Options,
+    ) -> Result<Vec<Option<u32>>> {
+        let mut next = vec![None; self.prompts.len()];
+        for (i, writer) in writers.iter_mut().enumerate() {
+            if writer.ended.is_some() {
+                continue;
+            }
+            let mut own = std::mem::take(&mut logits[i]);
+            if let Some(j) = self.without[i] {
+                options.emphasise(&mut own, &logits[j]);
+            }
+            let token = writer.take(&mut own)?;
+            next[i] = token.filter(|_| writer.ended.is_none());
+            if let Some(j) = self.without[i] {
+                next[j] = next[i];
+            }
+        }
+        Ok(next)
+    }
 }
 
 /// Every prompt in a sequence of its own; what all begin with is read once, and an answer that
@@ -293,19 +319,10 @@ fn batch_of_session(
     }
     loop {
         let mut next = Vec::new();
-        for (i, writer) in writers.iter_mut().enumerate() {
-            if writer.ended.is_some() {
-                continue;
-            }
-            let mut own = std::mem::take(&mut logits[i]);
-            if let Some(j) = all.without[i] {
-                options.emphasise(&mut own, &logits[j]);
-            }
-            let token = writer.take(&mut own)?;
-            if let Some(token) = token.filter(|_| writer.ended.is_none()) {
-                let x = model.embed_tokens(&[token])?;
-                next.extend(all.without[i].map(|j| (j, x.clone())));
-                next.push((i, x));
+        let chosen = all.choose(&mut writers, &mut logits, options)?;
+        for (i, token) in chosen.into_iter().enumerate() {
+            if let Some(token) = token {
+                next.push((i, model.embed_tokens(&[token])?));
             }
         }
         if next.is_empty() {
@@ -358,25 +375,12 @@ fn batch_of_tensors(
         let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
         let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
         let mut logits = decoder.logits(&last)?.to_vec2::<f32>()?;
-        // A row that has ended goes on with anything; nobody reads it.
-        let mut next = vec![0; all.prompts.len()];
-        for (i, writer) in writers.iter_mut().enumerate() {
-            if writer.ended.is_some() {
-                continue;
-            }
-            let mut own = std::mem::take(&mut logits[i]);
-            if let Some(j) = all.without[i] {
-                options.emphasise(&mut own, &logits[j]);
-            }
-            let token = writer.take(&mut own)?.unwrap_or(0);
-            next[i] = token;
-            if let Some(j) = all.without[i] {
-                next[j] = token;
-            }
-        }
+        let chosen = all.choose(&mut writers, &mut logits, options)?;
         if writers.iter().all(|w| w.ended.is_some()) {
             return writers.into_iter().map(Writer::answer).collect();
         }
+        // A row that has ended goes on with anything; nobody reads it.
+        let next: Vec<u32> = chosen.into_iter().map(Option::unwrap_or_default).collect();
         let rows: Vec<&[u32]> = next.chunks(1).collect();
         x = decoder.embed(&rows)?;
     }

@@ -327,7 +327,6 @@ pub fn events_of(user: &SynthUser, random: &mut Philox) -> Vec<Event> {
 /// guess them. Everyone keeps at least one stated like. 0 hides nothing.
 pub fn with_hidden(synth: &Synth, share: f64, seed: u64) -> Synth {
     let mut with = synth.clone();
-    let mut hidden: BTreeSet<(&str, &str)> = BTreeSet::new();
     for (i, user) in with.users.iter_mut().enumerate() {
         if synth.splits.held_out_users.contains(&user.user) {
             continue;
@@ -337,12 +336,14 @@ pub fn with_hidden(synth: &Synth, share: f64, seed: u64) -> Synth {
         random.shuffle(&mut likes);
         let count = (likes.len() as f64 * share.clamp(0.0, 1.0)).round() as usize;
         likes.truncate(count.min(likes.len().saturating_sub(1)));
-        let own = synth.users[i].likes.iter().filter(|l| likes.contains(l));
-        hidden.extend(own.map(|l| (synth.users[i].user.as_str(), l.as_str())));
         user.hidden_likes = likes;
     }
-    let told = |e: &Event| !hidden.contains(&(e.user.as_str(), e.attribute.as_str()));
-    with.events.retain(told);
+    let users = with.users.iter().map(|u| (u.user.as_str(), u));
+    let users: BTreeMap<&str, &SynthUser> = users.collect();
+    with.events.retain(|e| {
+        let of = users.get(e.user.as_str());
+        of.is_none_or(|u| !u.hidden_likes.contains(&e.attribute))
+    });
     with
 }
 
@@ -519,7 +520,6 @@ fn make_user(
         .filter(|i| all[**i].category == Category::Overlay)
         .map(name);
     SynthUser {
-        hidden_likes: Vec::new(),
         user: format!("u{i:04}"),
         demographics: demographics(random),
         themes: clusters
@@ -529,6 +529,7 @@ fn make_user(
         tones,
         overlays: overlays.collect(),
         held_out_likes: likes[..held].iter().map(name).collect(),
+        hidden_likes: Vec::new(),
         likes: likes.iter().map(name).collect(),
         dislikes: dislikes.iter().map(name).collect(),
         captions: (0..4)

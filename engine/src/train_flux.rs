@@ -34,6 +34,9 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
+/// What diffusers calls the file of a model's weights.
+const WEIGHTS: &str = "diffusion_pytorch_model.safetensors";
+
 /// Where a run computes, and in what.
 #[derive(Clone, Debug)]
 pub struct Compute {
@@ -360,11 +363,7 @@ pub fn export(
             start += height;
         }
     }
-    save_tensors(
-        &folder.join("diffusion_pytorch_model.safetensors"),
-        &tensors,
-        &[("format", "pt".into())],
-    )?;
+    save_tensors(&folder.join(WEIGHTS), &tensors, &[("format", "pt".into())])?;
     let mut json = serde_json::to_value(config)
         .map_err(|e| Error::BadRequest(format!("the config cannot be written: {e}")))?;
     if let Some(fields) = json.as_object_mut() {

@@ -13,7 +13,7 @@
 //! unsure, since a sharp wrong picture then costs less than a soft right one.
 
 use super::training::{self, Training};
-use super::{Compute, Report, Rhythm, fresh, latest, prepared};
+use super::{Compute, Report, Rhythm, WEIGHTS, fresh, latest, prepared};
 use crate::flux::detail::{Detail, shapes};
 use crate::params::{Params, load_tensors, save_tensors, write_whole};
 use crate::{Error, Result};
@@ -173,10 +173,7 @@ fn loss(detail: &Detail, batch: &Batch) -> Result<Tensor> {
 /// # Errors
 /// If the run has no checkpoint, or the folder holds no autoencoder.
 pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
-    let (weights, config) = (
-        vae.join("diffusion_pytorch_model.safetensors"),
-        vae.join("config.json"),
-    );
+    let (weights, config) = (vae.join(WEIGHTS), vae.join("config.json"));
     let mut all = load_tensors(&weights, &Device::Cpu)?;
     all.retain(|name, _| !name.starts_with("decoder.detail."));
     for (name, value) in latest(run, "detail")? {
@@ -199,7 +196,7 @@ pub fn export(run: &Path, widths: &[usize], vae: &Path) -> Result<()> {
 /// If the folder holds no autoencoder with such a network.
 pub fn shift_source_share(vae: &Path, by: f64) -> Result<()> {
     const BIAS: &str = "decoder.detail.conv_out.bias";
-    let weights = vae.join("diffusion_pytorch_model.safetensors");
+    let weights = vae.join(WEIGHTS);
     let mut all = load_tensors(&weights, &Device::Cpu)?;
     let Some(bias) = all.get(BIAS) else {
         let reason = format!("has no {BIAS}: expected an autoencoder with a detail network");

@@ -94,6 +94,9 @@ pub struct Settings {
     /// True classifier-free guidance (twice the work a step)
     #[arg(long)]
     true_cfg: Option<f32>,
+    /// The share of the steps after which true guidance ends, 0 to 1
+    #[arg(long, value_parser = share)]
+    true_cfg_end: Option<f32>,
     /// How many pictures
     #[arg(short = 'n', default_value_t = 1, value_name = "COUNT", value_parser = pictures)]
     count: usize,
@@ -357,6 +360,7 @@ fn shared_settings(args: &Settings, common: &Common) -> EditSettings {
         steps: args.steps,
         guidance: args.guidance,
         true_cfg: args.true_cfg,
+        true_cfg_end: args.true_cfg_end,
         size: args.size,
         seed: common.seed,
         count: args.count,

@@ -100,6 +100,19 @@ fn main() -> Result<()> {
             sum(|e| e.seconds.instruct, &batch),
             off.max().unwrap_or(0)
         );
+        let stages: [(&str, fn(&Edit) -> f64); 4] = [
+            ("words", |e| e.seconds.words),
+            ("encode", |e| e.seconds.encode),
+            ("sample", |e| e.seconds.sample),
+            ("decode", |e| e.seconds.decode),
+        ];
+        for (stage, of) in stages {
+            println!(
+                "  {stage} apart {:.2} s, together {:.2} s",
+                sum(of, &singles),
+                sum(of, &batch)
+            );
+        }
     }
     let median = |all: &mut Vec<f64>| {
         all.sort_by(f64::total_cmp);

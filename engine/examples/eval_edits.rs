@@ -14,8 +14,6 @@ use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::Mode;
 use simpatico_engine::flux::text::prompt_of_states;
-use simpatico_engine::flux::{init, vae::Vae};
-use simpatico_engine::params::load_tensors;
 use simpatico_engine::picture::{Picture, write_whole};
 use simpatico_engine::render::{Color, Object, Scene, Subject, artwork};
 use simpatico_engine::text_vectors::TextEncoder;
@@ -83,15 +81,9 @@ fn by_bundle(bundle: &str, cases: &[Case], steps: Option<usize>) -> Result<Vec<P
     Ok(pictures)
 }
 
-fn autoencoder(run: &Path) -> Result<Vae> {
-    let weights = load_tensors(&run.join("patches.safetensors"), &Device::Cpu)?;
-    let builder = init::builder(&weights, candle_core::DType::F32, &Device::Cpu);
-    Ok(autoencoder::scaled(Vae::new(&patches::config(), builder)?)?)
-}
-
 /// Pictures through a run's autoencoder.
 fn encoded(run: &Path, pictures: &[Picture]) -> Result<Vec<Picture>> {
-    let vae = autoencoder(run)?;
+    let vae = patches::open(run, &Device::Cpu)?;
     let there_and_back = |picture: &Picture| -> Result<Picture> {
         let decoded = vae.decode(&vae.encode(&picture.to_tensor(&Device::Cpu)?)?)?;
         Ok(Picture::from_tensor(&decoded)?.remove(0))
@@ -105,7 +97,7 @@ fn by_run(
     cases: &[Case],
     (start, steps, cfg): (f64, usize, f64),
 ) -> Result<Vec<Picture>> {
-    let vae = autoencoder(folder)?;
+    let vae = patches::open(folder, &Device::Cpu)?;
     let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &Device::Cpu)?;
     let mut pictures = Vec::new();
     for some in cases.chunks(16) {

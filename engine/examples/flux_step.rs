@@ -98,6 +98,7 @@ fn main() -> Result<()> {
             more: Vec::new(),
             negative: None,
             true_cfg: 1.0,
+            true_cfg_end: 1.0,
             guidance: 3.5,
             controls: vec![ControlInput::new(
                 &net,
@@ -144,6 +145,7 @@ fn main() -> Result<()> {
             more: Vec::new(),
             negative: Some(prompt(20, 0.0)?),
             true_cfg: 2.0,
+            true_cfg_end: 1.0,
             guidance: 3.5,
             controls: vec![ControlInput::new(
                 &net,

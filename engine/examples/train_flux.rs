@@ -15,33 +15,20 @@
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;
-use simpatico_engine::edit::{EditRequest, Hooks, Source};
-use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::Mode;
+use simpatico_engine::flux::names;
 use simpatico_engine::flux::text::prompt_of_states;
-use simpatico_engine::flux::vae::{Config, Vae};
-use simpatico_engine::flux::{init, names};
 use simpatico_engine::params::{load_tensors, save_tensors};
 use simpatico_engine::picture::Picture;
 use simpatico_engine::render::artwork::{self, Artwork};
-use simpatico_engine::render::{Object, Subject};
+use simpatico_engine::render::{Object, Scene, Subject};
 use simpatico_engine::text_vectors::TextEncoder;
 use simpatico_engine::train_flux::{
     Compute, Progress, Rhythm, autoencoder, detail, flow, guidance, pairs, patches, save_grid,
 };
-use simpatico_schema::edit::EditSettings;
+use simpatico_schema::random::Philox;
 use std::path::Path;
 use std::sync::Arc;
-
-/// The patch autoencoder of a run, scaled.
-fn patch_vae(folder: &Path, device: &Device) -> Result<Vae, Box<dyn std::error::Error>> {
-    let weights = load_tensors(&folder.join("patches.safetensors"), &Device::Cpu)?;
-    let on = |config: &Config, device: &Device| {
-        Vae::new(config, init::builder(&weights, DType::F32, device))
-    };
-    let scaled = autoencoder::scaled(on(&patches::config(), &Device::Cpu)?)?;
-    Ok(on(scaled.config(), device)?)
-}
 
 /// Those that training may see.
 fn trained(all: Vec<Arc<Artwork>>) -> Vec<Subject> {
@@ -60,7 +47,7 @@ fn prepare_pairs(
     let mut options = pairs::Options::shipped();
     options.pairs = count.unwrap_or(options.pairs);
     options.first = first.unwrap_or(0);
-    let vae = patch_vae(folder, &Device::Cpu)?;
+    let vae = patches::open(folder, &Device::Cpu)?;
     let config = vae.config();
     println!(
         "scaling {} shift {}",
@@ -84,51 +71,71 @@ fn prepare_pairs(
     Ok(())
 }
 
-/// Edits of pairs that the flow never saw, as the bundle makes them: what the detail decoder
-/// learns from. `every` steps of sampling are enough to show the flow's faults.
+/// Edits of pairs that the flow never saw, decoded without detail: what the detail decoder learns
+/// from. `STEPS` steps of sampling are enough to show the flow's faults; most begin at the noised
+/// right result, so that what was asked for is there.
 fn prepare_samples(
     folder: &Path,
     kind: &str,
-    bundle: &str,
     subjects: &[Subject],
     (count, first): (usize, usize),
     device: &Device,
 ) -> Result<(), Box<dyn std::error::Error>> {
     const STEPS: usize = 8;
     const BATCH: usize = 16;
-    let engine = Engine::open(bundle, device)?;
-    let scratch = tempfile::tempdir()?;
-    let store = simpatico_storage::Store::open(scratch.path(), Default::default())?;
+    const GUIDANCE: f64 = 2.0;
+    /// The share of batches that begin at pure noise, and the noise level of the others.
+    const PURE: f32 = 0.25;
+    const LEVEL: std::ops::Range<f32> = 0.6..0.95;
+    let vae = patches::open(folder, device)?;
+    let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), device)?;
     let begun = std::time::Instant::now();
+    let bytes = |pictures: &Tensor| -> Result<Tensor, candle_core::Error> {
+        let levels = pictures
+            .affine(127.5, 127.5)?
+            .round()?
+            .clamp(0f32, 255f32)?;
+        let levels = levels.to_dtype(DType::U8)?.permute((0, 2, 3, 1))?;
+        levels.to_device(&Device::Cpu)?.contiguous()
+    };
     let (mut source, mut coarse, mut target) = (Vec::new(), Vec::new(), Vec::new());
     for start in (first..first + count).step_by(BATCH) {
         let made: Vec<pairs::Pair> = (start..(start + BATCH).min(first + count))
             .map(|i| pairs::pair(subjects, 2, detail::SEED, i as u64))
             .collect();
-        let request = |(i, pair): (usize, &pairs::Pair)| EditRequest {
-            user: "nobody".into(),
-            source: Some(Source::of(Picture::from_rgb(
-                128,
-                128,
-                pair.source.render(128),
-            ))),
-            caption: Some(pair.source.caption()),
-            instructions: vec![pair.text.clone()],
-            settings: EditSettings {
-                steps: Some(STEPS),
-                seed: (start + i) as u64,
-                count: 1,
-                ..EditSettings::default()
-            },
-            ..EditRequest::default()
+        let scenes = |f: &dyn Fn(&pairs::Pair) -> Scene| {
+            let all: Vec<Scene> = made.iter().map(f).collect();
+            autoencoder::pictures(&all, 128)?
+                .to_device(device)
+                .map_err(simpatico_engine::Error::from)
         };
-        let requests: Vec<EditRequest> = made.iter().enumerate().map(request).collect();
-        let edits = engine.edit_batch(&store.snapshot(), &requests, &mut Hooks::default())?;
-        for (pair, edit) in made.iter().zip(edits) {
-            source.extend(pair.source.render(128));
-            target.extend(pair.target.render(128));
-            coarse.extend(edit.images.into_iter().flat_map(|picture| picture.rgb));
-        }
+        let (before, after) = (
+            scenes(&|p| p.source.clone())?,
+            scenes(&|p| p.target.clone())?,
+        );
+        let texts: Vec<&str> = made.iter().map(|p| p.text.as_str()).collect();
+        let states = texts.iter().map(|text| {
+            let seen = encoder.encode_tokens(&[*text], 20)?;
+            Ok(seen.states.get(0)?)
+        });
+        let states = states.collect::<Result<Vec<_>, simpatico_engine::Error>>()?;
+        let mut random = Philox::new(detail::SEED, start as u64);
+        let level = match random.uniform() < PURE {
+            true => 1.0,
+            false => LEVEL.start + random.uniform() * (LEVEL.end - LEVEL.start),
+        };
+        let edited = flow::edit(
+            folder,
+            &flow::config(),
+            &vae,
+            &after,
+            (&before, Mode::Tile),
+            prompt_of_states(&states, 20)?,
+            (level.into(), STEPS, GUIDANCE),
+        )?;
+        source.push(bytes(&before)?);
+        target.push(bytes(&after)?);
+        coarse.push(bytes(&edited)?);
         if start % 160 == 0 {
             let done = start - first + made.len();
             println!(
@@ -137,10 +144,8 @@ fn prepare_samples(
             );
         }
     }
-    let named = [("source", source), ("coarse", coarse), ("target", target)].map(|(name, all)| {
-        let tensor = Tensor::from_vec(all, (count, 128, 128, 3), &Device::Cpu);
-        tensor.map(|t| (name.to_string(), t))
-    });
+    let named = [("source", source), ("coarse", coarse), ("target", target)]
+        .map(|(name, all)| Tensor::cat(&all, 0).map(|t| (name.to_string(), t)));
     let named = named.into_iter().collect::<Result<Vec<_>, _>>()?;
     save_tensors(
         &folder.join(format!("{kind}-{first:07}.safetensors")),
@@ -189,14 +194,13 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             options.steps = number(0).unwrap_or(options.steps);
             autoencoder::run(&options, &compute, &rhythm, &mut tell)?;
         }
-        "patches" => {
-            let seen = autoencoder::pictures(&autoencoder::sample_scenes(400), 128)?;
-            let weights = patches::fit(&patches::config(), &seen)?;
-            let weights: Vec<_> = weights.into_iter().collect();
-            save_tensors(&rhythm.folder.join("patches.safetensors"), &weights, &[])?;
-        }
+        // FOLDER [VAE]: fitted anew, or that of an exported flow to go on from.
+        "patches" => match rest.first() {
+            None => patches::begin(&rhythm.folder)?,
+            Some(vae) => patches::take_over(&rhythm.folder, vae.as_ref())?,
+        },
         "rebuild" => {
-            let vae = patch_vae(&rhythm.folder, &Device::Cpu)?;
+            let vae = patches::open(&rhythm.folder, &Device::Cpu)?;
             let scenes: Vec<_> = (0..16)
                 .map(|i| pairs::pair(Object::HELD_OUT, 2, 9, i).target)
                 .collect();
@@ -239,18 +243,17 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 number(1),
             )?;
         }
-        // FOLDER BUNDLE COUNT FIRST [ASSETS | PHOTOS]: edits of drawn objects, of emoji or of
-        // photographs by a bundle without a detail decoder.
+        // FOLDER COUNT FIRST [ASSETS | PHOTOS]: edits of drawn objects, of emoji or of
+        // photographs by the run's flow.
         "samples" | "samples-art" | "samples-photo" => {
-            let bundle = rest.first().ok_or("samples FOLDER BUNDLE COUNT FIRST")?;
-            let pictures = rest.get(3).map(String::as_str).unwrap_or_default();
+            let pictures = rest.get(2).map(String::as_str).unwrap_or_default();
             let subjects: Vec<Subject> = match stage.as_str() {
                 "samples" => Object::trained().into_iter().map(Subject::from).collect(),
                 "samples-art" => trained(artwork::emoji(pictures.as_ref())?),
                 _ => trained(artwork::photographs(pictures.as_ref())?),
             };
-            let range = (number(1).unwrap_or(4000), number(2).unwrap_or(0));
-            prepare_samples(&rhythm.folder, stage, bundle, &subjects, range, &device)?;
+            let range = (number(0).unwrap_or(4000), number(1).unwrap_or(0));
+            prepare_samples(&rhythm.folder, stage, &subjects, range, &device)?;
         }
         // FOLDER [STEPS] [COOLDOWN] [FLUX]: from an exported model, or from nothing.
         "flow" => {
@@ -262,9 +265,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             let pairs = pairs::Pairs::open_all(&rhythm.folder)?;
             flow::run(&options, &pairs, &compute, &rhythm, &mut tell)?;
         }
+        // FOLDER [STEPS] [VAE]: from the network of an exported autoencoder, or from nothing.
         "detail" => {
             let mut options = detail::Options::shipped();
+            options.parts = parts;
             options.steps = number(0).unwrap_or(options.steps);
+            options.from = rest.get(1).map(Into::into);
             let samples = detail::Samples::open_all(&rhythm.folder)?;
             detail::run(&options, &samples, &compute, &rhythm, &mut tell)?;
         }
@@ -292,7 +298,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // FOLDER OUT; `export-guided` after the stage `guidance`.
         "export" | "export-guided" => {
             let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);
-            let vae = patch_vae(&rhythm.folder, &Device::Cpu)?;
+            let vae = patches::open(&rhythm.folder, &Device::Cpu)?;
             let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
             let kind = names::Kind::Vae;
             simpatico_engine::train_flux::export(
@@ -309,12 +315,12 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             }
         }
         "sample" => {
-            let vae = patch_vae(&rhythm.folder, &device)?;
+            let vae = patches::open(&rhythm.folder, &device)?;
             let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), &device)?;
             let made: Vec<_> = (0..10)
                 .map(|i| pairs::pair(Object::HELD_OUT, 1, 77, i))
                 .collect();
-            let scenes = |f: &dyn Fn(&pairs::Pair) -> simpatico_engine::render::Scene| {
+            let scenes = |f: &dyn Fn(&pairs::Pair) -> Scene| {
                 autoencoder::pictures(&made.iter().map(f).collect::<Vec<_>>(), 128)?
                     .to_device(&device)
                     .map_err(simpatico_engine::Error::from)

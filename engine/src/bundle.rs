@@ -154,6 +154,8 @@ pub struct Settings {
     pub guidance: f32,
     /// True classifier-free guidance; 1 is off.
     pub true_cfg: f32,
+    /// Share of the steps after which true guidance ends; 1: it never does.
+    pub true_cfg_end: f32,
     /// How strongly control holds.
     pub control_scale: f32,
     /// Share of the steps after which control ends.
@@ -191,6 +193,7 @@ impl Default for Settings {
             steps: 20,
             guidance: 3.5,
             true_cfg: 1.0,
+            true_cfg_end: 1.0,
             control_scale: 0.7,
             control_end: 1.0,
             strength: 0.8,

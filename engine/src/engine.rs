@@ -395,6 +395,8 @@ impl Engine {
             // Fine detail did not come back then.
             settings.fine_detail = Some(0.0);
         }
+        // Older records know no end of true guidance: it acted in every step.
+        settings.true_cfg_end.get_or_insert(1.0);
         let request = EditRequest {
             source: source.cloned(),
             mask: mask.cloned(),
@@ -527,6 +529,7 @@ impl Engine {
             steps: settings.steps.unwrap_or(defaults.steps),
             guidance: settings.guidance.unwrap_or(defaults.guidance),
             true_cfg: settings.true_cfg.unwrap_or(1.0),
+            true_cfg_end: settings.true_cfg_end.unwrap_or(1.0),
             control: settings.control,
             control_scale: settings.control_scale.unwrap_or(0.0),
             control_end: settings.control_end.unwrap_or(1.0),
@@ -646,6 +649,12 @@ impl Engine {
                 asked.true_cfg.unwrap_or(defaults.true_cfg),
                 0.0,
                 100.0,
+            )?),
+            true_cfg_end: Some(within(
+                "true guidance's end",
+                asked.true_cfg_end.unwrap_or(defaults.true_cfg_end),
+                0.0,
+                1.0,
             )?),
             control,
             control_scale: Some(control_scale),

@@ -170,7 +170,7 @@ pub fn generate(
     mut piece: impl FnMut(&str) -> ControlFlow<()>,
 ) -> Result<Answer> {
     check(model, std::slice::from_ref(prompt), options)?;
-    let mut writer = Writer::new(model, prompt, options);
+    let mut writer = Writer::new(model, &prompt.ids, prompt.stream, options);
     let room = prompt.len()? + options.max_tokens;
     let mut state = State::new(model, adapter, room)?;
     let mut logits = state.read(model, &prompt.embedded(model)?)?;
@@ -214,33 +214,39 @@ pub fn generate_batch(
     options: &Options,
     mut go_on: impl FnMut() -> ControlFlow<()>,
 ) -> Result<Vec<Answer>> {
-    if prompts.is_empty() {
-        return Ok(Vec::new());
-    }
-    check(model, prompts, options)?;
-    let all = Sequences::of(prompts, options);
-    let lengths = all
-        .prompts
-        .iter()
-        .map(Prompt::len)
-        .collect::<Result<Vec<_>>>()?;
-    let rooms: Vec<usize> = lengths.iter().map(|n| n + options.max_tokens).collect();
-    match Session::new(&model.decoder, adapter, &rooms)? {
-        Some(session) => batch_of_session(session, model, &all, options, &mut go_on),
-        None => batch_of_tensors(model, &all, &lengths, adapter, options, &mut go_on),
-    }
+    let mut read = Read::new(model, prompts, adapter, options, &mut go_on)?;
+    let all: Vec<(usize, u64)> = prompts.iter().map(|p| p.stream).enumerate().collect();
+    read.answer(&all, options, &mut go_on)
 }
 
-/// What the model reads for a batch: the prompts, and after them those again without their
-/// soft tokens that need it.
-struct Sequences {
-    prompts: Vec<Prompt>,
-    /// For each answer the number of the sequence without soft tokens.
+/// Prompts that were read and can be answered, again and again: on a CPU reading a prompt takes
+/// as long as writing a sentence, so who wants another answer should not pay for it again.
+pub struct Read<'a> {
+    model: &'a LanguageModel,
+    adapter: Option<&'a Adapter>,
+    /// The prompts, and after them those again without their soft tokens that need it.
+    all: Vec<Prompt>,
+    lengths: Vec<usize>,
+    /// For each prompt the number of the sequence without soft tokens.
     without: Vec<Option<usize>>,
+    /// What the answers may differ in leaves this be.
+    emphasis: f32,
+    max_tokens: usize,
+    /// On a CPU the sequences, and the logits after each prompt.
+    session: Option<(Session<'a>, Vec<Vec<f32>>)>,
 }
 
-impl Sequences {
-    fn of(prompts: &[Prompt], options: &Options) -> Self {
+impl<'a> Read<'a> {
+    /// Reads prompts that will be answered with at most `options.max_tokens` tokens and
+    /// `options.emphasis`.
+    pub fn new(
+        model: &'a LanguageModel,
+        prompts: &[Prompt],
+        adapter: Option<&'a Adapter>,
+        options: &Options,
+        go_on: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Self> {
+        check(model, prompts, options)?;
         let mut all = prompts.to_vec();
         let without = prompts.iter().map(|prompt| {
             let number = all.len();
@@ -248,36 +254,143 @@ impl Sequences {
             Some(number)
         });
         let without = without.collect();
-        Self {
-            prompts: all,
+        let lengths = all.iter().map(Prompt::len).collect::<Result<Vec<_>>>()?;
+        let rooms: Vec<usize> = lengths.iter().map(|n| n + options.max_tokens).collect();
+        let session = match Session::new(&model.decoder, adapter, &rooms)? {
+            Some(session) => Some(read_all(session, model, &all, go_on)?),
+            None => None,
+        };
+        Ok(Self {
+            model,
+            adapter,
+            all,
+            lengths,
             without,
+            emphasis: options.emphasis,
+            max_tokens: options.max_tokens,
+            session,
+        })
+    }
+
+    /// An answer to each of these prompts, which are given by number, with the stream that its
+    /// random numbers come from. `go_on` is asked before every token.
+    ///
+    /// # Errors
+    /// [`Error::Cancelled`]; options that the prompts were not read for.
+    pub fn answer(
+        &mut self,
+        which: &[(usize, u64)],
+        options: &Options,
+        go_on: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Vec<Answer>> {
+        if options.max_tokens > self.max_tokens || options.emphasis != self.emphasis {
+            return Err(Error::BadRequest(format!(
+                "the prompts were read for at most {} tokens and an emphasis of {}, got {} and {}",
+                self.max_tokens, self.emphasis, options.max_tokens, options.emphasis
+            )));
+        }
+        check(self.model, &[], options)?;
+        // The prompts' own sequences, then those without soft tokens.
+        let own = which.iter().map(|(i, _)| *i);
+        let beside = which.iter().filter_map(|(i, _)| self.without[*i]);
+        let numbers: Vec<usize> = own.chain(beside).collect();
+        let mut next = which.len();
+        let without = which.iter().map(|(i, _)| {
+            self.without[*i].map(|_| {
+                next += 1;
+                next - 1
+            })
+        });
+        let without: Vec<Option<usize>> = without.collect();
+        let model = self.model;
+        let writers = which.iter().map(|(i, stream)| {
+            let prompt = &self.all[*i];
+            Writer::new(model, &prompt.ids, *stream, options)
+        });
+        let answers = Answers {
+            writers: writers.collect(),
+            without,
+            options,
+        };
+        match &mut self.session {
+            Some((session, logits)) => {
+                for i in &numbers {
+                    session.rewind(*i, self.lengths[*i]);
+                }
+                let logits = numbers.iter().map(|i| logits[*i].clone()).collect();
+                answers.from_session(session, model, &numbers, logits, go_on)
+            }
+            None => {
+                let prompts: Vec<&Prompt> = numbers.iter().map(|i| &self.all[*i]).collect();
+                answers.from_tensors(model, &prompts, self.adapter, go_on)
+            }
         }
     }
+}
 
-    fn writers<'a>(&self, model: &'a LanguageModel, options: &'a Options) -> Vec<Writer<'a>> {
-        let answered = &self.prompts[..self.without.len()];
-        answered
-            .iter()
-            .map(|p| Writer::new(model, p, options))
-            .collect()
+fn unless_cancelled(go_on: &mut dyn FnMut() -> ControlFlow<()>) -> Result<()> {
+    match go_on() {
+        ControlFlow::Continue(()) => Ok(()),
+        ControlFlow::Break(()) => Err(Error::Cancelled),
     }
+}
 
+/// Every prompt in a sequence of its own, and the logits after each; what sequences without
+/// soft tokens begin with alike is read once, by the first of them.
+fn read_all<'a>(
+    mut session: Session<'a>,
+    model: &LanguageModel,
+    all: &[Prompt],
+    go_on: &mut dyn FnMut() -> ControlFlow<()>,
+) -> Result<(Session<'a>, Vec<Vec<f32>>)> {
+    let plain = || (0..all.len()).filter(|i| all[*i].soft.is_none());
+    let shared = shared_beginning(plain().map(|i| &all[i].ids));
+    let first = plain().next().filter(|_| shared > 0);
+    let texts = all.iter().map(|prompt| prompt.embedded(model));
+    let mut texts = texts.collect::<Result<Vec<_>>>()?;
+    let mut logits: Vec<Vec<f32>> = Vec::with_capacity(all.len());
+    // So many at a time that whoever gives up need not wait long.
+    let together = 4 * rayon::current_num_threads();
+    while logits.len() < all.len() {
+        let from = logits.len();
+        // The first of those that share reads for all of them.
+        let until = match first {
+            Some(first) if from <= first => first + 1,
+            _ => all.len(),
+        };
+        let until = until.min(from + together);
+        for to in from..until {
+            if let Some(first) = first.filter(|f| to > *f && all[to].soft.is_none()) {
+                session.share(first, to, shared);
+                texts[to] = texts[to].narrow(1, shared, texts[to].dim(1)? - shared)?;
+            }
+        }
+        unless_cancelled(go_on)?;
+        logits.extend(session.read_each(from, &texts[from..until])?);
+    }
+    Ok((session, logits))
+}
+
+/// Answers in the making.
+struct Answers<'a> {
+    writers: Vec<Writer<'a>>,
+    /// For each answer the place of its sequence without soft tokens, after all answers' own.
+    without: Vec<Option<usize>>,
+    options: &'a Options,
+}
+
+impl Answers<'_> {
     /// The token that each sequence goes on with, chosen from the logits of all of them (those
     /// used are taken out); `None` where the answer has ended.
-    fn choose(
-        &self,
-        writers: &mut [Writer],
-        logits: &mut [Vec<f32>],
-        options: &Options,
-    ) -> Result<Vec<Option<u32>>> {
-        let mut next = vec![None; self.prompts.len()];
-        for (i, writer) in writers.iter_mut().enumerate() {
+    fn choose(&mut self, logits: &mut [Vec<f32>]) -> Result<Vec<Option<u32>>> {
+        let mut next = vec![None; logits.len()];
+        for (i, writer) in self.writers.iter_mut().enumerate() {
             if writer.ended.is_some() {
                 continue;
             }
             let mut own = std::mem::take(&mut logits[i]);
             if let Some(j) = self.without[i] {
-                options.emphasise(&mut own, &logits[j]);
+                self.options.emphasise(&mut own, &logits[j]);
             }
             let token = writer.take(&mut own)?;
             next[i] = token.filter(|_| writer.ended.is_none());
@@ -287,50 +400,76 @@ impl Sequences {
         }
         Ok(next)
     }
-}
 
-/// Every prompt in a sequence of its own; what all begin with is read once, and an answer that
-/// has ended costs nothing more.
-fn batch_of_session(
-    mut session: Session,
-    model: &LanguageModel,
-    all: &Sequences,
-    options: &Options,
-    go_on: &mut dyn FnMut() -> ControlFlow<()>,
-) -> Result<Vec<Answer>> {
-    let mut check = || match go_on() {
-        ControlFlow::Continue(()) => Ok(()),
-        ControlFlow::Break(()) => Err(Error::Cancelled),
-    };
-    let mut writers = all.writers(model, options);
-    let mut logits: Vec<Vec<f32>> = Vec::with_capacity(all.prompts.len());
-    // Sequences without soft tokens take over what they begin with alike from the first of them.
-    let plain = || (0..all.prompts.len()).filter(|i| all.prompts[*i].soft.is_none());
-    let shared = shared_beginning(plain().map(|i| &all.prompts[i].ids));
-    let first = plain().next();
-    for (i, prompt) in all.prompts.iter().enumerate() {
-        check()?;
-        let mut x = prompt.embedded(model)?;
-        if let Some(first) = first.filter(|f| i > *f && shared > 0 && prompt.soft.is_none()) {
-            session.share(first, i, shared);
-            x = x.narrow(1, shared, x.dim(1)? - shared)?;
-        }
-        logits.push(session.read(&[(i, x)])?.swap_remove(0));
+    fn finish(self) -> Result<Vec<Answer>> {
+        self.writers.into_iter().map(Writer::answer).collect()
     }
-    loop {
-        let mut next = Vec::new();
-        let chosen = all.choose(&mut writers, &mut logits, options)?;
-        for (i, token) in chosen.into_iter().enumerate() {
-            if let Some(token) = token {
-                next.push((i, model.embed_tokens(&[token])?));
+
+    /// Going on in the session's sequences `numbers`; an answer that has ended costs nothing
+    /// more.
+    fn from_session(
+        mut self,
+        session: &mut Session,
+        model: &LanguageModel,
+        numbers: &[usize],
+        mut logits: Vec<Vec<f32>>,
+        go_on: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Vec<Answer>> {
+        loop {
+            let (mut places, mut next) = (Vec::new(), Vec::new());
+            for (place, token) in self.choose(&mut logits)?.into_iter().enumerate() {
+                if let Some(token) = token {
+                    places.push(place);
+                    next.push((numbers[place], model.embed_tokens(&[token])?));
+                }
+            }
+            if next.is_empty() {
+                return self.finish();
+            }
+            unless_cancelled(go_on)?;
+            for (place, read) in places.into_iter().zip(session.read(&next)?) {
+                logits[place] = read;
             }
         }
-        if next.is_empty() {
-            return writers.into_iter().map(Writer::answer).collect();
+    }
+
+    /// Left-padded rows of one batch, through the decoder itself.
+    fn from_tensors(
+        mut self,
+        model: &LanguageModel,
+        prompts: &[&Prompt],
+        adapter: Option<&Adapter>,
+        go_on: &mut dyn FnMut() -> ControlFlow<()>,
+    ) -> Result<Vec<Answer>> {
+        let lengths = prompts.iter().map(|p| p.len());
+        let lengths = lengths.collect::<Result<Vec<_>>>()?;
+        let longest = lengths.iter().copied().max().unwrap_or(0);
+        let pads: Vec<usize> = lengths.iter().map(|n| longest - n).collect();
+        let rows = prompts
+            .iter()
+            .zip(&pads)
+            .map(|(prompt, pad)| Ok(prompt.embedded(model)?.pad_with_zeros(1, *pad, 0)?))
+            .collect::<Result<Vec<_>>>()?;
+        if rows.is_empty() {
+            return self.finish();
         }
-        check()?;
-        for ((i, _), read) in next.iter().zip(session.read(&next)?) {
-            logits[*i] = read;
+        let decoder = &model.decoder;
+        let placement = Placement::LeftPadded(pads);
+        let mut cache = Cache::new(&decoder.config, longest + self.options.max_tokens);
+        let mut x = Tensor::cat(&rows, 0)?;
+        loop {
+            unless_cancelled(go_on)?;
+            let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
+            let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
+            let mut logits = decoder.logits(&last)?.to_vec2::<f32>()?;
+            let chosen = self.choose(&mut logits)?;
+            if self.writers.iter().all(|w| w.ended.is_some()) {
+                return self.finish();
+            }
+            // A row that has ended goes on with anything; nobody reads it.
+            let next: Vec<u32> = chosen.into_iter().map(Option::unwrap_or_default).collect();
+            let rows: Vec<&[u32]> = next.chunks(1).collect();
+            x = decoder.embed(&rows)?;
         }
     }
 }
@@ -344,46 +483,6 @@ fn shared_beginning<'a>(all: impl Iterator<Item = &'a Vec<u32>> + Clone) -> usiz
     all.map(|ids| same(ids).min(ids.len() - 1))
         .min()
         .unwrap_or(0)
-}
-
-/// Left-padded rows of one batch, through the decoder itself.
-fn batch_of_tensors(
-    model: &LanguageModel,
-    all: &Sequences,
-    lengths: &[usize],
-    adapter: Option<&Adapter>,
-    options: &Options,
-    go_on: &mut dyn FnMut() -> ControlFlow<()>,
-) -> Result<Vec<Answer>> {
-    let longest = lengths.iter().copied().max().unwrap_or(0);
-    let pads: Vec<usize> = lengths.iter().map(|n| longest - n).collect();
-    let rows = all
-        .prompts
-        .iter()
-        .zip(&pads)
-        .map(|(prompt, pad)| Ok(prompt.embedded(model)?.pad_with_zeros(1, *pad, 0)?))
-        .collect::<Result<Vec<_>>>()?;
-    let decoder = &model.decoder;
-    let placement = Placement::LeftPadded(pads);
-    let mut cache = Cache::new(&decoder.config, longest + options.max_tokens);
-    let mut writers = all.writers(model, options);
-    let mut x = Tensor::cat(&rows, 0)?;
-    loop {
-        if go_on().is_break() {
-            return Err(Error::Cancelled);
-        }
-        let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
-        let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
-        let mut logits = decoder.logits(&last)?.to_vec2::<f32>()?;
-        let chosen = all.choose(&mut writers, &mut logits, options)?;
-        if writers.iter().all(|w| w.ended.is_some()) {
-            return writers.into_iter().map(Writer::answer).collect();
-        }
-        // A row that has ended goes on with anything; nobody reads it.
-        let next: Vec<u32> = chosen.into_iter().map(Option::unwrap_or_default).collect();
-        let rows: Vec<&[u32]> = next.chunks(1).collect();
-        x = decoder.embed(&rows)?;
-    }
 }
 
 fn check(model: &LanguageModel, prompts: &[Prompt], options: &Options) -> Result<()> {
@@ -476,12 +575,12 @@ struct Writer<'a> {
 }
 
 impl<'a> Writer<'a> {
-    fn new(model: &'a LanguageModel, prompt: &Prompt, options: &'a Options) -> Self {
+    fn new(model: &'a LanguageModel, ids: &[u32], stream: u64, options: &'a Options) -> Self {
         Self {
             model,
             options,
-            rng: Philox::new(options.sampling.seed, prompt.stream),
-            seen: prompt.ids.clone(),
+            rng: Philox::new(options.sampling.seed, stream),
+            seen: ids.to_vec(),
             tokens: Vec::new(),
             text: String::new(),
             told: 0,
@@ -577,22 +676,32 @@ fn choose(logits: &mut [f32], s: &Sampling, seen: &[u32], rng: &mut Philox) -> R
         order.select_nth_unstable_by(k, falling);
         order.truncate(k);
     }
-    order.sort_unstable_by(falling);
-    let highest = f64::from(logits[order[0] as usize]);
-    let weights: Vec<f64> = order
-        .iter()
-        .map(|id| ((f64::from(logits[*id as usize]) - highest) / f64::from(s.temperature)).exp())
-        .collect();
-    let total: f64 = weights.iter().sum();
-    let mut kept = 0.0;
-    let mut n = 0;
-    while n < weights.len() && (n == 0 || kept < f64::from(s.top_p) * total) {
-        kept += weights[n];
+    let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+    let weight = |id: &u32| {
+        let below = f64::from(logits[*id as usize]) - f64::from(highest);
+        (below / f64::from(s.temperature)).exp()
+    };
+    // In the order of their ids, whatever the selection above left.
+    order.sort_unstable();
+    let total: f64 = order.iter().map(weight).sum();
+    // Of a vocabulary few tokens are likely: only as many are sorted as the draw can reach.
+    let (mut kept, mut n, mut sorted) = (0.0, 0, 0);
+    while n < order.len() && (n == 0 || kept < f64::from(s.top_p) * total) {
+        if n == sorted {
+            let more = (8 * sorted).max(64).min(order.len() - sorted);
+            let rest = &mut order[sorted..];
+            if more < rest.len() {
+                rest.select_nth_unstable_by(more, falling);
+            }
+            rest[..more].sort_unstable_by(falling);
+            sorted += more;
+        }
+        kept += weight(&order[n]);
         n += 1;
     }
     let mut left = rng.uniform_f64() * kept;
-    for (id, weight) in order.iter().zip(&weights[..n]) {
-        left -= weight;
+    for id in &order[..n] {
+        left -= weight(id);
         if left < 0.0 {
             return Ok(*id);
         }

@@ -15,7 +15,7 @@
 use crate::bundle::{Bundle, Location};
 use crate::chat::{ChatTemplate, Role, Turn};
 use crate::error::{Error, Result};
-use crate::generate::{Options, Prompt, Sampling, generate_batch};
+use crate::generate::{Options, Prompt, Read, Sampling};
 use crate::lm::{LanguageModel, Precision};
 use crate::lora::Adapter;
 use crate::soft_prompt::SoftPrompt;
@@ -277,6 +277,14 @@ impl Policy {
         go_on: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<Vec<String>> {
         let mut best: Vec<Option<(Faults, String)>> = requests.iter().map(|_| None).collect();
+        let prompts: Vec<Prompt> = asked.iter().map(|(_, prompt)| prompt.clone()).collect();
+        let longest = requests.iter().map(|r| self.sampling(r, 0).max_tokens);
+        let most = Options {
+            emphasis: self.options.emphasis,
+            ..Options::greedy(longest.max().unwrap_or(0))
+        };
+        let adapter = self.adapter.as_ref();
+        let mut read = Read::new(&self.model, &prompts, adapter, &most, go_on)?;
         for attempt in 0..4u64 {
             let faulty = |(faults, _): &(Faults, String)| *faults > Faults::default();
             let open: Vec<usize> = (0..requests.len())
@@ -294,13 +302,8 @@ impl Policy {
                     .copied()
                     .filter(|i| !done[*i] && options(*i) == own)
                     .collect();
-                let prompt = |i: &usize| Prompt {
-                    stream: attempt,
-                    ..asked[*i].1.clone()
-                };
-                let prompts: Vec<Prompt> = group.iter().map(prompt).collect();
-                let adapter = self.adapter.as_ref();
-                let answers = generate_batch(&self.model, &prompts, adapter, &own, &mut *go_on)?;
+                let which: Vec<(usize, u64)> = group.iter().map(|i| (*i, attempt)).collect();
+                let answers = read.answer(&which, &own, go_on)?;
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
                     let words = clean(&answer.text);

@@ -218,6 +218,7 @@ pub fn check(record: &Provenance) -> std::result::Result<(), String> {
     let numbers = [
         ("guidance", settings.guidance, 0.0..=1_000.0),
         ("true_cfg", settings.true_cfg, 0.0..=100.0),
+        ("true_cfg_end", settings.true_cfg_end, 0.0..=1.0),
         ("control_scale", settings.control_scale, 0.0..=2.0),
         ("control_end", settings.control_end, 0.0..=1.0),
         ("strength", settings.strength, 0.0..=1.0),

@@ -278,6 +278,9 @@ pub struct Conditions<'a> {
     pub negative: Option<Prompt>,
     /// v = v_negative + true_cfg · (v_prompt - v_negative); 1 runs one prompt alone.
     pub true_cfg: f64,
+    /// The share of the steps after which `true_cfg` is 1. What a picture shows is decided
+    /// early; later, guidance costs a second run a step and adds little (arXiv 2404.07724).
+    pub true_cfg_end: f64,
     /// The guidance scale given to the networks that take one.
     pub guidance: f32,
     /// Control pictures.
@@ -390,7 +393,8 @@ pub struct Field<'a> {
     times: Vec<f32>,
     rope: Rope,
     prompts: Vec<Branch>,
-    negative: Option<(Branch, f64)>,
+    /// Its scale, and the share of the steps after which that is 1.
+    negative: Option<(Branch, f64, f64)>,
     controls: Vec<ControlBranch<'a>>,
     evaluations: usize,
 }
@@ -435,7 +439,7 @@ impl<'a> Field<'a> {
         };
         let negative = match (&c.negative, c.true_cfg) {
             (_, 1.0) if c.more.is_empty() => None,
-            (Some(negative), scale) => Some((beside(negative)?, scale)),
+            (Some(negative), scale) => Some((beside(negative)?, scale, c.true_cfg_end)),
             (None, scale) => {
                 return Err(Error::BadRequest(format!(
                     "{} prompts with true guidance of {scale} need a negative prompt (the empty \
@@ -526,14 +530,19 @@ impl<'a> Field<'a> {
             all.push(run(prompt)?);
             self.evaluations += 1;
         }
-        let Some((negative, scale)) = &mut self.negative else {
+        let Some((negative, scale, end)) = &mut self.negative else {
             return Ok(all.swap_remove(0));
         };
+        let guided = (step + 1) as f64 / steps as f64 <= *end;
+        let scale = if guided { *scale } else { 1.0 };
+        if let (1.0, [_]) = (scale, all.as_slice()) {
+            return Ok(all.swap_remove(0));
+        }
         let away = run(negative)?;
         self.evaluations += 1;
         let asked = all.into_iter().map(|v| Ok((v - &away)?));
         let asked = together(&asked.collect::<Result<Vec<_>>>()?)?;
-        Ok((&away + (asked * *scale)?)?)
+        Ok((&away + (asked * scale)?)?)
     }
 
     /// How often the transformer was run, counting those the cache cut short.
@@ -543,7 +552,10 @@ impl<'a> Field<'a> {
 
     /// How many of them the first-block cache cut short.
     pub fn skipped(&self) -> usize {
-        let negative = self.negative.as_ref().map_or(0, |(b, _)| b.cache.skipped());
+        let negative = self
+            .negative
+            .as_ref()
+            .map_or(0, |(b, ..)| b.cache.skipped());
         let prompts = self.prompts.iter().map(|b| b.cache.skipped());
         prompts.sum::<usize>() + negative
     }
@@ -972,6 +984,7 @@ mod tests {
                 more: Vec::new(),
                 negative: None,
                 true_cfg: 1.0,
+                true_cfg_end: 1.0,
                 guidance: 3.5,
                 controls: vec![ControlInput::new(
                     &self.union,
@@ -1114,6 +1127,7 @@ mod tests {
                 prompt,
                 negative: Some(world.prompt()),
                 true_cfg: 2.0,
+                true_cfg_end: 1.0,
                 ..world.conditions(0.6)
             };
             generate(
@@ -1139,6 +1153,34 @@ mod tests {
             let worst = gap(&alone, &batch.narrow(0, i, 1).unwrap());
             assert!(worst < 1e-5, "prompt {i}: {worst}");
         }
+    }
+
+    #[test]
+    fn true_guidance_ends_when_it_should_and_then_costs_nothing() {
+        let world = World::new();
+        let run = |true_cfg: f64, true_cfg_end: f64| {
+            let conditions = Conditions {
+                negative: Some(Prompt {
+                    text: world.prompt().text.zeros_like().unwrap(),
+                    pooled: world.prompt().pooled.zeros_like().unwrap(),
+                }),
+                true_cfg,
+                true_cfg_end,
+                ..world.conditions(0.6)
+            };
+            let schedule = schedule(4);
+            let mut field =
+                Field::new(&conditions, &schedule, world.noise().dim(0).unwrap()).unwrap();
+            let watch = &mut Watch::default();
+            let made = integrate(world.noise(), &schedule, None, watch, |i, _, x| {
+                field.at(i, x, None)
+            });
+            (made.unwrap(), field.evaluations())
+        };
+        let (always, never, half) = (run(3.0, 1.0), run(1.0, 1.0), run(3.0, 0.5));
+        assert_eq!((always.1, never.1, half.1), (8, 4, 6));
+        assert_eq!(gap(&run(3.0, 0.0).0, &never.0), 0.0);
+        assert!(gap(&half.0, &always.0) > 1e-4 && gap(&half.0, &never.0) > 1e-4);
     }
 
     #[test]
@@ -1171,6 +1213,7 @@ mod tests {
                 more: prompts[1..].iter().map(|x| prompt(*x)).collect(),
                 negative: Some(prompt(0.0)),
                 true_cfg: 2.0,
+                true_cfg_end: 1.0,
                 ..world.conditions(0.6)
             };
             let watch = &mut Watch::default();

@@ -300,6 +300,17 @@ fn fresh(params: &Params, prefix: &str, shapes: &[NameAndShape], seed: u64) -> R
     Ok(())
 }
 
+/// How many of a step's samples each of its micro-batches has.
+fn part_of(batch: usize, parts: usize) -> Result<usize> {
+    let parts = parts.max(1);
+    match batch % parts {
+        0 => Ok(batch / parts),
+        _ => Err(Error::BadRequest(format!(
+            "a batch of {batch} cannot be divided into {parts} parts of one size"
+        ))),
+    }
+}
+
 /// The averaged weights of a stage's latest checkpoint (or, where none are kept, the weights).
 ///
 /// # Errors

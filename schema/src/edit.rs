@@ -176,6 +176,9 @@ pub struct EditSettings {
     pub guidance: Option<f32>,
     /// True classifier-free guidance; 1 or `None` runs the model once a step.
     pub true_cfg: Option<f32>,
+    /// The share of the steps after which true guidance ends, 0 to 1.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub true_cfg_end: Option<f32>,
     /// What the control picture shows. The backend `canny` has edges unless this says otherwise.
     pub control: Option<ControlKind>,
     /// How strongly the control picture holds, 0 to 2.

@@ -8,17 +8,18 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
+use rayon::prelude::*;
 use serde::de::DeserializeOwned;
 use simpatico_schema::edit::{Backend, ControlKind};
 use tokenizers::Tokenizer;
 
 use crate::bundle::{Bundle, Flux, FluxText, Location};
 use crate::canny::Control;
-use crate::edit::{Hooks, Seconds, Stage};
+use crate::edit::{Hooks, Progress, Seconds, Stage};
 use crate::flux::controlnet::{self, ControlNet};
 use crate::flux::lora::Lora;
 use crate::flux::names::{self, Kind};
@@ -149,6 +150,8 @@ pub(super) struct Plan {
     pub steps: usize,
     pub guidance: f32,
     pub true_cfg: f32,
+    /// The share of the steps after which true guidance ends.
+    pub true_cfg_end: f32,
     pub control: Option<ControlKind>,
     pub control_scale: f32,
     pub control_end: f32,
@@ -433,6 +436,16 @@ impl Pictures {
         (BATCH_TOKENS / tokens).max(1)
     }
 
+    /// Whether so many pictures are made each on a core of its own: between the operations of a
+    /// batch cores wait for one another, between pictures they need not. From a thread of the
+    /// pool it cannot be: that thread will wait, and may be all there is.
+    fn side_by_side(&self, pictures: usize) -> bool {
+        self.device.is_cpu()
+            && pictures > 1
+            && rayon::current_num_threads() > 1
+            && rayon::current_thread_index().is_none()
+    }
+
     // ---------------------------------------------------------------------------- stages
 
     /// The prompts of some texts; equal texts are read once.
@@ -443,16 +456,22 @@ impl Pictures {
         let prompt = match words {
             Words::Minilm { encoder, tokens } => {
                 // One text a pass: what it says must not depend on its company in a batch.
-                let states = unique.iter().map(|text| {
-                    let states = encoder.encode_tokens(&[text], *tokens)?.states.squeeze(0)?;
+                let states = |text: &&str| {
+                    let states = encoder
+                        .encode_tokens(&[*text], *tokens)?
+                        .states
+                        .squeeze(0)?;
                     let read = if text.trim().is_empty() {
                         0
                     } else {
                         states.dim(0)?
                     };
                     Ok(states.narrow(0, 0, read)?)
-                });
-                let states: Vec<Tensor> = states.collect::<Result<_>>()?;
+                };
+                let states: Vec<Tensor> = match self.device.is_cpu() {
+                    true => unique.par_iter().map(states).collect::<Result<_>>()?,
+                    false => unique.iter().map(states).collect::<Result<_>>()?,
+                };
                 let prompt = text::prompt_of_states(&states, *tokens)?;
                 Prompt {
                     text: prompt.text.to_dtype(self.dtype)?,
@@ -549,6 +568,19 @@ impl Pictures {
             let first = i * batch;
             let texts = texts.rows(first, chunk.len())?;
             let encoded = encoded.rows(first, chunk.len())?;
+            if keep_loaded && self.side_by_side(chunk.len()) && hooks.preview.is_none() {
+                let whole = Part {
+                    pictures: self,
+                    plan,
+                    networks: &networks,
+                    jobs: chunk,
+                    texts: &texts,
+                    encoded: &encoded,
+                    last: false,
+                };
+                latents.extend(whole.sample_side_by_side((i, chunks), hooks)?);
+                continue;
+            }
             // Once out of the slot nobody new gets them: if nobody else has, this is their end.
             let mut last = false;
             if !keep_loaded && i + 1 == chunks {
@@ -575,10 +607,10 @@ impl Pictures {
             self.vae.release();
         }
         let finished = jobs
-            .iter()
+            .par_iter()
             .zip(&pictures)
-            .map(|(job, picture)| job.finish(picture));
-        let finished = finished.collect();
+            .map(|(job, picture)| job.finish(picture))
+            .collect();
         seconds.decode = begin.elapsed().as_secs_f64();
         Ok((finished, seconds))
     }
@@ -691,18 +723,28 @@ impl Pictures {
         );
         let latents = unpack(packed, h, w)?.to_dtype(DType::F32)?;
         let b = latents.dim(0)?;
-        let mut pictures = Vec::new();
-        for first in (0..b).step_by(BATCH_DECODE) {
-            hooks.check()?;
-            hooks.tell(Stage::Decode, first, b);
-            let count = BATCH_DECODE.min(b - first);
+        let part = |first: usize, count: usize| -> Result<Vec<Picture>> {
             let part = latents.narrow(0, first, count)?;
             let sources = jobs.iter().skip(first).take(count).map(source);
             let sources: Option<Vec<Tensor>> =
                 sources.collect::<Result<Vec<_>>>()?.into_iter().collect();
             let sources = sources.map(|all| Tensor::cat(&all, 0)).transpose()?;
             let decoded = vae.decode_beside(&part, sources.as_ref())?;
-            pictures.extend(Picture::from_tensor(&decoded)?);
+            Picture::from_tensor(&decoded)
+        };
+        let side_by_side = self.side_by_side(b);
+        let mut pictures = Vec::new();
+        for first in (0..b).step_by(BATCH_DECODE) {
+            hooks.check()?;
+            hooks.tell(Stage::Decode, first, b);
+            let count = BATCH_DECODE.min(b - first);
+            if side_by_side {
+                let each = (first..first + count).into_par_iter();
+                let each = each.map(|i| part(i, 1)).collect::<Result<Vec<_>>>()?;
+                pictures.extend(each.into_iter().flatten());
+            } else {
+                pictures.extend(part(first, count)?);
+            }
         }
         Ok(pictures)
     }
@@ -833,6 +875,7 @@ impl<'a> Part<'a> {
             more: prompts[1..].to_vec(),
             negative: self.texts.negative.clone(),
             true_cfg: f64::from(true_cfg),
+            true_cfg_end: f64::from(self.plan.true_cfg_end),
             guidance,
             controls: input.into_iter().collect(),
             rows,
@@ -847,6 +890,54 @@ impl<'a> Part<'a> {
             let backend = self.plan.backend.as_str();
             Error::BadRequest(format!("the backend {backend} needs a source picture"))
         })
+    }
+
+    /// Runs the sampler for every job by itself, several at a time; `(part, parts)` as in
+    /// [`Self::sample`]. This thread only passes on how far they are.
+    fn sample_side_by_side(
+        &self,
+        (part, parts): (usize, usize),
+        hooks: &mut Hooks,
+    ) -> Result<Vec<Tensor>> {
+        let n = self.jobs.len();
+        let cancel = hooks.cancel;
+        let one = |at: usize, progress: &mut dyn FnMut(Progress)| {
+            let part = Part {
+                jobs: &self.jobs[at..=at],
+                texts: &self.texts.rows(at, 1)?,
+                encoded: &self.encoded.rows(at, 1)?,
+                ..*self
+            };
+            let mut hooks = Hooks {
+                progress: Some(progress),
+                cancel,
+                ..Hooks::default()
+            };
+            part.sample((0, 1), &mut hooks)
+        };
+        let (one, (tell, told)) = (&one, mpsc::channel());
+        let mut made: Vec<Option<Result<Tensor>>> = (0..n).map(|_| None).collect();
+        rayon::in_place_scope(|scope| {
+            for (at, made) in made.iter_mut().enumerate() {
+                let tell = tell.clone();
+                scope.spawn(move |_| {
+                    let mut progress = |p: Progress| {
+                        // Nobody listens once this thread has gone on.
+                        let _ = tell.send(p.total);
+                    };
+                    *made = Some(one(at, &mut progress));
+                });
+            }
+            drop(tell);
+            for (steps, total) in (1..).zip(told) {
+                if steps % n == 0 {
+                    hooks.tell(Stage::Sample, part * total + steps / n, parts * total);
+                }
+            }
+        });
+        let all = made.into_iter();
+        all.map(|one| one.unwrap_or(Err(Error::Cancelled)))
+            .collect()
     }
 
     /// Runs the sampler; `(part, parts)` places this part within the progress.

@@ -156,6 +156,30 @@ kernel! {
     }
 }
 
+kernel! {
+    /// Columns [at, at + head) of rows `width` apart as rows `across` apart, in squares that fit in
+    /// registers and cache: number by number each would go to another line. What `keys` has
+    /// beyond the rows of x becomes 0.
+    fn turn(x: &[f32], width: usize, at: usize, keys: &mut [f32], across: usize) {
+        let head = keys.len() / across;
+        for first in (0..across).step_by(LANES) {
+            for i in (0..head).step_by(LANES) {
+                let n = LANES.min(head - i);
+                let mut square = [[0f32; LANES]; LANES];
+                let rows = x[(first * width).min(x.len())..].chunks(width);
+                for (line, row) in square.iter_mut().zip(rows) {
+                    line[..n].copy_from_slice(&row[at + i..][..n]);
+                }
+                for (j, keys) in keys[i * across..].chunks_mut(across).take(n).enumerate() {
+                    for (key, line) in keys[first..first + LANES].iter_mut().zip(&square) {
+                        *key = line[j];
+                    }
+                }
+            }
+        }
+    }
+}
+
 // --------------------------------------------------------------------------------- blocks
 
 /// What both kinds of block need to know.
@@ -200,13 +224,7 @@ impl Shape<'_> {
         let mut keys = vec![0f32; d * wide];
         keys.par_chunks_mut(head * wide)
             .enumerate()
-            .for_each(|(h, keys)| {
-                for (token, row) in qkv.chunks_exact(3 * d).enumerate() {
-                    for (i, k) in row[d + h * head..][..head].iter().enumerate() {
-                        keys[i * wide + token] = *k;
-                    }
-                }
-            });
+            .for_each(|(h, keys)| turn(qkv, 3 * d, d + h * head, keys, wide));
         out.par_chunks_mut(ROWS * width)
             .enumerate()
             .for_each(|(group, out)| {
@@ -544,6 +562,26 @@ mod tests {
                 (f64::from(y) - truth).abs() < 2e-6,
                 "gelu({x}): {y}, {truth}"
             );
+        }
+    }
+
+    #[test]
+    fn columns_become_rows() {
+        // Widths that squares divide and that they do not; the tokens fill no square.
+        for (tokens, head, at) in [(20, 16, 3), (33, 24, 0), (5, 40, 7), (16, 8, 1)] {
+            let (width, wide) = (at + head + 2, usize::next_multiple_of(tokens, LANES));
+            let x: Vec<f32> = (0..tokens * width).map(|i| i as f32).collect();
+            let mut keys = vec![-1f32; head * wide];
+            turn(&x, width, at, &mut keys, wide);
+            for (place, key) in keys.iter().enumerate() {
+                let (i, token) = (place / wide, place % wide);
+                let right = if token < tokens {
+                    x[token * width + at + i]
+                } else {
+                    0.0
+                };
+                assert_eq!(*key, right, "{tokens} tokens, head {head}: {i}, {token}");
+            }
         }
     }
 

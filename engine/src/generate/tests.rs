@@ -90,6 +90,101 @@ fn a_batch_gives_each_prompt_what_it_gets_alone() {
 }
 
 #[test]
+fn what_was_read_once_is_answered_again_as_if_read_anew() {
+    let model = tiny("llama");
+    let soft = Tensor::from_vec(Philox::new(1, 0).normals(3 * 32), (3, 32), &Device::Cpu).unwrap();
+    let prompts = [
+        Prompt::tokens(vec![1, 2, 3]),
+        Prompt {
+            soft: Some(soft),
+            ..Prompt::tokens(vec![7, 4])
+        },
+        Prompt::tokens(vec![1, 2, 6, 5]),
+    ];
+    let go_on = &mut || ControlFlow::Continue(());
+    for emphasis in [1.0, 2.0] {
+        let most = Options {
+            emphasis,
+            ..Options::greedy(12)
+        };
+        let mut read = Read::new(&model, &prompts, None, &most, go_on).unwrap();
+        // Longer and shorter, warm and cold, some and all, in any order.
+        for (which, length) in [
+            (vec![(1, 3), (0, 3)], 12),
+            (vec![(0, 4), (1, 4), (2, 4)], 5),
+            (vec![(2, 0), (1, 0)], 12),
+        ] {
+            let options = Options {
+                max_tokens: length,
+                sampling: Sampling::lively(8),
+                ..most.clone()
+            };
+            let answers = read.answer(&which, &options, go_on).unwrap();
+            for ((i, stream), answer) in which.into_iter().zip(answers) {
+                let prompt = Prompt {
+                    stream,
+                    ..prompts[i].clone()
+                };
+                assert_eq!(answer, whole(&model, &prompt, &options), "prompt {i}");
+            }
+        }
+        assert_eq!(read.answer(&[], &most, go_on).unwrap(), []);
+        for wrong in [
+            Options::greedy(13),
+            Options {
+                emphasis: 5.0,
+                ..most.clone()
+            },
+        ] {
+            let refused = read.answer(&[(0, 0)], &wrong, go_on).unwrap_err();
+            assert!(refused.to_string().contains("at most 12"), "{refused}");
+        }
+    }
+}
+
+#[test]
+fn a_token_is_drawn_as_from_all_of_them_in_order() {
+    let mut random = Philox::new(4, 0);
+    for round in 0..60 {
+        // Flat ones, where the draw reaches far, and peaked ones, with equals among them.
+        let spread = [0.05, 1.0, 6.0][round % 3];
+        let logits: Vec<f32> = random.normals(3_000);
+        let logits: Vec<f32> = logits.iter().map(|x| (x * 8.0).round() * spread).collect();
+        let (top_p, temperature) = ([0.3, 0.9, 1.0][round / 3 % 3], 0.8f32);
+        let sampling = Sampling {
+            temperature,
+            top_p,
+            ..Sampling::lively(0)
+        };
+        let mut order: Vec<usize> = (0..logits.len()).collect();
+        order.sort_by(|a, b| logits[*b].total_cmp(&logits[*a]).then(a.cmp(b)));
+        let weight = |i: &usize| f64::exp(f64::from(logits[*i] - logits[order[0]]) / 0.8);
+        let total: f64 = order.iter().map(weight).sum();
+        let mut kept = 0.0;
+        let reach = order.iter().position(|i| {
+            kept += weight(i);
+            kept >= f64::from(top_p) * total * (1.0 - 1e-12)
+        });
+        let reach = reach.unwrap_or(order.len() - 1);
+        let seed = Philox::new(9, round as u64);
+        let drawn = choose(&mut logits.clone(), &sampling, &[], &mut seed.clone()).unwrap();
+        let place = order.iter().position(|i| *i == drawn as usize).unwrap();
+        assert!(
+            place <= reach,
+            "round {round}: place {place}, reach {reach}"
+        );
+        // The draw falls within its token's share of what is kept.
+        let upto = |n: usize| order[..n].iter().map(weight).sum::<f64>() / kept;
+        let share = seed.clone().uniform_f64();
+        let (low, high) = (upto(place) - 1e-6, upto(place + 1) + 1e-6);
+        assert!(
+            (low..=high).contains(&share),
+            "round {round}: {share}, {low} to {high}"
+        );
+    }
+}
+
+#[test]
 fn emphasis_moves_what_the_soft_prompt_moves() {
     let of = |emphasis: f32| {
         let options = Options {

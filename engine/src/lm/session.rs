@@ -15,13 +15,19 @@ use crate::lora::Adapter;
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
+use std::ops::Range;
 
 /// The model, perhaps an adapter, and sequences with their keys and values so far.
 pub struct Session<'a> {
+    weights: Weights<'a>,
+    sequences: Vec<Sequence>,
+}
+
+/// What all sequences are read with.
+struct Weights<'a> {
     decoder: &'a Decoder,
     layers: Vec<LayerWeights>,
     norm: Vec<f32>,
-    sequences: Vec<Sequence>,
 }
 
 struct LayerWeights {
@@ -129,9 +135,11 @@ impl<'a> Session<'a> {
             values: room(*capacity),
         };
         Ok(Some(Self {
-            norm: numbers(&decoder.norm)?,
-            decoder,
-            layers,
+            weights: Weights {
+                norm: numbers(&decoder.norm)?,
+                decoder,
+                layers,
+            },
             sequences: capacities.iter().map(empty).collect(),
         }))
     }
@@ -142,9 +150,16 @@ impl<'a> Session<'a> {
         self.sequences[sequence].len
     }
 
+    /// Forgets what a sequence has read after its first `len` tokens.
+    pub fn rewind(&mut self, sequence: usize, len: usize) {
+        let sequence = &mut self.sequences[sequence];
+        sequence.len = sequence.len.min(len);
+    }
+
     /// Gives an empty sequence the first `len` tokens that another has read.
     pub fn share(&mut self, from: usize, to: usize, len: usize) {
-        let (heads, d) = (self.decoder.config.kv_heads, self.decoder.config.head_dim);
+        let c = &self.weights.decoder.config;
+        let (heads, d) = (c.kv_heads, c.head_dim);
         assert!(
             from != to && self.sequences[to].len == 0,
             "an empty sequence is filled"
@@ -160,7 +175,7 @@ impl<'a> Session<'a> {
             },
         );
         let source = &self.sequences[from];
-        for layer in 0..self.layers.len() {
+        for layer in 0..self.weights.layers.len() {
             for head in 0..heads {
                 let (at, into) = (head * source.capacity * d, head * filled.capacity * d);
                 let (at, into) = (at..at + len * d, into..into + len * d);
@@ -177,23 +192,9 @@ impl<'a> Session<'a> {
     pub fn read(&mut self, parts: &[(usize, Tensor)]) -> Result<Vec<Vec<f32>>> {
         let (mut x, mut rows, mut ends) = (Vec::new(), Vec::new(), Vec::new());
         for (sequence, embeddings) in parts {
-            let (b, t, hidden) = embeddings.dims3()?;
-            if b != 1 || t == 0 || hidden != self.decoder.config.hidden {
-                return Err(Error::BadRequest(format!(
-                    "a session reads [1, tokens, {}], got {:?}",
-                    self.decoder.config.hidden,
-                    embeddings.dims()
-                )));
-            }
-            let Sequence { len, capacity, .. } = self.sequences[*sequence];
-            if len + t > capacity {
-                return Err(Error::BadRequest(format!(
-                    "the sequence has {} tokens, its session has room for {capacity}",
-                    len + t,
-                )));
-            }
-            x.extend(numbers(&embeddings.detach())?);
-            rows.extend((len..len + t).map(|position| Row {
+            let (one, positions) = self.weights.taken(&self.sequences[*sequence], embeddings)?;
+            x.extend(one);
+            rows.extend(positions.map(|position| Row {
                 sequence: *sequence,
                 position,
             }));
@@ -202,13 +203,57 @@ impl<'a> Session<'a> {
         // Inside the pool a parallel pass starts at once; from outside, each would put this
         // thread to sleep and wake it again.
         let mut logits = Ok(Vec::new());
-        rayon::scope(|_| logits = self.read_rows(x, &rows, &ends));
+        let (weights, sequences) = (&self.weights, self.sequences.as_mut_slice());
+        rayon::scope(|_| logits = weights.read_rows(sequences, x, &rows, &ends));
         logits
+    }
+
+    /// The same for sequences from `first` on, one for each of `texts`, each by itself and several
+    /// at a time: what is long enough to fill a pass needs no company, and cores that work on
+    /// sequences of their own need not wait for one another.
+    pub fn read_each(&mut self, first: usize, texts: &[Tensor]) -> Result<Vec<Vec<f32>>> {
+        let weights = &self.weights;
+        let read = |(sequence, text): (&mut Sequence, &Tensor)| {
+            let (x, positions) = weights.taken(sequence, text)?;
+            let rows: Vec<Row> = positions
+                .map(|position| Row {
+                    sequence: 0,
+                    position,
+                })
+                .collect();
+            let ends = [rows.len() - 1];
+            let one = std::slice::from_mut(sequence);
+            Ok(weights.read_rows(one, x, &rows, &ends)?.swap_remove(0))
+        };
+        let sequences = self.sequences[first..].par_iter_mut();
+        sequences.zip(texts).with_max_len(1).map(read).collect()
+    }
+}
+
+impl Weights<'_> {
+    /// The numbers of embedded tokens, and the positions that they get in a sequence.
+    fn taken(&self, sequence: &Sequence, x: &Tensor) -> Result<(Vec<f32>, Range<usize>)> {
+        let ((b, t, hidden), wanted) = (x.dims3()?, self.decoder.config.hidden);
+        if b != 1 || t == 0 || hidden != wanted {
+            return Err(Error::BadRequest(format!(
+                "a session reads [1, tokens, {wanted}], got {:?}",
+                x.dims()
+            )));
+        }
+        let Sequence { len, capacity, .. } = sequence;
+        if len + t > *capacity {
+            return Err(Error::BadRequest(format!(
+                "the sequence has {} tokens, its session has room for {capacity}",
+                len + t,
+            )));
+        }
+        Ok((numbers(&x.detach())?, *len..len + t))
     }
 
     /// The logits after the rows named by `ends`.
     fn read_rows(
-        &mut self,
+        &self,
+        sequences: &mut [Sequence],
         mut x: Vec<f32>,
         rows: &[Row],
         ends: &[usize],
@@ -233,8 +278,8 @@ impl<'a> Session<'a> {
             };
             turn(&mut q, c.heads, &cos, &sin, half);
             turn(&mut k, c.kv_heads, &cos, &sin, half);
-            self.remember(index, &k, &v, rows);
-            let y = self.attend(index, &q, rows);
+            self.remember(sequences, index, (&k, &v), rows);
+            let y = self.attend(sequences, index, &q, rows);
             for (x, y) in x.iter_mut().zip(&self.project(index, &[3], &y)?[0]) {
                 *x += y;
             }
@@ -252,7 +297,7 @@ impl<'a> Session<'a> {
             }
         }
         for row in rows {
-            let sequence = &mut self.sequences[row.sequence];
+            let sequence = &mut sequences[row.sequence];
             sequence.len = sequence.len.max(row.position + 1);
         }
         let last: Vec<f32> = ends
@@ -305,10 +350,16 @@ impl<'a> Session<'a> {
     }
 
     /// Puts the rows' keys and values at their positions.
-    fn remember(&mut self, layer: usize, k: &[f32], v: &[f32], rows: &[Row]) {
+    fn remember(
+        &self,
+        sequences: &mut [Sequence],
+        layer: usize,
+        (k, v): (&[f32], &[f32]),
+        rows: &[Row],
+    ) {
         let (heads, d) = (self.decoder.config.kv_heads, self.decoder.config.head_dim);
         for (r, row) in rows.iter().enumerate() {
-            let sequence = &mut self.sequences[row.sequence];
+            let sequence = &mut sequences[row.sequence];
             for head in 0..heads {
                 let to = (head * sequence.capacity + row.position) * d;
                 let from = (r * heads + head) * d;
@@ -319,14 +370,14 @@ impl<'a> Session<'a> {
     }
 
     /// Causal attention of each row to its own sequence: [rows, heads · head_dim].
-    fn attend(&self, layer: usize, q: &[f32], rows: &[Row]) -> Vec<f32> {
+    fn attend(&self, sequences: &[Sequence], layer: usize, q: &[f32], rows: &[Row]) -> Vec<f32> {
         let c = &self.decoder.config;
         let (d, group) = (c.head_dim, c.heads / c.kv_heads);
         let scale = 1.0 / (d as f32).sqrt();
         let mut out = vec![0f32; q.len()];
         let work = |i: usize, q: &[f32], out: &mut [f32], scores: &mut Vec<f32>| {
             let (row, head) = (rows[i / c.heads], i % c.heads);
-            let sequence = &self.sequences[row.sequence];
+            let sequence = &sequences[row.sequence];
             let seen = row.position + 1;
             let from = head / group * sequence.capacity * d;
             let keys = &sequence.keys[layer][from..from + seen * d];

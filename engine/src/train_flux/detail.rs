@@ -2,7 +2,9 @@
 //!
 //! 1. Samples: pairs that the flow never saw are edited with the finished flow and decoded
 //!    without detail. A file holds source, that coarse result and what the renderer itself
-//!    makes of the edit.
+//!    makes of the edit. Most edits begin not at pure noise but at the noised right result, so
+//!    that they show what was asked for with the flow's faults: from edits that miss it the
+//!    network would learn to keep the source.
 //! 2. The network learns to turn coarse result and source into the right one. What it learns is
 //!    where edges run and what the flow's faults look like; what the edit *is* it can only read
 //!    off the coarse result.
@@ -13,13 +15,14 @@
 //! unsure, since a sharp wrong picture then costs less than a soft right one.
 
 use super::training::{self, Training};
-use super::{Compute, Report, Rhythm, WEIGHTS, fresh, latest, prepared};
+use super::{Compute, Report, Rhythm, WEIGHTS, fresh, latest, part_of, prepared};
 use crate::flux::detail::{Detail, shapes};
+use crate::flux::init;
 use crate::params::{Params, load_tensors, save_tensors, write_whole};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 /// What its weights' names begin with.
 const PREFIX: &str = "detail.";
@@ -32,10 +35,14 @@ pub const SEED: u64 = 41;
 pub struct Options {
     /// The network's widths.
     pub widths: Vec<usize>,
+    /// An exported autoencoder whose network to begin with.
+    pub from: Option<PathBuf>,
     /// Steps in all.
     pub steps: usize,
     /// Pictures a step.
     pub batch: usize,
+    /// Micro-batches that they come in; see [`super::flow::Options::parts`].
+    pub parts: usize,
     /// Peak learning rate.
     pub lr: f64,
     /// How often there is no source.
@@ -52,8 +59,10 @@ impl Options {
     pub fn shipped() -> Self {
         Self {
             widths: crate::flux::detail::WIDTHS.to_vec(),
+            from: None,
             steps: 6000,
             batch: 8,
+            parts: 1,
             lr: 2e-3,
             drop_source: 0.1,
             better: 0.15,
@@ -226,15 +235,33 @@ pub fn run(
             "there are no samples to train on: make some".into(),
         ));
     }
+    let part = Options {
+        batch: part_of(options.batch, options.parts)?,
+        ..options.clone()
+    };
     let params = Params::new(options.seed, compute.device.clone());
-    fresh(&params, "", &shapes(&options.widths, PREFIX), options.seed)?;
+    let shapes = shapes(&options.widths, PREFIX);
+    match &options.from {
+        None => fresh(&params, "", &shapes, options.seed)?,
+        Some(vae) => {
+            let all = load_tensors(&vae.join(WEIGHTS), &Device::Cpu)?;
+            let vb = init::builder(&all, DType::F32, &Device::Cpu).pp("decoder");
+            for (name, shape) in shapes {
+                params.insert(name.clone(), &vb.get(shape, &name)?)?;
+            }
+        }
+    }
+    let training = Training {
+        parts: options.parts,
+        ..Training::cosine("detail", options.steps, options.lr)
+    };
     training::run(
-        &Training::cosine("detail", options.steps, options.lr),
+        &training,
         compute,
         &params,
         rhythm,
         |vb| Detail::new(&options.widths, vb.pp("detail")),
-        |step| batch(options, samples, step as u64, &compute.device),
+        |n| batch(&part, samples, n as u64, &compute.device),
         loss,
         report,
     )
@@ -323,6 +350,23 @@ mod tests {
         let whole = latest(folder.path(), "detail").unwrap();
         let (before, after) = (measure(&start), measure(&whole));
         assert!(after < 0.9 * before, "loss {before} before, {after} after");
+        // What was exported can be begun with.
+        let vae = tempfile::tempdir().unwrap();
+        save_tensors(&vae.path().join(WEIGHTS), &[], &[]).unwrap();
+        std::fs::write(vae.path().join("config.json"), "{}").unwrap();
+        export(folder.path(), &options.widths, vae.path()).unwrap();
+        let onwards = Options {
+            from: Some(vae.path().into()),
+            steps: 4,
+            lr: 0.0,
+            parts: 2,
+            ..options.clone()
+        };
+        let next = tempfile::tempdir().unwrap();
+        let still = Rhythm::usual(next.path());
+        run(&onwards, &samples, &cpu, &still, &mut |_| true).unwrap();
+        let still = measure(&latest(next.path(), "detail").unwrap());
+        assert!((still - after).abs() < 1e-3 * after, "{still} {after}");
         let folder = tempfile::tempdir().unwrap();
         let mut rhythm = Rhythm::usual(folder.path());
         rhythm.report_s = 0.0;

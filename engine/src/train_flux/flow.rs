@@ -11,7 +11,7 @@
 
 use super::pairs::Pairs;
 use super::training::{self, Training};
-use super::{Compute, Report, Rhythm, fresh, latest};
+use super::{Compute, Report, Rhythm, fresh, latest, part_of};
 use crate::flux::controlnet::{self, Control, ControlNet, Mode};
 use crate::flux::init;
 use crate::flux::names;
@@ -107,18 +107,11 @@ impl Options {
     /// # Errors
     /// If the batch cannot be divided by the parts.
     pub(super) fn part(&self) -> Result<Self> {
-        let parts = self.parts.max(1);
-        match self.batch % parts {
-            0 => Ok(Self {
-                batch: self.batch / parts,
-                parts: 1,
-                ..self.clone()
-            }),
-            _ => Err(Error::BadRequest(format!(
-                "a batch of {} cannot be divided into {parts} parts of one size",
-                self.batch
-            ))),
-        }
+        Ok(Self {
+            batch: part_of(self.batch, self.parts)?,
+            parts: 1,
+            ..self.clone()
+        })
     }
 }
 
@@ -513,6 +506,7 @@ pub fn edit(
         more: Vec::new(),
         negative: Some(negative),
         true_cfg,
+        true_cfg_end: 1.0,
         guidance: 1.0,
         controls: vec![ControlInput::new(
             &networks.control,

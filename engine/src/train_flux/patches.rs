@@ -6,12 +6,15 @@
 //!    itself on them.
 //! 2. Decoder: the ridge regression of a patch on the 3×3 latents around it.
 
+use super::{WEIGHTS, autoencoder, write_whole};
 use crate::flux::init;
 use crate::flux::vae::{Config, Vae, patches};
+use crate::params::{load_tensors, save_tensors};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
+use std::path::Path;
 
 /// The shipped autoencoder: 8×8 patches, 24 channels.
 pub fn config() -> Config {
@@ -22,6 +25,69 @@ pub fn config() -> Config {
         shift_factor: 0.0,
         ..Config::flux()
     }
+}
+
+/// A run's weights, and beside them its config: latents must keep their scale for as long as
+/// anything is trained on them, also when the renderer they were fitted to changes.
+const FILES: [&str; 2] = ["patches.safetensors", "patches.json"];
+
+/// Fits a run's autoencoder to rendered pictures and writes it.
+pub fn begin(run: &Path) -> Result<()> {
+    let seen = autoencoder::pictures(&autoencoder::sample_scenes(400), 128)?;
+    let weights = fit(&config(), &seen)?;
+    let builder = init::builder(&weights, DType::F32, &Device::Cpu);
+    let scaled = autoencoder::scaled(Vae::new(&config(), builder)?)?;
+    write(run, &weights, scaled.config())
+}
+
+/// Takes over the exported autoencoder in `vae`, for a run that goes on from an exported flow:
+/// that knows only its latents.
+///
+/// # Errors
+/// If there is none, or it is not one of patches.
+pub fn take_over(run: &Path, vae: &Path) -> Result<()> {
+    let mut weights = load_tensors(&vae.join(WEIGHTS), &Device::Cpu)?;
+    weights.retain(|name, _| name.contains(".patch."));
+    for value in weights.values_mut() {
+        *value = value.to_dtype(DType::F32)?;
+    }
+    let config = Config {
+        detail: None,
+        ..read_config(&vae.join("config.json"))?
+    };
+    Vae::new(&config, init::builder(&weights, DType::F32, &Device::Cpu))?;
+    write(run, &weights, &config)
+}
+
+/// A run's autoencoder.
+///
+/// # Errors
+/// If the run has none yet.
+pub fn open(run: &Path, device: &Device) -> Result<Vae> {
+    let [weights, config] = FILES.map(|file| run.join(file));
+    if let Some(path) = [&weights, &config].into_iter().find(|p| !p.exists()) {
+        return Err(Error::MissingModel {
+            path: path.clone(),
+            help: "begin with the stage patches".into(),
+        });
+    }
+    let weights = load_tensors(&weights, &Device::Cpu)?;
+    let builder = init::builder(&weights, DType::F32, device);
+    Vae::new(&read_config(&config)?, builder)
+}
+
+fn read_config(path: &Path) -> Result<Config> {
+    let text = std::fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&text)
+        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))
+}
+
+fn write(run: &Path, weights: &BTreeMap<String, Tensor>, config: &Config) -> Result<()> {
+    let named: Vec<_> = weights.clone().into_iter().collect();
+    save_tensors(&run.join(FILES[0]), &named, &[])?;
+    let text = serde_json::to_vec_pretty(config)
+        .map_err(|e| Error::BadRequest(format!("the config cannot be written: {e}")))?;
+    write_whole(&run.join(FILES[1]), &text)
 }
 
 /// Fits weights to pictures (b, 3, h, w) in -1..1, whose sides are multiples of the patch.

@@ -2,7 +2,9 @@
 //!
 //! COUNT users (16) of made-up taste each want a picture of the folder CUT_OUTS edited, first
 //! one call after another, then in one call, three times over; medians and ratios of the same
-//! run are printed. Both must give the same words, and pictures within a rounding step.
+//! run are printed. Both must give the same words, and pictures within a rounding step. Beside them
+//! stands what the machine's cores do together of pure arithmetic, one alone being 1: two that are
+//! one core's threads are hardly more than one, and then a batch can save no more than that.
 
 use candle_core::Device;
 use simpatico_engine::edit::{Edit, EditRequest, Hooks, Source};
@@ -15,6 +17,29 @@ use std::path::PathBuf;
 use std::time::Instant;
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+/// Multiplications and additions in registers, nothing else; the seconds they take.
+fn arithmetic() -> f64 {
+    let begun = Instant::now();
+    let mut lanes = [1f32; 32];
+    for _ in 0..20_000_000 {
+        lanes.iter_mut().for_each(|x| *x = *x * 0.999 + 0.001);
+    }
+    std::hint::black_box(lanes);
+    begun.elapsed().as_secs_f64()
+}
+
+/// How many times one core's arithmetic all of them do together, three tries.
+fn cores_worth() -> Vec<f64> {
+    let threads = rayon::current_num_threads();
+    let tries = (0..3).map(|_| {
+        let alone = arithmetic();
+        let begun = Instant::now();
+        rayon::broadcast(|_| arithmetic());
+        threads as f64 * alone / begun.elapsed().as_secs_f64()
+    });
+    tries.collect()
+}
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -118,12 +143,15 @@ fn main() -> Result<()> {
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
     };
+    let worth = median(&mut cores_worth());
     let (apart, together) = (median(&mut apart), median(&mut together));
     println!(
-        "an edit alone {:.3} s; in a batch of {count} {:.3} s: {:.2} times the throughput",
+        "an edit alone {:.3} s; in a batch of {count} {:.3} s: {:.2} times the throughput ({} threads \
+         do {worth:.2} times the arithmetic of one)",
         apart / count as f64,
         together / count as f64,
-        apart / together
+        apart / together,
+        rayon::current_num_threads()
     );
     Ok(())
 }

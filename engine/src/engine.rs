@@ -395,8 +395,10 @@ impl Engine {
             // Fine detail did not come back then.
             settings.fine_detail = Some(0.0);
         }
-        // Older records know no end of true guidance: it acted in every step.
-        settings.true_cfg_end.get_or_insert(1.0);
+        if record.version < 4 {
+            // True guidance acted in every step.
+            settings.true_cfg_end = Some(1.0);
+        }
         let request = EditRequest {
             source: source.cloned(),
             mask: mask.cloned(),

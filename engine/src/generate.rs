@@ -229,7 +229,7 @@ pub struct Read<'a> {
     lengths: Vec<usize>,
     /// For each prompt the number of the sequence without soft tokens.
     without: Vec<Option<usize>>,
-    /// What the answers may differ in leaves this be.
+    /// What they were read for.
     emphasis: f32,
     max_tokens: usize,
     /// On a CPU the sequences, and the logits after each prompt.
@@ -272,8 +272,8 @@ impl<'a> Read<'a> {
         })
     }
 
-    /// An answer to each of these prompts, which are given by number, with the stream that its
-    /// random numbers come from. `go_on` is asked before every token.
+    /// An answer to each of these prompts, which are given by number, each at most once, with
+    /// the stream that its random numbers come from. `go_on` is asked before every token.
     ///
     /// # Errors
     /// [`Error::Cancelled`]; options that the prompts were not read for.

@@ -17,9 +17,9 @@ use crate::picture::{Format, MAX_BYTES, Picture, chunks, hex, write_whole};
 use crate::{Error, Result};
 
 /// The version of the record this program writes and the newest it reads. Since 2 it names
-/// several instructions, and LoRAs; since 3 a mask's soft edge is as wide as it says. A record of
-/// an older version means what it always did.
-pub const VERSION: u32 = 3;
+/// several instructions, and LoRAs; since 3 a mask's soft edge is as wide as it says; since 4 true
+/// guidance may end before the last step. A record of an older version means what it always did.
+pub const VERSION: u32 = 4;
 /// The keyword of the PNG text the record is under.
 pub const KEYWORD: &str = "simpatico";
 /// Made by a model alone (IPTC digital source type).

@@ -441,6 +441,33 @@ fn every_backend_edits_and_no_strength_returns_the_source_through_the_autoencode
 }
 
 #[test]
+fn true_guidance_that_ends_early_is_in_the_record_and_older_records_know_no_end() {
+    let b = bench();
+    let source = request("make it wood", 1).source;
+    let edit = |true_cfg_end: Option<f32>| {
+        let mut r = request("make it wood", 1);
+        r.settings.true_cfg = Some(4.0);
+        r.settings.true_cfg_end = true_cfg_end;
+        b.edit(&r).unwrap()
+    };
+    let (early, always) = (edit(Some(0.4)), edit(None));
+    assert_ne!(early.images[0], always.images[0]);
+    let again = |record: &Provenance| {
+        let hooks = &mut Hooks::default();
+        let made = b.engine.replay(record, source.as_ref(), None, hooks);
+        made.unwrap().0
+    };
+    assert_eq!(again(&early.provenance[0]), early.images[0]);
+    let mut old = early.provenance[0].clone();
+    (old.version, old.settings.true_cfg_end) = (3, None);
+    assert_eq!(again(&old), always.images[0]);
+    let mut wrong = request("make it wood", 1);
+    wrong.settings.true_cfg_end = Some(1.5);
+    let refused = b.edit(&wrong).unwrap_err().to_string();
+    assert!(refused.contains("true guidance's end"), "{refused}");
+}
+
+#[test]
 fn outside_the_mask_the_source_stays_bit_for_bit() {
     let b = bench();
     let source = checker(1);

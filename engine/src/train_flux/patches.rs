@@ -272,4 +272,31 @@ mod tests {
         let share = error.to_scalar::<f32>().unwrap() / spread.to_scalar::<f32>().unwrap();
         assert!(share < 0.04, "{share} of the signal is lost");
     }
+
+    #[test]
+    fn a_run_goes_on_with_the_latents_of_what_was_exported() {
+        let scenes: Vec<Scene> = (0..20).map(|i| Scene::random(Object::ALL[i], 7)).collect();
+        let seen = pictures(&scenes, 64).unwrap();
+        let weights = fit(&config(), &seen).unwrap();
+        let builder = init::builder(&weights, DType::F32, &Device::Cpu);
+        let vae = Vae::new(&config(), builder).unwrap();
+        let vae = vae.with_scaling(1.3, 0.125);
+        let [first, exported, next] = [(); 3].map(|_| tempfile::tempdir().unwrap());
+        write(first.path(), &weights, vae.config()).unwrap();
+        let kind = crate::flux::names::Kind::Vae;
+        crate::train_flux::export(exported.path(), kind, 1, &weights, vae.config(), "-").unwrap();
+        take_over(next.path(), exported.path()).unwrap();
+        let open = |run: &tempfile::TempDir| open(run.path(), &Device::Cpu).unwrap();
+        let (first, next) = (open(&first), open(&next));
+        assert_eq!(first.config(), vae.config());
+        assert_eq!(next.config(), vae.config());
+        let latents = first.encode(&seen).unwrap();
+        // Exported in half precision.
+        let off = (next.encode(&seen).unwrap() - latents).unwrap();
+        let off = off.abs().unwrap().max_all().unwrap().to_scalar::<f32>();
+        assert!(off.unwrap() < 0.02);
+        let empty = tempfile::tempdir().unwrap();
+        let refused = super::open(empty.path(), &Device::Cpu).unwrap_err();
+        assert!(refused.to_string().contains("stage patches"), "{refused}");
+    }
 }

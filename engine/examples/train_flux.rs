@@ -11,7 +11,8 @@
 //! ```
 //!
 //! with RUN from `patches`, `pairs`, `artwork` and `photos`, and FLUX what to begin with, such as
-//! bundles/default/flux (its MODEL_CARD.md).
+//! bundles/default/flux (its MODEL_CARD.md); then `patches` is given FLUX/vae, so that the latents
+//! are those which FLUX knows.
 
 use candle_core::{DType, Device, Tensor};
 use simpatico_engine::canny::canny;
@@ -72,8 +73,8 @@ fn prepare_pairs(
 }
 
 /// Edits of pairs that the flow never saw, decoded without detail: what the detail decoder learns
-/// from. `STEPS` steps of sampling are enough to show the flow's faults; most begin at the noised
-/// right result, so that what was asked for is there.
+/// from. A few steps of sampling are enough to show the flow's faults; most edits begin at the
+/// noised right result, so that what was asked for is there.
 fn prepare_samples(
     folder: &Path,
     kind: &str,

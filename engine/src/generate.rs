@@ -318,11 +318,11 @@ impl<'a> Read<'a> {
                     session.rewind(*i, self.lengths[*i]);
                 }
                 let logits = numbers.iter().map(|i| logits[*i].clone()).collect();
-                answers.from_session(session, model, &numbers, logits, go_on)
+                answers.in_session(session, model, &numbers, logits, go_on)
             }
             None => {
                 let prompts: Vec<&Prompt> = numbers.iter().map(|i| &self.all[*i]).collect();
-                answers.from_tensors(model, &prompts, self.adapter, go_on)
+                answers.in_tensors(model, &prompts, self.adapter, go_on)
             }
         }
     }
@@ -407,7 +407,7 @@ impl Answers<'_> {
 
     /// Going on in the session's sequences `numbers`; an answer that has ended costs nothing
     /// more.
-    fn from_session(
+    fn in_session(
         mut self,
         session: &mut Session,
         model: &LanguageModel,
@@ -434,7 +434,7 @@ impl Answers<'_> {
     }
 
     /// Left-padded rows of one batch, through the decoder itself.
-    fn from_tensors(
+    fn in_tensors(
         mut self,
         model: &LanguageModel,
         prompts: &[&Prompt],

@@ -73,6 +73,7 @@ impl std::fmt::Debug for Packed {
 
 /// What multiplies.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
 enum Kernel {
     /// AVX-512 with VNNI.
     Vnni,

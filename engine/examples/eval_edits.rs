@@ -13,7 +13,7 @@ use simpatico_engine::attributes::{Edited, Judge, KINDS, picture_of, score, trie
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::Mode;
-use simpatico_engine::flux::text::prompt_of_states;
+use simpatico_engine::flux::text::prompt_of_texts;
 use simpatico_engine::picture::{Picture, write_whole};
 use simpatico_engine::render::{Color, Object, Scene, Subject, artwork};
 use simpatico_engine::text_vectors::TextEncoder;
@@ -103,18 +103,14 @@ fn by_run(
     for some in cases.chunks(16) {
         let scenes: Vec<Scene> = some.iter().map(|c| c.scene.clone()).collect();
         let source = autoencoder::pictures(&scenes, 128)?;
-        let state = |case: &Case| -> Result<Tensor> {
-            let seen = encoder.encode_tokens(&[case.text.as_str()], 20)?;
-            Ok(seen.states.get(0)?)
-        };
-        let states = some.iter().map(state).collect::<Result<Vec<_>>>()?;
+        let texts: Vec<&str> = some.iter().map(|c| c.text.as_str()).collect();
         let edited = flow::edit(
             folder,
             &flow::config(),
             &vae,
             &source,
             (&source, Mode::Tile),
-            prompt_of_states(&states, 20)?,
+            prompt_of_texts(&encoder, &texts, 20)?,
             (start, steps, cfg),
         )?;
         pictures.extend(Picture::from_tensor(&edited)?);

@@ -14,12 +14,11 @@
 //! bundles/default/flux (its MODEL_CARD.md); then `patches` is given FLUX/vae, so that the latents
 //! are those which FLUX knows.
 
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use simpatico_engine::canny::canny;
 use simpatico_engine::flux::controlnet::Mode;
-use simpatico_engine::flux::names;
-use simpatico_engine::flux::text::prompt_of_states;
-use simpatico_engine::params::{load_tensors, save_tensors};
+use simpatico_engine::flux::text::prompt_of_texts;
+use simpatico_engine::params::save_tensors;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::render::artwork::{self, Artwork};
 use simpatico_engine::render::{Object, Scene, Subject};
@@ -91,13 +90,9 @@ fn prepare_samples(
     let vae = patches::open(folder, device)?;
     let encoder = TextEncoder::open(std::env::var("SIMPATICO_MINILM")?.as_ref(), device)?;
     let begun = std::time::Instant::now();
-    let bytes = |pictures: &Tensor| -> Result<Tensor, candle_core::Error> {
-        let levels = pictures
-            .affine(127.5, 127.5)?
-            .round()?
-            .clamp(0f32, 255f32)?;
-        let levels = levels.to_dtype(DType::U8)?.permute((0, 2, 3, 1))?;
-        levels.to_device(&Device::Cpu)?.contiguous()
+    let bytes = |pictures: &Tensor| -> Result<Vec<u8>, simpatico_engine::Error> {
+        let pictures = Picture::from_tensor(pictures)?;
+        Ok(pictures.into_iter().flat_map(|p| p.rgb).collect())
     };
     let (mut source, mut coarse, mut target) = (Vec::new(), Vec::new(), Vec::new());
     for start in (first..first + count).step_by(BATCH) {
@@ -115,11 +110,6 @@ fn prepare_samples(
             scenes(&|p| p.target.clone())?,
         );
         let texts: Vec<&str> = made.iter().map(|p| p.text.as_str()).collect();
-        let states = texts.iter().map(|text| {
-            let seen = encoder.encode_tokens(&[*text], 20)?;
-            Ok(seen.states.get(0)?)
-        });
-        let states = states.collect::<Result<Vec<_>, simpatico_engine::Error>>()?;
         let mut random = Philox::new(detail::SEED, start as u64);
         let level = match random.uniform() < PURE {
             true => 1.0,
@@ -131,12 +121,12 @@ fn prepare_samples(
             &vae,
             &after,
             (&before, Mode::Tile),
-            prompt_of_states(&states, 20)?,
+            prompt_of_texts(&encoder, &texts, 20)?,
             (level.into(), STEPS, GUIDANCE),
         )?;
-        source.push(bytes(&before)?);
-        target.push(bytes(&after)?);
-        coarse.push(bytes(&edited)?);
+        source.extend(bytes(&before)?);
+        target.extend(bytes(&after)?);
+        coarse.extend(bytes(&edited)?);
         if start % 160 == 0 {
             let done = start - first + made.len();
             println!(
@@ -145,8 +135,10 @@ fn prepare_samples(
             );
         }
     }
-    let named = [("source", source), ("coarse", coarse), ("target", target)]
-        .map(|(name, all)| Tensor::cat(&all, 0).map(|t| (name.to_string(), t)));
+    let named = [("source", source), ("coarse", coarse), ("target", target)].map(|(name, all)| {
+        let tensor = Tensor::from_vec(all, (count, 128, 128, 3), &Device::Cpu);
+        tensor.map(|t| (name.to_string(), t))
+    });
     let named = named.into_iter().collect::<Result<Vec<_>, _>>()?;
     save_tensors(
         &folder.join(format!("{kind}-{first:07}.safetensors")),
@@ -299,17 +291,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
         // FOLDER OUT; `export-guided` after the stage `guidance`.
         "export" | "export-guided" => {
             let out = Path::new(rest.first().ok_or("export FOLDER OUT")?);
-            let vae = patches::open(&rhythm.folder, &Device::Cpu)?;
-            let weights = load_tensors(&rhythm.folder.join("patches.safetensors"), &Device::Cpu)?;
-            let kind = names::Kind::Vae;
-            simpatico_engine::train_flux::export(
-                &out.join("vae"),
-                kind,
-                1,
-                &weights,
-                vae.config(),
-                "AutoencoderKL",
-            )?;
+            patches::export(&rhythm.folder, &out.join("vae"))?;
             match stage.as_str() {
                 "export" => flow::export(&rhythm.folder, &flow::config(), out)?,
                 _ => guidance::export(&rhythm.folder, &flow::config(), out)?,
@@ -336,18 +318,9 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
                 })
                 .collect::<Result<_, _>>()?;
             let drawn = Tensor::cat(&drawn, 0)?;
-            let states: Vec<Tensor> = made
-                .iter()
-                .map(|p| {
-                    println!("{}", p.text);
-                    encoder
-                        .encode_tokens(&[p.text.as_str()], 20)?
-                        .states
-                        .get(0)
-                        .map_err(Into::into)
-                })
-                .collect::<Result<_, simpatico_engine::Error>>()?;
-            let prompt = prompt_of_states(&states, 20)?;
+            let texts: Vec<&str> = made.iter().map(|p| p.text.as_str()).collect();
+            texts.iter().for_each(|text| println!("{text}"));
+            let prompt = prompt_of_texts(&encoder, &texts, 20)?;
             let mut rows = vec![before.clone(), wanted];
             for (control, mode, start, cfg) in [
                 (&before, Mode::Tile, 1.0, 1.0),

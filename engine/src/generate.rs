@@ -291,15 +291,10 @@ impl<'a> Read<'a> {
         }
         check(self.model, &[], options)?;
         // The prompts' own sequences, then those without soft tokens.
-        let own = which.iter().map(|(i, _)| *i);
-        let beside = which.iter().filter_map(|(i, _)| self.without[*i]);
-        let numbers: Vec<usize> = own.chain(beside).collect();
-        let mut next = which.len();
+        let mut numbers: Vec<usize> = which.iter().map(|(i, _)| *i).collect();
         let without = which.iter().map(|(i, _)| {
-            self.without[*i].map(|_| {
-                next += 1;
-                next - 1
-            })
+            numbers.push(self.without[*i]?);
+            Some(numbers.len() - 1)
         });
         let without: Vec<Option<usize>> = without.collect();
         let model = self.model;
@@ -675,14 +670,14 @@ fn choose(logits: &mut [f32], s: &Sampling, seen: &[u32], rng: &mut Philox) -> R
     if let Some(k) = s.top_k.filter(|k| *k < order.len()) {
         order.select_nth_unstable_by(k, falling);
         order.truncate(k);
+        order.sort_unstable();
     }
     let highest = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let weight = |id: &u32| {
         let below = f64::from(logits[*id as usize]) - f64::from(highest);
         (below / f64::from(s.temperature)).exp()
     };
-    // In the order of their ids, whatever the selection above left.
-    order.sort_unstable();
+    // In the order of their ids.
     let total: f64 = order.iter().map(weight).sum();
     // Of a vocabulary few tokens are likely: only as many are sorted as the draw can reach.
     let (mut kept, mut n, mut sorted) = (0.0, 0, 0);

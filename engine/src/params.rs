@@ -261,6 +261,16 @@ fn with_metadata(file: Vec<u8>, metadata: &[(&str, String)]) -> serde_json::Resu
     Ok([&length[..], &new, tensors].concat())
 }
 
+/// What a JSON file holds.
+///
+/// # Errors
+/// If it cannot be read, or holds something else.
+pub fn read_json<T: serde::de::DeserializeOwned>(path: &Path) -> Result<T> {
+    let bytes = std::fs::read(path).map_err(Error::io(path))?;
+    serde_json::from_slice(&bytes)
+        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))
+}
+
 /// Reads all tensors of a safetensors file.
 pub fn load_tensors(path: &Path, device: &Device) -> Result<BTreeMap<String, Tensor>> {
     let bytes = std::fs::read(path).map_err(Error::io(path))?;

@@ -258,11 +258,15 @@ impl<'a> ControlInput<'a> {
     }
 
     fn acts(&self, step: usize, steps: usize) -> bool {
-        let n = steps as f64;
         self.scale.abs() >= 1e-6
-            && step as f64 / n >= self.start
-            && (step + 1) as f64 / n <= self.end
+            && step as f64 / steps as f64 >= self.start
+            && ends_within(step, steps, self.end)
     }
+}
+
+/// Whether a step is over by this share of them all.
+fn ends_within(step: usize, steps: usize, share: f64) -> bool {
+    (step + 1) as f64 / steps as f64 <= share
 }
 
 /// Everything that decides a velocity besides latents and time.
@@ -533,8 +537,10 @@ impl<'a> Field<'a> {
         let Some((negative, scale, end)) = &mut self.negative else {
             return Ok(all.swap_remove(0));
         };
-        let guided = (step + 1) as f64 / steps as f64 <= *end;
-        let scale = if guided { *scale } else { 1.0 };
+        let scale = match ends_within(step, steps, *end) {
+            true => *scale,
+            false => 1.0,
+        };
         if let (1.0, [_]) = (scale, all.as_slice()) {
             return Ok(all.swap_remove(0));
         }

@@ -63,6 +63,11 @@ pub struct TokenStates {
 }
 
 impl TextEncoder {
+    /// Where it computes.
+    pub fn device(&self) -> &Device {
+        &self.device
+    }
+
     /// Opens a folder with config.json, tokenizer.json and model.safetensors (or shards with their
     /// index); the maximum length is sentence_bert_config.json's, or the positions the model has.
     pub fn open(folder: &Path, device: &Device) -> Result<Self> {

@@ -13,7 +13,6 @@ use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
 use rayon::prelude::*;
-use serde::de::DeserializeOwned;
 use simpatico_schema::edit::{Backend, ControlKind};
 use tokenizers::Tokenizer;
 
@@ -27,6 +26,7 @@ use crate::flux::t5::{self, T5};
 use crate::flux::text::{self, Clip, ClipConfig};
 use crate::flux::transformer::{self, FluxTransformer, pack, unpack};
 use crate::flux::vae::{self, Vae};
+use crate::params::read_json;
 use crate::picture::{Frame, Mask, Picture};
 use crate::sampler::{
     self, Conditions, ControlInput, FlowEdit, Keep, Prompt, RfInversion, Schedule, ScheduleConfig,
@@ -225,12 +225,6 @@ pub(super) fn streamed_bytes(shapes: &[names::NameAndShape], dtype: DType) -> (u
         }
     }
     (resident, blocks.into_values().max().unwrap_or(0))
-}
-
-fn read_json<T: DeserializeOwned>(path: &Path) -> Result<T> {
-    let bytes = std::fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&bytes)
-        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))
 }
 
 fn tokenizer(path: &Path) -> Result<Tokenizer> {
@@ -455,24 +449,7 @@ impl Pictures {
         unique.dedup();
         let prompt = match words {
             Words::Minilm { encoder, tokens } => {
-                // One text a pass: what it says must not depend on its company in a batch.
-                let states = |text: &&str| {
-                    let states = encoder
-                        .encode_tokens(&[*text], *tokens)?
-                        .states
-                        .squeeze(0)?;
-                    let read = if text.trim().is_empty() {
-                        0
-                    } else {
-                        states.dim(0)?
-                    };
-                    Ok(states.narrow(0, 0, read)?)
-                };
-                let states: Vec<Tensor> = match self.device.is_cpu() {
-                    true => unique.par_iter().map(states).collect::<Result<_>>()?,
-                    false => unique.iter().map(states).collect::<Result<_>>()?,
-                };
-                let prompt = text::prompt_of_states(&states, *tokens)?;
+                let prompt = text::prompt_of_texts(encoder, &unique, *tokens)?;
                 Prompt {
                     text: prompt.text.to_dtype(self.dtype)?,
                     pooled: prompt.pooled.to_dtype(self.dtype)?,
@@ -568,19 +545,6 @@ impl Pictures {
             let first = i * batch;
             let texts = texts.rows(first, chunk.len())?;
             let encoded = encoded.rows(first, chunk.len())?;
-            if keep_loaded && self.side_by_side(chunk.len()) && hooks.preview.is_none() {
-                let whole = Part {
-                    pictures: self,
-                    plan,
-                    networks: &networks,
-                    jobs: chunk,
-                    texts: &texts,
-                    encoded: &encoded,
-                    last: false,
-                };
-                latents.extend(whole.sample_side_by_side((i, chunks), hooks)?);
-                continue;
-            }
             // Once out of the slot nobody new gets them: if nobody else has, this is their end.
             let mut last = false;
             if !keep_loaded && i + 1 == chunks {
@@ -596,7 +560,11 @@ impl Pictures {
                 encoded: &encoded,
                 last,
             };
-            latents.push(part.sample((i, chunks), hooks)?);
+            if keep_loaded && self.side_by_side(chunk.len()) && hooks.preview.is_none() {
+                latents.extend(part.sample_side_by_side((i, chunks), hooks)?);
+            } else {
+                latents.push(part.sample((i, chunks), hooks)?);
+            }
         }
         drop(networks);
         seconds.sample = begin.elapsed().as_secs_f64();

@@ -8,10 +8,12 @@
 //! Tokenizers are not here: ids come in, padded by [`padded`].
 
 use crate::sampler::Prompt;
+use crate::text_vectors::TextEncoder;
 use crate::{Error, Result, nn};
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use candle_transformers::models::clip::text_model as clip;
+use rayon::prelude::*;
 use serde::{Deserialize, Serialize};
 
 /// Token ids cut or padded to `length`; a cut keeps `end` as the last.
@@ -152,6 +154,25 @@ impl Clip {
 }
 
 // ------------------------------------------------------------------------- small models
+
+/// The prompt of some texts by a sentence encoder, a row each: one text a pass, since what it says
+/// must not depend on its company in a batch; of a blank one nothing is read.
+pub fn prompt_of_texts(encoder: &TextEncoder, texts: &[&str], tokens: usize) -> Result<Prompt> {
+    let states = |text: &&str| {
+        let states = encoder.encode_tokens(&[*text], tokens)?.states.squeeze(0)?;
+        let read = if text.trim().is_empty() {
+            0
+        } else {
+            states.dim(0)?
+        };
+        Ok(states.narrow(0, 0, read)?)
+    };
+    let states: Vec<Tensor> = match encoder.device().is_cpu() {
+        true => texts.par_iter().map(states).collect::<Result<_>>()?,
+        false => texts.iter().map(states).collect::<Result<_>>()?,
+    };
+    prompt_of_states(&states, tokens)
+}
 
 /// A prompt from a sentence encoder's token states, for the small models.
 ///

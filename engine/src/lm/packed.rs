@@ -422,6 +422,26 @@ fn portable_tile(
     out.copy_from_slice(&sum);
 }
 
+/// How many blocks a row has, and the number of row `row`'s first. The vector kernels read and
+/// write through pointers: all that rows [row, row + n) of x times one tile need is asserted to
+/// exist.
+#[cfg(target_arch = "x86_64")]
+fn blocks_within(
+    kind: Kind,
+    lines: &[Line],
+    scales: &[f16],
+    x: &Activations,
+    (row, n): (usize, usize),
+    out: &[f32],
+) -> (usize, usize) {
+    let blocks = x.cols / BLOCK;
+    assert!(lines.len() >= blocks * kind.lines() && scales.len() >= blocks * kind.scales());
+    assert!(x.scale.len() >= (row + n) * blocks && x.words.len() >= (row + n) * blocks * 8);
+    assert!(x.weighted_sum.len() >= (row + n) * blocks);
+    assert!(x.correction.len() >= (row + n) * blocks && out.len() >= n * ROWS);
+    (blocks, row * blocks)
+}
+
 /// A block's correction for 16-bit products.
 fn whole_correction([upper, lower]: [i32; 2]) -> i32 {
     256 * upper + lower
@@ -451,7 +471,7 @@ fn add_products(
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod vnni {
-    use super::{Activations, BLOCK, Kind, Line, ROWS, f16};
+    use super::{Activations, Kind, Line, ROWS, blocks_within, f16};
     use std::arch::x86_64::*;
 
     /// Whether this processor has the instructions.
@@ -473,15 +493,9 @@ mod vnni {
         n: usize,
         out: &mut [f32],
     ) {
-        let blocks = x.cols / BLOCK;
-        // The kernels read through pointers; what they read must exist.
-        assert!(lines.len() >= blocks * kind.lines() && scales.len() >= blocks * kind.scales());
-        assert!(x.scale.len() >= (row + n) * blocks && x.words.len() >= (row + n) * blocks * 8);
-        assert!(x.weighted_sum.len() >= (row + n) * blocks);
-        assert!(x.correction.len() >= (row + n) * blocks && out.len() >= n * ROWS);
-        let first = row * blocks;
+        let (blocks, first) = blocks_within(kind, lines, scales, x, (row, n), out);
         // SAFETY: the caller has asked `available`, so the instructions exist; the bounds of
-        // every pointer used within were asserted above.
+        // every pointer used within were asserted by `blocks_within`.
         unsafe {
             match (kind, n) {
                 (Kind::Q4_1, 1) => q4_1::<1>(lines, scales, x, first, blocks, out),
@@ -607,7 +621,7 @@ mod vnni {
 #[cfg(target_arch = "x86_64")]
 #[allow(unsafe_code)]
 mod avx2 {
-    use super::{Activations, BLOCK, Kind, Line, ROWS, f16, whole_correction};
+    use super::{Activations, Kind, Line, blocks_within, f16, whole_correction};
     use std::arch::x86_64::*;
 
     /// Whether this processor has the instructions.
@@ -628,15 +642,9 @@ mod avx2 {
         n: usize,
         out: &mut [f32],
     ) {
-        let blocks = x.cols / BLOCK;
-        // The kernels read through pointers; what they read must exist.
-        assert!(lines.len() >= blocks * kind.lines() && scales.len() >= blocks * kind.scales());
-        assert!(x.scale.len() >= (row + n) * blocks && x.words.len() >= (row + n) * blocks * 8);
-        assert!(x.weighted_sum.len() >= (row + n) * blocks);
-        assert!(x.correction.len() >= (row + n) * blocks && out.len() >= n * ROWS);
-        let first = row * blocks;
+        let (blocks, first) = blocks_within(kind, lines, scales, x, (row, n), out);
         // SAFETY: the caller has asked `available`, so the instructions exist; the bounds of
-        // every pointer used within were asserted above.
+        // every pointer used within were asserted by `blocks_within`.
         unsafe {
             match (kind, n) {
                 (Kind::Q4_1, 1) => q4_1::<1>(lines, scales, x, first, blocks, out),

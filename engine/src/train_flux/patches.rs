@@ -8,8 +8,9 @@
 
 use super::{WEIGHTS, autoencoder, write_whole};
 use crate::flux::init;
+use crate::flux::names::Kind;
 use crate::flux::vae::{Config, Vae, patches};
-use crate::params::{load_tensors, save_tensors};
+use crate::params::{load_tensors, read_json, save_tensors};
 use crate::{Error, Result};
 use candle_core::{DType, Device, Tensor};
 use simpatico_schema::random::Philox;
@@ -53,7 +54,7 @@ pub fn take_over(run: &Path, vae: &Path) -> Result<()> {
     }
     let config = Config {
         detail: None,
-        ..read_config(&vae.join("config.json"))?
+        ..read_json(&vae.join("config.json"))?
     };
     Vae::new(&config, init::builder(&weights, DType::F32, &Device::Cpu))?;
     write(run, &weights, &config)
@@ -73,13 +74,17 @@ pub fn open(run: &Path, device: &Device) -> Result<Vae> {
     }
     let weights = load_tensors(&weights, &Device::Cpu)?;
     let builder = init::builder(&weights, DType::F32, device);
-    Vae::new(&read_config(&config)?, builder)
+    Vae::new(&read_json(&config)?, builder)
 }
 
-fn read_config(path: &Path) -> Result<Config> {
-    let text = std::fs::read(path).map_err(Error::io(path))?;
-    serde_json::from_slice(&text)
-        .map_err(|e| Error::bad_model(path.display().to_string(), e.to_string()))
+/// Writes a run's autoencoder as one of diffusers' folders.
+///
+/// # Errors
+/// If the run has none yet, or a file cannot be written.
+pub fn export(run: &Path, folder: &Path) -> Result<()> {
+    let config = open(run, &Device::Cpu)?.config().clone();
+    let weights = load_tensors(&run.join(FILES[0]), &Device::Cpu)?;
+    super::export(folder, Kind::Vae, 1, &weights, &config, "AutoencoderKL")
 }
 
 fn write(run: &Path, weights: &BTreeMap<String, Tensor>, config: &Config) -> Result<()> {
@@ -283,8 +288,7 @@ mod tests {
         let vae = vae.with_scaling(1.3, 0.125);
         let [first, exported, next] = [(); 3].map(|_| tempfile::tempdir().unwrap());
         write(first.path(), &weights, vae.config()).unwrap();
-        let kind = crate::flux::names::Kind::Vae;
-        crate::train_flux::export(exported.path(), kind, 1, &weights, vae.config(), "-").unwrap();
+        export(first.path(), exported.path()).unwrap();
         take_over(next.path(), exported.path()).unwrap();
         let open = |run: &tempfile::TempDir| open(run.path(), &Device::Cpu).unwrap();
         let (first, next) = (open(&first), open(&next));

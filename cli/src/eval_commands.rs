@@ -511,7 +511,8 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     drop(snapshot);
     if args.cold_start || args.eval.full {
         so_far(&report)?;
-        report.cold = eval_prompts::cold_start(&loaded, &store, &data, &judge, &options, tell)?;
+        (report.cold, report.cold_differences) =
+            eval_prompts::cold_start(&loaded, &store, &data, &judge, &options, tell)?;
     }
     bar.finish_and_clear();
     let table = eval_prompts::table(&report);

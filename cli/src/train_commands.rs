@@ -136,6 +136,10 @@ pub struct SftArgs {
     /// picture folders or tables, or lists of instructions (.jsonl, .jsonl.gz, .parquet)
     #[arg(long, value_name = "PATH")]
     edits: Option<PathBuf>,
+    /// Share of prompts made of a profile, 0 to 1; the others are anyone's, as all of the paper's
+    /// are [default: 1]
+    #[arg(long, value_name = "X")]
+    profiles: Option<f64>,
 }
 
 #[derive(Clone, Copy, ValueEnum)]
@@ -632,13 +636,23 @@ fn run_options(args: &PolicyArgs, method: Method, common: &Common) -> RunOptions
     }
 }
 
+/// A share of prompts, as given on the command line.
+fn share(profiles: Option<f64>) -> Result<Option<f64>> {
+    match profiles.filter(|s| !(0.0..=1.0).contains(s)) {
+        Some(wrong) => Err(Usage(format!("--profiles: expected 0 to 1, got {wrong}")).into()),
+        None => Ok(profiles),
+    }
+}
+
 fn sft(args: &SftArgs, common: &Common, output: &Output) -> Result<()> {
     let policy = &args.policy;
+    let profiles = share(args.profiles)?;
     prepare_folder(&policy.run.out, policy.run.resume, "checkpoint")?;
     let data = community(&policy.data, 3000, common)?;
     let (bundle, model) = language_model(policy, common, output)?;
     let mut options = run_options(policy, Method::Sft, common);
     options.edits = args.edits.clone();
+    options.tweaks.profiles = profiles;
     train_policy(&bundle, &model, &data, &[], &options, output)
 }
 
@@ -649,9 +663,7 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     if !(0.0..0.5).contains(&smoothing) {
         return Err(Usage("--label-smoothing: expected 0 to below 0.5".into()).into());
     }
-    if let Some(share) = args.profiles.filter(|s| !(0.0..=1.0).contains(s)) {
-        return Err(Usage(format!("--profiles: expected 0 to 1, got {share}")).into());
-    }
+    let profiles = share(args.profiles)?;
     if !(0.0..1.0).contains(&args.hidden) {
         let text = format!("--hidden: expected 0 to below 1, got {}", args.hidden);
         return Err(Usage(text).into());
@@ -722,8 +734,7 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     });
     (tweaks.beta, tweaks.label_smoothing) = (args.beta, args.label_smoothing);
     (tweaks.sft_weight, tweaks.k, tweaks.lambda) = (args.sft_weight, args.k, args.lambda);
-    (tweaks.lr_soft, tweaks.lr_users, tweaks.profiles) =
-        (args.lr_soft, args.lr_users, args.profiles);
+    (tweaks.lr_soft, tweaks.lr_users, tweaks.profiles) = (args.lr_soft, args.lr_users, profiles);
     train_policy(&bundle, &model, &data, &snapshots, &options, output)
 }
 

@@ -67,6 +67,7 @@ fn main() -> Result<()> {
         hidden: model.decoder.config.hidden,
         scale: 0.1,
         normalize: true,
+        bounded: false,
         everyone: None,
     };
     let (soft, params) = SoftPrompt::fresh(config, 0, &Device::Cpu)?;

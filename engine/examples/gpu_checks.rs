@@ -322,6 +322,7 @@ fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Valu
         hidden: model.decoder.config.hidden,
         scale: 1.0,
         normalize: true,
+        bounded: false,
         everyone: None,
     };
     let (soft, params) = SoftPrompt::fresh(config, 2, device)?;

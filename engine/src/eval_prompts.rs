@@ -20,17 +20,18 @@
 //!    that name the thing in the picture (*on topic*); how far apart instructions lie *within* a
 //!    user and *between* users. As a control a fifth condition writes with *another's* profile
 //!    and embedding.
-//! 5. Four rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
+//! 5. Five rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
 //!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
 //!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs
-//!    prefer. *Of ceiling* is own − other as a share of the way from the floor.
+//!    prefer; *neighbours' likes*, sentences for what ten neighbours would add. *Of ceiling* is own − other as a share of the way from the floor.
 //! 6. Intervals are 95%, by bootstrap over users, paired where systems are compared; seeds are
 //!    averaged within a user first. Systems of one name are one system trained with several
 //!    seeds, and count as one.
 //!
 //! Beside it the policy itself is asked ([`pair_scores`]): on held-out pairs, is the preferred
 //! answer the one whose probability rose over the reference, and is the implied probability
-//! calibrated? [`cold_start`] repeats Like+Dislike for newcomers known by 0 to 16 opinions.
+//! calibrated? [`cold_start`] repeats Like+Dislike for newcomers known by 0 to 16 opinions, and says
+//! by how much one system leads the one before.
 //!
 //! One thing no condition switches off: a policy writes anew where it names a stated dislike. That
 //! it also does so where it names nothing that is liked ([`crate::policy::PolicyOptions::insist`])
@@ -230,6 +231,17 @@ pub struct ColdScore {
     pub own_minus_other: Mean,
 }
 
+/// One system less the one before it, for newcomers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct ColdDifference {
+    /// The system, and the one it is compared with.
+    pub systems: (String, String),
+    /// Opinions known.
+    pub known: usize,
+    /// Own − other, paired by user.
+    pub difference: Mean,
+}
+
 /// The whole report.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Report {
@@ -247,6 +259,8 @@ pub struct Report {
     pub pairs: Vec<PairScores>,
     /// Newcomers, where asked.
     pub cold: Vec<ColdScore>,
+    /// For newcomers, each system less the one before.
+    pub cold_differences: Vec<ColdDifference>,
 }
 
 /// The held-out users that are judged.
@@ -276,7 +290,9 @@ pub fn evaluate(
     mut progress: impl FnMut(&str, usize, usize) -> ControlFlow<()>,
 ) -> Result<Report> {
     let users = judged_users(synth, options.users)?;
-    let mut rows = unwritten(&users, synth);
+    let near = users.iter().map(|u| suggested(snapshot, &u.user, 5));
+    let near: Vec<Vec<String>> = near.collect::<Result<_>>()?;
+    let mut rows = unwritten(&users, &near, synth);
     rows.push(retrieved(&users, synth, snapshot)?);
     for system in systems.iter_mut() {
         for condition in &options.conditions {
@@ -352,6 +368,7 @@ const CEILING: &str = "(ceiling)";
 const COPY: &str = "(profile copied)";
 const FLOOR: &str = "(floor)";
 const RETRIEVED: &str = "(a neighbour's own)";
+const SUGGESTED: &str = "(neighbours' likes)";
 
 fn write(
     system: &mut System,
@@ -453,8 +470,8 @@ fn suggested(snapshot: &Snapshot, user: &str, most: usize) -> Result<Vec<String>
     Ok(liked.map(|s| s.attribute).take(most).collect())
 }
 
-/// The rows that no model wrote.
-fn unwritten(users: &[&SynthUser], synth: &Synth) -> Vec<Texts> {
+/// The rows that no model wrote; `near` is what each user's neighbours would add.
+fn unwritten(users: &[&SynthUser], near: &[Vec<String>], synth: &Synth) -> Vec<Texts> {
     let n = users.len();
     let about = |user: &SynthUser, likes: &[String], stream: u64| {
         let mut random = Philox::new(stream, 0x6365_696c);
@@ -481,6 +498,7 @@ fn unwritten(users: &[&SynthUser], synth: &Synth) -> Vec<Texts> {
         row(CEILING, &|i| users[i].held_out_likes.clone()),
         row(COPY, &|i| stated(users[i])),
         row(FLOOR, &|i| stated(users[(i + n / 2) % n])),
+        row(SUGGESTED, &|i| near[i].clone()),
     ]
 }
 
@@ -787,20 +805,18 @@ fn differences(scores: &[Scores]) -> Vec<Difference> {
             .filter(|s| s.condition == Some(condition))
             .collect();
         for two in of.windows(2) {
-            let gaps: Vec<f64> = two[1]
-                .by_user
-                .iter()
-                .zip(&two[0].by_user)
-                .map(|(a, b)| a - b)
-                .collect();
             found.push(Difference {
                 systems: (two[1].system.clone(), two[0].system.clone()),
                 condition,
-                difference: Mean::of(&gaps),
+                difference: Mean::of(&less(&two[1].by_user, &two[0].by_user)),
             });
         }
     }
     found
+}
+
+fn less(a: &[f64], b: &[f64]) -> Vec<f64> {
+    a.iter().zip(b).map(|(a, b)| a - b).collect()
 }
 
 fn mean(values: &[f64]) -> f64 {
@@ -918,7 +934,7 @@ pub fn cold_start(
     judge: &TextEncoder,
     options: &EvalOptions,
     mut progress: impl FnMut(&str, usize, usize) -> ControlFlow<()>,
-) -> Result<Vec<ColdScore>> {
+) -> Result<(Vec<ColdScore>, Vec<ColdDifference>)> {
     let failed = |e: simpatico_storage::StoreError| Error::BadRequest(e.to_string());
     let users = judged_users(synth, options.users)?;
     let mut rows: Vec<(usize, Texts)> = Vec::new();
@@ -960,17 +976,23 @@ pub fn cold_start(
         .collect::<Result<_>>()?;
     let (known, rows): (Vec<usize>, Vec<Texts>) = rows.into_iter().unzip();
     let vectors = embedded(&rows, judge)?;
-    let score = |((known, row), vectors): ((usize, &Texts), &Vec<Vec<Vec<f32>>>)| ColdScore {
+    let gaps: Vec<Vec<f64>> = vectors.iter().map(|v| own_minus_other(v, &truth)).collect();
+    let scores = known.iter().zip(&rows).zip(&gaps);
+    let scores = scores.map(|((known, row), gaps)| ColdScore {
         system: row.system.clone(),
-        known,
-        own_minus_other: Mean::of(&own_minus_other(vectors, &truth)),
-    };
-    Ok(known
-        .into_iter()
-        .zip(&rows)
-        .zip(&vectors)
-        .map(score)
-        .collect())
+        known: *known,
+        own_minus_other: Mean::of(gaps),
+    });
+    let mut differences = Vec::new();
+    for count in KNOWN {
+        let of: Vec<usize> = (0..rows.len()).filter(|i| known[*i] == count).collect();
+        differences.extend(of.windows(2).map(|two| ColdDifference {
+            systems: (rows[two[1]].system.clone(), rows[two[0]].system.clone()),
+            known: count,
+            difference: Mean::of(&less(&gaps[two[1]], &gaps[two[0]])),
+        }));
+    }
+    Ok((scores.collect(), differences))
 }
 
 /// A newcomer's first opinions: three likes to each dislike.
@@ -1064,6 +1086,15 @@ pub fn table(report: &Report) -> String {
     for c in &report.cold {
         let score = interval(&c.own_minus_other);
         let _ = writeln!(text, "{}, {} opinions known: {score}", c.system, c.known);
+    }
+    for d in &report.cold_differences {
+        let (name, known) = (&d.systems, d.known);
+        let gap = interval(&d.difference);
+        let _ = writeln!(
+            text,
+            "{} less {}, {known} opinions known: {gap}",
+            name.0, name.1
+        );
     }
     text
 }

@@ -1,8 +1,8 @@
 //! AdamW for everything that trains here.
 //!
 //! Decoupled weight decay (Loshchilov and Hutter, 2019; update as in `torch.optim.AdamW`),
-//! moments in f32 whatever the weights are, groups with their own learning rates, clipping by
-//! the global norm, accumulation over micro-batches, a cosine schedule with warm-up, an optional
+//! moments in f32 whatever the weights are, groups with their own learning rates and clipped each by
+//! its own norm, accumulation over micro-batches, a cosine schedule with warm-up, an optional
 //! moving average of the weights, and a state that saves and loads exactly.
 //!
 //! Use: [`AdamW::new`] with groups of named variables; for each micro-batch
@@ -26,7 +26,8 @@ pub struct AdamWOptions {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub eps: f64,
-    /// Gradients are scaled down to this global norm. `None`: never.
+    /// The gradients of a group are scaled down to this norm together. `None`: never. By the
+    /// norm of all groups, one of steep weights would silence the others.
     pub max_grad_norm: Option<f64>,
     /// Decay of the weights' moving average, such as 0.999. `None`: no average is kept.
     pub ema: Option<f64>,
@@ -379,13 +380,14 @@ impl AdamW {
     }
 
     /// Moves the weights by the accumulated gradients, at `factor` × each group's rate, and
-    /// clears them. Returns the global norm before clipping. A gradient that is not finite
+    /// clears them. Returns the norm of all groups' gradients before clipping. A gradient that is not finite
     /// moves nothing: the step is counted, the weights stay, the norm returned is what it was.
     ///
     /// # Errors
     /// After eight such steps in a row, naming the first parameter concerned.
     pub fn step(&mut self, factor: f64) -> Result<f64> {
-        let norm = self.gradient_norm()?;
+        let norms = self.gradient_norms()?;
+        let norm = norms.iter().map(|n| n * n).sum::<f64>().sqrt();
         self.steps += 1;
         if !norm.is_finite() {
             self.lost += 1;
@@ -396,10 +398,11 @@ impl AdamW {
             return Ok(norm);
         }
         self.lost = 0;
-        let clip = match self.options.max_grad_norm {
-            Some(most) if norm > most => most / (norm + 1e-6),
+        let clips = norms.iter().map(|norm| match self.options.max_grad_norm {
+            Some(most) if *norm > most => most / (norm + 1e-6),
             _ => 1.0,
-        };
+        });
+        let clips: Vec<f64> = clips.collect();
         let AdamWOptions {
             beta1, beta2, eps, ..
         } = self.options;
@@ -413,7 +416,7 @@ impl AdamW {
             };
             let (lr, decay) = self.groups[slot.group];
             let step = Step {
-                clip,
+                clip: clips[slot.group],
                 lr: lr * factor,
                 decay,
                 betas: (beta1, beta2),
@@ -447,17 +450,25 @@ impl AdamW {
         )))
     }
 
-    /// Asks the device once, not once a tensor: on a GPU each question waits for all work.
-    fn gradient_norm(&self) -> Result<f64> {
-        let all = self.slots.iter().filter_map(|s| s.gradient.as_ref());
-        let squares = all
-            .map(|g| g.sqr()?.sum_all())
-            .collect::<candle_core::Result<Vec<_>>>()?;
+    /// The norm of each group's gradients. Asks the device once, not once a tensor: on a GPU
+    /// each question waits for all work.
+    fn gradient_norms(&self) -> Result<Vec<f64>> {
+        let mut norms = vec![0f64; self.groups.len()];
+        let all = self.slots.iter();
+        let (groups, squares): (Vec<usize>, Vec<Tensor>) = all
+            .filter_map(|s| Some((s.group, s.gradient.as_ref()?)))
+            .map(|(group, g)| Ok((group, g.sqr()?.sum_all()?)))
+            .collect::<Result<Vec<_>>>()?
+            .into_iter()
+            .unzip();
         if squares.is_empty() {
-            return Ok(0.0);
+            return Ok(norms);
         }
         let squares = Tensor::stack(&squares, 0)?.to_vec1::<f32>()?;
-        Ok(squares.into_iter().map(f64::from).sum::<f64>().sqrt())
+        for (group, square) in groups.into_iter().zip(squares) {
+            norms[group] += f64::from(square);
+        }
+        Ok(norms.into_iter().map(f64::sqrt).collect())
     }
 
     /// The averaged weights by name, as they are after this step; empty where no average is kept.

@@ -648,11 +648,14 @@ fn is_address(word: &str) -> bool {
 /// Prompts with good instructions for supervised fine-tuning: profiles of 1 to 8 likes with
 /// instructions that take them up (now and then a kindred attribute), captions alone with
 /// anyone's instructions, and cues that name a kind of edit or a feeling. `n` groups of up to six.
+/// Of them a share, 1 - `profiles`, is about nobody: no profile, anyone's instructions, as the
+/// paper's fine-tuning has it throughout.
 pub fn sft_groups(
     synth: &Synth,
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     n: usize,
+    profiles: f64,
     seed: u64,
 ) -> Result<Vec<SftGroup>> {
     let held: BTreeSet<&String> = synth.splits.held_out_users.iter().collect();
@@ -670,6 +673,8 @@ pub fn sft_groups(
                 "the data set has no users or no captions".into(),
             ));
         };
+        let personal = profiles >= 1.0 || f64::from(random.uniform()) < profiles;
+        let user = personal.then_some(*user);
         groups.push(sft_group(user, caption, tokenizer, template, &mut random)?);
     }
     Ok(groups)
@@ -703,35 +708,43 @@ fn cue_words(kind: EditType) -> &'static [&'static str] {
     }
 }
 
+/// Of nobody in particular where there is no user.
 fn sft_group(
-    user: &SynthUser,
+    user: Option<&SynthUser>,
     caption: &Caption,
     tokenizer: &Tokenizer,
     template: &ChatTemplate,
     random: &mut Philox,
 ) -> Result<SftGroup> {
-    let find = |names: &[String]| -> Vec<&'static Attribute> {
+    let stated = |user: &'_ SynthUser, names: &[String]| -> Vec<&'static Attribute> {
         names
             .iter()
             .filter(|n| !user.held_out_likes.contains(n))
             .filter_map(|n| vocabulary::find(n))
             .collect()
     };
-    let (mut likes, mut dislikes) = (find(&user.likes), find(&user.dislikes));
+    let mut likes = user.map_or_else(Vec::new, |u| stated(u, &u.likes));
+    let mut dislikes = user.map_or_else(Vec::new, |u| stated(u, &u.dislikes));
     random.shuffle(&mut likes);
     random.shuffle(&mut dislikes);
     likes.truncate(1 + random.below(8) as usize);
     dislikes.truncate(random.below(5) as usize);
     let object = format!("the {}", caption.object);
     let mode = random.uniform();
-    let kindred = |random: &mut Philox| kindred_of(&likes, &dislikes, random);
+    // The rarest attributes are nobody's in particular, but somebody's.
+    let rarest = if user.is_some() { 0 } else { 1 };
+    let common: Vec<&'static Attribute> = vocabulary::all()
+        .iter()
+        .filter(|a| a.rarity <= rarest)
+        .collect();
+    let kindred = |random: &mut Philox| match likes.is_empty() {
+        true => random.choose(&common).copied(),
+        false => kindred_of(&likes, &dislikes, random),
+    };
     let mut cue: Option<String> = None;
     let mut tone: Option<&'static str> = None;
     let mut wanted: Vec<&'static Attribute> = Vec::new();
-    if mode < 0.15 || likes.is_empty() {
-        likes.clear();
-        dislikes.clear();
-        let common: Vec<&Attribute> = vocabulary::all().iter().filter(|a| a.rarity == 0).collect();
+    if mode < 0.15 || (likes.is_empty() && mode >= 0.38) {
         wanted.extend((0..6).filter_map(|_| random.choose(&common).copied()));
     } else if mode < 0.3 {
         let kind = random
@@ -773,6 +786,10 @@ fn sft_group(
     wanted.truncate(6);
     if wanted.is_empty() {
         wanted.extend(likes.first());
+    }
+    if mode < 0.15 {
+        likes.clear();
+        dislikes.clear();
     }
     let mut completions = Vec::new();
     for attribute in &wanted {
@@ -828,7 +845,7 @@ fn kindred_of(
     random.choose(&pool).copied()
 }
 
-/// The usual share of prompts that show the profile in words.
+/// The usual share of preference prompts that show the profile in words.
 pub const PROFILES: f64 = 0.5;
 
 /// The training pairs of a data set in tokens, grouped by user, caption and whether the profile

@@ -3,7 +3,8 @@
 //! Two linear maps with a GELU between (the paper's two-layer MLP), reshaped to
 //! [tokens, hidden] and put at the very front of the sequence, before the system turn. The
 //! embedding is first brought to length √d, and the output is scaled to the size of the language
-//! model's own token embeddings, so that a fresh soft prompt neither drowns nor is drowned.
+//! model's own token embeddings, so that a fresh soft prompt neither drowns nor is drowned. Where
+//! the tokens are *bounded*, none is larger than that, however sure the maps are of what they say.
 //!
 //! Not here: who has which embedding (`storage`), or how it is trained (`train_policy`).
 
@@ -30,11 +31,18 @@ pub struct SoftPromptConfig {
     pub scale: f64,
     /// Whether embeddings are brought to length √d first.
     pub normalize: bool,
+    /// Whether each token t, in units of `scale`, becomes t / √(mean t² + [`SILENCE`]²): small ones
+    /// stay small, larger ones come to size 1.
+    #[serde(default)]
+    pub bounded: bool,
     /// The vector that stands for everyone, where training gave each of its users one of their
     /// own and no graph gives one to anybody else (DPO-user): their mean.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub everyone: Option<Vec<f32>>,
 }
+
+/// The size of a bounded token, in units of its scale, below which it says hardly anything.
+pub const SILENCE: f64 = 0.3;
 
 /// The maps.
 #[derive(Clone, Debug)]
@@ -75,11 +83,13 @@ impl SoftPrompt {
         }
         let x = self.unit(embeddings)?;
         let inner = nn::gelu_erf(&self.first.forward(&x)?)?; // (b, inner)
-        let out = self
-            .second
-            .forward(&inner)?
-            .affine(self.config.scale, 0.0)?;
-        Ok(out.reshape((b, self.config.tokens, self.config.hidden))?)
+        let out = self.second.forward(&inner)?;
+        let mut out = out.reshape((b, self.config.tokens, self.config.hidden))?;
+        if self.config.bounded {
+            let size = (out.sqr()?.mean_keepdim(2)? + SILENCE * SILENCE)?.sqrt()?;
+            out = out.broadcast_div(&size)?;
+        }
+        Ok(out.affine(self.config.scale, 0.0)?)
     }
 
     /// Embeddings (b, d) as the first map takes them.
@@ -166,6 +176,7 @@ mod tests {
             hidden: 48,
             scale: 0.1,
             normalize: true,
+            bounded: false,
             everyone: None,
         };
         let (soft, _) = SoftPrompt::fresh(config, 3, &Device::Cpu).unwrap();
@@ -185,6 +196,7 @@ mod tests {
             hidden: 4,
             scale: 0.5,
             normalize: true,
+            bounded: false,
             everyone: None,
         };
         let (soft, params) = SoftPrompt::fresh(config.clone(), 3, &Device::Cpu).unwrap();

@@ -199,6 +199,7 @@ fn eq_7_and_all_its_gradients_are_those_written_out_in_torch() {
         hidden: 32,
         scale: 1.0,
         normalize: false,
+        bounded: false,
         everyone: None,
     };
     let params = Params::new(0, Device::Cpu);
@@ -413,6 +414,7 @@ fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec
         hidden: 32,
         scale: 1.0,
         normalize: true,
+        bounded: false,
         everyone: None,
     };
     let (soft, params) = SoftPrompt::fresh(config, 1, &Device::Cpu).unwrap();

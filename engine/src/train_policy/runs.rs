@@ -440,66 +440,90 @@ fn start_from_words(
     if rows.iter().any(Vec::is_empty) {
         return Ok(());
     }
-    let (d, device) = (soft.config.embedding, vectors.device());
-    let (tokens, hidden) = (soft.config.tokens, soft.config.hidden);
+    // What each attribute is called, in the soft prompt's own unit, the size of a token.
+    let mut names = Vec::with_capacity(n);
+    for attribute in words {
+        let ids = model.tokenizer.encode(&format!(" {}", attribute.name))?;
+        let name = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
+        let mut name = name.flatten_all()?.to_vec1::<f32>()?;
+        let size = (name.iter().map(|x| x * x).sum::<f32>() / name.len() as f32).sqrt();
+        name.iter_mut().for_each(|x| *x /= size.max(1e-12));
+        names.push(name);
+    }
+    let kinds: Vec<usize> = words
+        .iter()
+        .map(|a| {
+            EditType::ALL
+                .iter()
+                .position(|k| *k == a.edit_type())
+                .unwrap_or(0)
+        })
+        .collect();
+    let [guessed, stated] = [0, 1].map(|part| -> Result<Liked> {
+        let inputs = vectors.index_select(&Tensor::new(&rows[part][..], vectors.device())?, 0)?;
+        Ok(Liked {
+            users: soft.unit(&inputs)?.to_dtype(DType::F64)?.to_vec2()?,
+            attributes: std::mem::take(&mut likes[part]),
+        })
+    });
+    speak(params, &soft.config, &[guessed?, stated?], &kinds, &names)
+}
+
+/// Users' embeddings, as the first map takes them, and of each user which attributes (1, else 0).
+struct Liked {
+    users: Vec<Vec<f64>>,
+    attributes: Vec<Vec<f32>>,
+}
+
+/// Sets a soft prompt to detectors of what is to be guessed and of what was stated, which say
+/// the attributes' `names`; `kinds` has the number of each attribute's kind of edit.
+fn speak(
+    params: &Params,
+    config: &SoftPromptConfig,
+    liked: &[Liked; 2],
+    kinds: &[usize],
+    names: &[Vec<f32>],
+) -> Result<()> {
+    let (n, d, tokens, hidden) = (names.len(), config.embedding, config.tokens, config.hidden);
     // The token that speaks of an attribute, in either round.
-    let kinds = EditType::ALL.len();
-    let slot = |attribute: usize, part: usize| {
-        let kind = words[attribute].edit_type();
-        let kind = EditType::ALL.iter().position(|k| *k == kind).unwrap_or(0);
-        match part {
-            0 => kind % tokens,
-            _ => kinds.min(tokens - 1) + kind * tokens.saturating_sub(kinds) / kinds,
-        }
+    let first_tokens = EditType::ALL.len().min(tokens - 1);
+    let token_of = |attribute: usize, part: usize| match part {
+        0 => kinds[attribute] % first_tokens,
+        _ => first_tokens + kinds[attribute] * (tokens - first_tokens) / EditType::ALL.len(),
     };
     let mut first = Vec::with_capacity(2 * n * d);
-    let mut thresholds = Vec::with_capacity(2 * n);
+    let mut biases = vec![0f32; 2 * n];
     let mut second = vec![0f32; tokens * hidden * 2 * n];
-    for part in 0..2 {
-        let inputs = vectors.index_select(&Tensor::new(&rows[part][..], device)?, 0)?;
-        let inputs: Vec<Vec<f64>> = soft.unit(&inputs)?.to_dtype(DType::F64)?.to_vec2()?;
-        let inputs: Vec<&[f64]> = inputs.iter().map(Vec::as_slice).collect();
-        let targets: Vec<&[f32]> = likes[part].iter().map(Vec::as_slice).collect();
-        let penalty = WORDS_RIDGE * inputs.len() as f64;
-        let (map, bias) = ridge(&inputs, &targets, penalty);
-        let likely = |user: &[f64], a: usize| {
-            let weights = &map[a * d..][..d];
-            let dot: f64 = weights
-                .iter()
-                .zip(user)
-                .map(|(w, x)| f64::from(*w) * x)
-                .sum();
+    for (part, liked) in liked.iter().enumerate() {
+        let users: Vec<&[f64]> = liked.users.iter().map(Vec::as_slice).collect();
+        let targets: Vec<&[f32]> = liked.attributes.iter().map(Vec::as_slice).collect();
+        let (map, bias) = ridge(&users, &targets, WORDS_RIDGE * users.len() as f64);
+        let likely = |user: &[f64], a: usize| -> f64 {
+            let weights = map[a * d..][..d].iter().zip(user);
+            let dot: f64 = weights.map(|(w, x)| f64::from(*w) * x).sum();
             dot + f64::from(bias[a])
         };
         for token in 0..tokens {
-            let spoken: Vec<usize> = (0..n).filter(|a| slot(*a, part) == token).collect();
-            let of =
-                |user: &&[f64]| -> Vec<f64> { spoken.iter().map(|a| likely(user, *a)).collect() };
-            let mut all: Vec<f64> = inputs.iter().flat_map(of).collect();
-            let passed = (SPOKEN_OF[part] * inputs.len() as f64) as usize;
+            let spoken: Vec<usize> = (0..n).filter(|a| token_of(*a, part) == token).collect();
+            let of_user = |user: &&[f64]| -> Vec<f64> {
+                let user = *user;
+                spoken.iter().map(|a| likely(user, *a)).collect()
+            };
+            let mut all: Vec<f64> = users.iter().flat_map(of_user).collect();
             all.sort_by(|a, b| b.total_cmp(a));
+            let passed = (SPOKEN_OF[part] * users.len() as f64) as usize;
             let threshold = all.get(passed).copied().unwrap_or(f64::INFINITY);
-            for a in &spoken {
-                thresholds.push((part * n + a, threshold));
+            for a in spoken {
+                let above = f64::from(bias[a]) - threshold;
+                biases[part * n + a] = (STEEPNESS * above).max(-1e4) as f32;
+                for (i, x) in names[a].iter().enumerate() {
+                    second[(token * hidden + i) * 2 * n + part * n + a] = *x;
+                }
             }
         }
         first.extend(map.iter().map(|w| (f64::from(*w) * STEEPNESS) as f32));
-        thresholds.sort_by_key(|t| t.0);
-        for a in 0..n {
-            let threshold = &mut thresholds[part * n + a].1;
-            *threshold = STEEPNESS * (f64::from(bias[a]) - *threshold);
-            let ids = model.tokenizer.encode(&format!(" {}", words[a].name))?;
-            let word = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
-            let word = word.flatten_all()?.to_vec1::<f32>()?;
-            let size = (word.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
-            // In the soft prompt's own unit, the size of a token.
-            for (i, x) in word.iter().enumerate() {
-                second[(slot(a, part) * hidden + i) * 2 * n + part * n + a] = x / size.max(1e-12);
-            }
-        }
     }
-    let biases: Vec<f32> = thresholds.iter().map(|t| t.1 as f32).collect();
-    let width = tokens * hidden;
+    let (width, device) = (tokens * hidden, &Device::Cpu);
     let values = [
         ("mlp.0.weight", Tensor::from_vec(first, (2 * n, d), device)?),
         ("mlp.0.bias", Tensor::from_vec(biases, 2 * n, device)?),
@@ -511,7 +535,8 @@ fn start_from_words(
     ];
     for (name, value) in values {
         let missing = || Error::bad_model("soft prompt", format!("has no {name}"));
-        params.get(name).ok_or_else(missing)?.set(&value)?;
+        let var = params.get(name).ok_or_else(missing)?;
+        var.set(&value.to_device(var.as_tensor().device())?)?;
     }
     Ok(())
 }
@@ -703,6 +728,92 @@ fn embedding_size(model: &LanguageModel) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    /// Forty attributes of six kinds; users who like three of them, whose embedding is the
+    /// likes' mean vector, and who would also like the attribute after the first.
+    #[test]
+    fn a_soft_prompt_that_starts_from_words_names_likes_and_what_goes_with_them() {
+        let (n, d, hidden) = (40, 24, 16);
+        let mut random = Philox::new(9, 0);
+        let vectors = |n: usize, d: usize, random: &mut Philox| -> Vec<Vec<f32>> {
+            let one = |_| -> Vec<f32> { (0..d).map(|_| random.normal()).collect() };
+            (0..n).map(one).collect()
+        };
+        let (looks, names) = (vectors(n, d, &mut random), vectors(n, hidden, &mut random));
+        let kinds: Vec<usize> = (0..n).map(|a| a % 6).collect();
+        let config = SoftPromptConfig {
+            embedding: d,
+            inner: 2 * n,
+            tokens: 8,
+            hidden,
+            scale: 0.5,
+            normalize: true,
+            bounded: true,
+            everyone: None,
+        };
+        let (soft, params) = SoftPrompt::fresh(config.clone(), 1, &Device::Cpu).unwrap();
+        let mut tastes = Vec::new();
+        let mut users = Vec::new();
+        for _ in 0..900 {
+            let likes: Vec<usize> = (0..3).map(|_| random.below(n as u32) as usize).collect();
+            let mean = |i: usize| likes.iter().map(|a| looks[*a][i]).sum::<f32>() / 3.0;
+            users.push((0..d).map(mean).collect::<Vec<f32>>());
+            tastes.push(likes);
+        }
+        let inputs = soft
+            .unit(&Tensor::new(users, &Device::Cpu).unwrap())
+            .unwrap();
+        let inputs: Vec<Vec<f64>> = inputs.to_dtype(DType::F64).unwrap().to_vec2().unwrap();
+        let marks = |of: &[usize]| -> Vec<f32> {
+            (0..n)
+                .map(|a| f32::from(u8::from(of.contains(&a))))
+                .collect()
+        };
+        let guessed = |likes: &Vec<usize>| marks(&[(likes[0] + 1) % n]);
+        let of = |attributes: Vec<Vec<f32>>| Liked {
+            users: inputs[..800].to_vec(),
+            attributes,
+        };
+        let liked = [
+            of(tastes[..800].iter().map(guessed).collect()),
+            of(tastes[..800].iter().map(|t| marks(t)).collect()),
+        ];
+        speak(&params, &config, &liked, &kinds, &names).unwrap();
+        // What the tokens of users it has not seen say, by the name that is nearest.
+        let (mut told, mut right) = ([0, 0], [0, 0]);
+        for (user, likes) in inputs[800..].iter().zip(&tastes[800..]) {
+            let x = Tensor::new(vec![user.clone()], &Device::Cpu).unwrap();
+            let tokens = soft.forward(&x.to_dtype(DType::F32).unwrap()).unwrap();
+            let tokens: Vec<Vec<f32>> = tokens.squeeze(0).unwrap().to_vec2().unwrap();
+            for (i, token) in tokens.iter().enumerate() {
+                let size = (token.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
+                assert!(size <= 0.5, "bounded by the scale: {size}");
+                if size < 0.4 {
+                    continue;
+                }
+                let close = |name: &Vec<f32>| -> f32 {
+                    let dot: f32 = name.iter().zip(token).map(|(a, b)| a * b).sum();
+                    dot / name.iter().map(|x| x * x).sum::<f32>().sqrt()
+                };
+                let said = (0..n).max_by(|a, b| close(&names[*a]).total_cmp(&close(&names[*b])));
+                let said = said.unwrap();
+                let part = usize::from(i >= 6);
+                let goes = likes.iter().any(|l| (l + 1) % n == said);
+                told[part] += 1;
+                right[part] += usize::from(if part == 0 {
+                    goes
+                } else {
+                    likes.contains(&said)
+                });
+            }
+        }
+        // Chance is 3 in 40.
+        assert!(told.iter().all(|t| *t > 60), "{told:?}");
+        assert!(
+            2 * right[0] > told[0] && 3 * right[1] > 2 * told[1],
+            "{right:?} of {told:?}"
+        );
+    }
 
     #[test]
     fn ridge_finds_a_linear_map_and_gives_way_to_its_penalty() {

@@ -224,6 +224,9 @@ pub struct DpoArgs {
     /// pairs are about, so that what is learnt is to guess; newcomers keep theirs
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     hidden: f64,
+    /// Learn to say what the soft prompt names, before what people prefer (with -k 0)
+    #[arg(long, conflicts_with = "go_on")]
+    reading: bool,
     /// Soft prompt to start from, a file of an earlier run
     #[arg(long, value_name = "FILE")]
     start_soft: Option<PathBuf>,
@@ -718,6 +721,7 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     if method == Method::Collaborative && !args.go_on && !args.freeze_encoder {
         options.encoder = place(&roles.sage)?;
     }
+    options.reading = args.reading;
     options.recorded = recorded;
     options.replay = args.replay;
     let tweaks = &mut options.tweaks;

@@ -413,6 +413,16 @@ pub struct SftGroup {
     pub completions: Vec<Vec<u32>>,
 }
 
+/// A soft prompt to be read while an adapter is fine-tuned; it stays as it is itself.
+pub struct Reading<'a> {
+    /// The soft prompt.
+    pub soft: &'a SoftPrompt,
+    /// Users' embeddings (users, d).
+    pub embeddings: &'a Tensor,
+    /// For each group the row of its user.
+    pub users: Vec<u32>,
+}
+
 /// Where users' embeddings come from in training.
 pub struct Conditioning<'a> {
     /// Row numbers of users.
@@ -1095,11 +1105,13 @@ impl<'a> Course<'a> {
 /// Prompts in one forward pass.
 const SFT_ROWS: usize = 8;
 
-/// Trains the adapter on prompts with good completions; returns the last metrics. The loss is
-/// the mean over completion tokens.
+/// Trains the adapter on prompts with good completions, behind their users' soft prompts where
+/// there is something to be read; returns the last metrics. The loss is the mean over completion
+/// tokens.
 pub fn train_sft(
     model: &Decoder,
     adapter: &Adapter,
+    reading: Option<&Reading>,
     groups: &[SftGroup],
     options: &SftOptions,
     journal: Journal,
@@ -1142,7 +1154,16 @@ pub fn train_sft(
                 })
                 .collect();
             let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
-            let scores = score(model, Some(adapter), dropout, None, &rows, true)?;
+            let soft = match reading {
+                Some(reading) => {
+                    let users: Vec<u32> = some.iter().map(|i| reading.users[*i]).collect();
+                    let users = Tensor::new(users, reading.embeddings.device())?;
+                    let embeddings = reading.embeddings.index_select(&users, 0)?;
+                    Some(reading.soft.forward(&embeddings)?.detach())
+                }
+                None => None,
+            };
+            let scores = score(model, Some(adapter), dropout, soft.as_ref(), &rows, true)?;
             let loss = (scores.logps.sum_all()? * (-1.0 / count as f64))?;
             loss_sum += f64::from(loss.to_scalar::<f32>()?);
             course

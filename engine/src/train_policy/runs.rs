@@ -1,9 +1,12 @@
 //! Whole training runs, from a data set and a store's snapshot to the files of a bundle.
 
 use super::*;
+use crate::grammar;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
-use crate::policy::{PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups};
+use crate::policy::{
+    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, shown_profile,
+};
 use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
@@ -95,6 +98,8 @@ pub struct RunOptions {
     /// what comes of them is written as `sage.safetensors`. `None`: it stays as it is in the
     /// stores.
     pub encoder: Option<PathBuf>,
+    /// Collaborative: learn to say what the soft prompt names, in place of what people prefer.
+    pub reading: bool,
     /// DPO: pairs that people's answers gave. Where there are any, the run learns from these,
     /// each prompt beside `replay` prompts of the data set.
     pub recorded: Vec<PreferencePair>,
@@ -118,6 +123,7 @@ impl RunOptions {
             start: None,
             start_soft: None,
             encoder: None,
+            reading: false,
             recorded: Vec::new(),
             replay: 3,
             edits: None,
@@ -151,13 +157,8 @@ pub fn run(
     }
 }
 
-fn sft(
-    model: &LanguageModel,
-    synth: &Synth,
-    options: &RunOptions,
-    start: Option<Adapter>,
-    journal: Journal,
-) -> Result<Metrics> {
+/// The settings of a fine-tuning run.
+fn sft_settings(options: &RunOptions) -> SftOptions {
     let mut settings = match options.preset {
         Preset::Default => SftOptions::default(),
         Preset::Paper => SftOptions::paper(),
@@ -168,6 +169,18 @@ fn sft(
     settings.lr = tweaks.lr.unwrap_or(settings.lr);
     settings.checkpoint_steps = tweaks.checkpoint_steps.unwrap_or(settings.checkpoint_steps);
     settings.seed = options.seed;
+    settings
+}
+
+fn sft(
+    model: &LanguageModel,
+    synth: &Synth,
+    options: &RunOptions,
+    start: Option<Adapter>,
+    journal: Journal,
+) -> Result<Metrics> {
+    let settings = sft_settings(options);
+    let tweaks = &options.tweaks;
     let n = (settings.steps * settings.groups).min(150_000 / 6);
     let (tokenizer, template) = (&model.tokenizer, template(model)?);
     let profiles = tweaks.profiles.unwrap_or(1.0);
@@ -192,7 +205,7 @@ fn sft(
         Some(adapter) => adapter.trainable()?,
         None => model.trainable(lora(options.preset), options.seed)?,
     };
-    train_sft(&model.decoder, &adapter, &groups, &settings, journal)
+    train_sft(&model.decoder, &adapter, None, &groups, &settings, journal)
 }
 
 /// The adapter of a preset: the default's is small enough to ship.
@@ -311,6 +324,37 @@ fn dpo(
             (soft, params)
         }
     };
+    if options.reading {
+        let Form::Collaborative { .. } = form else {
+            return Err(Error::BadRequest(
+                "only a soft prompt that comes of the graph can be read: train reading with the \
+                 collaborative form"
+                    .into(),
+            ));
+        };
+        let (groups, users) = reading_groups(model, synth, (&index, &vectors), &soft, options)?;
+        let adapter = match start {
+            Some(adapter) => adapter.trainable()?,
+            None => model.trainable(lora(options.preset), options.seed)?,
+        };
+        let reading = Reading {
+            soft: &soft,
+            embeddings: &vectors,
+            users,
+        };
+        let (reading, settings) = (Some(&reading), sft_settings(options));
+        let metrics = train_sft(
+            &model.decoder,
+            &adapter,
+            reading,
+            &groups,
+            &settings,
+            journal,
+        )?;
+        let file = options.folder.join("soft_prompt.safetensors");
+        SoftPrompt::save(&soft.config, &params, &file, DType::F16)?;
+        return Ok(metrics);
+    }
     let encoder = match (&options.encoder, form) {
         (Some(file), Form::Collaborative { .. }) => {
             // In the order of the rows, which is the names'.
@@ -440,16 +484,7 @@ fn start_from_words(
     if rows.iter().any(Vec::is_empty) {
         return Ok(());
     }
-    // What each attribute is called, in the soft prompt's own unit, the size of a token.
-    let mut names = Vec::with_capacity(n);
-    for attribute in words {
-        let ids = model.tokenizer.encode(&format!(" {}", attribute.name))?;
-        let name = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
-        let mut name = name.flatten_all()?.to_vec1::<f32>()?;
-        let size = (name.iter().map(|x| x * x).sum::<f32>() / name.len() as f32).sqrt();
-        name.iter_mut().for_each(|x| *x /= size.max(1e-12));
-        names.push(name);
-    }
+    let names = spoken_names(model)?;
     let kinds: Vec<usize> = words
         .iter()
         .map(|a| {
@@ -467,6 +502,126 @@ fn start_from_words(
         })
     });
     speak(params, &soft.config, &[guessed?, stated?], &kinds, &names)
+}
+
+/// What each attribute is called: the mean of the model's token embeddings of its name, in the
+/// soft prompt's own unit, the size of a token.
+fn spoken_names(model: &LanguageModel) -> Result<Vec<Vec<f32>>> {
+    let mut names = Vec::with_capacity(vocabulary::all().len());
+    for attribute in vocabulary::all() {
+        let ids = model.tokenizer.encode(&format!(" {}", attribute.name))?;
+        let name = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
+        let mut name = name.flatten_all()?.to_vec1::<f32>()?;
+        let size = (name.iter().map(|x| x * x).sum::<f32>() / name.len() as f32).sqrt();
+        name.iter_mut().for_each(|x| *x /= size.max(1e-12));
+        names.push(name);
+    }
+    Ok(names)
+}
+
+/// How like its name a soft token must be, as a cosine, to be taken for it, and how large, as a
+/// share of the soft prompt's scale.
+const TAKEN_FOR: (f32, f32) = (0.5, 0.7);
+
+/// The attributes whose names a user's soft tokens are, in the order of the tokens; numbers of
+/// `names`.
+fn spoken(tokens: &[Vec<f32>], names: &[Vec<f32>], scale: f64) -> Vec<usize> {
+    let dot = |a: &[f32], b: &[f32]| -> f32 { a.iter().zip(b).map(|(a, b)| a * b).sum() };
+    let mut found = Vec::new();
+    for token in tokens {
+        let length = dot(token, token).sqrt();
+        let size = length / (token.len() as f32).sqrt() / scale as f32;
+        let close =
+            |name: &Vec<f32>| dot(token, name) / (length * dot(name, name).sqrt()).max(1e-12);
+        let nearest =
+            (0..names.len()).max_by(|a, b| close(&names[*a]).total_cmp(&close(&names[*b])));
+        if let Some(a) = nearest
+            && size > TAKEN_FOR.1
+            && close(&names[a]) > TAKEN_FOR.0
+            && !found.contains(&a)
+        {
+            found.push(a);
+        }
+    }
+    found
+}
+
+/// Prompts to learn reading by, and the row of each one's user: the completions take up what the
+/// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said).
+/// They say nothing of what people prefer, and so teach in some
+/// hundred prompts what preferences, of which one in ten agrees with the soft prompt, do not in a
+/// thousand. The profile is in words beside it in the usual share of them.
+fn reading_groups(
+    model: &LanguageModel,
+    synth: &Synth,
+    (index, vectors): (&BTreeMap<String, usize>, &Tensor),
+    soft: &SoftPrompt,
+    options: &RunOptions,
+) -> Result<(Vec<SftGroup>, Vec<u32>)> {
+    let (names, template) = (spoken_names(model)?, template(model)?);
+    let profiles = options.tweaks.profiles.unwrap_or(PROFILES);
+    let mut said: Vec<Vec<usize>> = Vec::with_capacity(index.len());
+    for first in (0..index.len()).step_by(256) {
+        let count = 256.min(index.len() - first);
+        let tokens = soft.forward(&vectors.narrow(0, first, count)?)?;
+        let tokens: Vec<Vec<Vec<f32>>> = tokens.to_dtype(DType::F32)?.to_vec3()?;
+        said.extend(tokens.iter().map(|t| spoken(t, &names, soft.config.scale)));
+    }
+    let objects = synth.captions.iter();
+    let objects = objects.map(|c| (c.caption.as_str(), c.object.as_str()));
+    let objects: BTreeMap<&str, &str> = objects.collect();
+    let (mut groups, mut users) = (Vec::new(), Vec::new());
+    for user in &synth.users {
+        let Some(row) = index.get(&user.user) else {
+            continue;
+        };
+        // Where there is something to guess, nothing else is worth saying; who has only just
+        // come is told what they said.
+        let guesses = !user.hidden_likes.is_empty();
+        let mut own = said[*row].clone();
+        own.retain(|a| {
+            let stated = user.stated_likes().any(|l| l == vocabulary::all()[*a].name);
+            stated != guesses
+                && !user
+                    .dislikes
+                    .iter()
+                    .any(|l| l == vocabulary::all()[*a].name)
+        });
+        if own.is_empty() {
+            continue;
+        }
+        // The last caption is about what is held out.
+        for caption in &user.captions[..user.captions.len().saturating_sub(1)] {
+            let stream = 0x7265_6164_0000_0000 | groups.len() as u64;
+            let mut random = Philox::new(options.seed, stream);
+            let profile = f64::from(random.uniform()) < profiles;
+            let (likes, dislikes) = shown_profile(user, &mut random);
+            let text = PromptText {
+                likes: if profile { likes } else { Vec::new() },
+                dislikes: if profile { dislikes } else { Vec::new() },
+                caption,
+                cue: None,
+            };
+            let object = objects.get(caption.as_str()).copied().unwrap_or("subject");
+            let object = format!("the {object}");
+            let answer = |a: &usize| {
+                let attribute = [&vocabulary::all()[*a]];
+                let words = grammar::instruction(&mut random, &object, &attribute, None);
+                answer_ids(&model.tokenizer, &words)
+            };
+            groups.push(SftGroup {
+                completions: own.iter().map(answer).collect::<Result<_>>()?,
+                prompt: prompt_ids(&model.tokenizer, template, &text)?,
+            });
+            users.push(*row as u32);
+        }
+    }
+    match groups.is_empty() {
+        true => Err(Error::BadRequest(
+            "the soft prompt names no attribute of the vocabulary: there is nothing to read".into(),
+        )),
+        false => Ok((groups, users)),
+    }
 }
 
 /// Users' embeddings, as the first map takes them, and of each user which attributes (1, else 0).

@@ -528,7 +528,7 @@ fn fine_tuning_lowers_the_loss() {
         resume: false,
         progress: Box::new(|_| ControlFlow::Continue(())),
     };
-    let last = train_sft(&model, &trained, &groups, &options, journal).unwrap();
+    let last = train_sft(&model, &trained, None, &groups, &options, journal).unwrap();
     assert!(last.loss < 4.05, "{}", last.loss); // ln 64 = 4.16 at first
     std::fs::remove_dir_all(folder).unwrap();
 }

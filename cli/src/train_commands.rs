@@ -224,7 +224,8 @@ pub struct DpoArgs {
     /// pairs are about, so that what is learnt is to guess; newcomers keep theirs
     #[arg(long, value_name = "X", default_value_t = 0.0)]
     hidden: f64,
-    /// Learn to say what the soft prompt names, before what people prefer (with -k 0)
+    /// Learn to say what the soft prompt names, before what people prefer; graph encoder and soft
+    /// prompt stay as they are
     #[arg(long, conflicts_with = "go_on")]
     reading: bool,
     /// Soft prompt to start from, a file of an earlier run
@@ -718,7 +719,8 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         (None, true) => soft,
         (None, false) => None,
     };
-    if method == Method::Collaborative && !args.go_on && !args.freeze_encoder {
+    let constant = args.go_on || args.reading || args.freeze_encoder;
+    if method == Method::Collaborative && !constant {
         options.encoder = place(&roles.sage)?;
     }
     options.reading = args.reading;
@@ -790,7 +792,7 @@ fn train_policy(
                         .suspend(|| output.note(format_args!("warning: {text}")));
                 }
                 let words = match options.method {
-                    Method::Sft => format!(
+                    method if method == Method::Sft || options.reading => format!(
                         "loss {:.3}, token accuracy {:.2}, {:.0} tokens/s, MFU {:.2}",
                         m.loss, m.mean_token_accuracy, m.tokens_per_second, m.mfu
                     ),

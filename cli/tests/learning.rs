@@ -401,7 +401,7 @@ fn the_policy_trains_and_its_bundle_opens() {
     let mut bundles = Vec::new();
     // The other forms take parts of what the collaborative one takes; the engine's tests have
     // them. Each run here costs seconds: it reads the whole model.
-    for method in ["sft", "collaborative"] {
+    for method in ["sft", "reading", "collaborative"] {
         let out = method;
         let mut args = vec!["train"];
         match method {
@@ -410,6 +410,7 @@ fn the_policy_trains_and_its_bundle_opens() {
                 std::fs::write(dir.join("edits.jsonl"), edits).unwrap();
                 args.extend(["sft", "--edits", "edits.jsonl"]);
             }
+            "reading" => args.extend(["dpo", "--reading", "--hidden", "0.5"]),
             method => args.extend(["dpo", "--method", method, "-k", "1"]),
         }
         args.extend([
@@ -452,7 +453,7 @@ fn the_policy_trains_and_its_bundle_opens() {
             "-k",
             "1",
             "--bundle",
-            &bundles[1],
+            &bundles[2],
         ],
     );
     assert_eq!(answer["recorded_pairs"], 1);

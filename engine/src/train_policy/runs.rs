@@ -98,7 +98,8 @@ pub struct RunOptions {
     /// what comes of them is written as `sage.safetensors`. `None`: it stays as it is in the
     /// stores.
     pub encoder: Option<PathBuf>,
-    /// Collaborative: learn to say what the soft prompt names, in place of what people prefer.
+    /// Collaborative: learn to say what the soft prompt names, in place of what people prefer, by
+    /// fine-tuning; soft prompt and graph encoder stay as they are.
     pub reading: bool,
     /// DPO: pairs that people's answers gave. Where there are any, the run learns from these,
     /// each prompt beside `replay` prompts of the data set.
@@ -289,7 +290,10 @@ fn dpo(
     }
     let device = model.decoder.device();
     let (index, vectors, neighbors) = match form {
-        Form::Collaborative { k, .. } => surroundings(snapshots, synth, &groups, k)?,
+        Form::Collaborative { k, .. } => {
+            let k = if options.reading { 0 } else { k };
+            surroundings(snapshots, synth, &groups, k)?
+        }
         _ => {
             let users = synth.splits.train_users.iter().enumerate();
             let index = users.map(|(i, u)| (u.clone(), i)).collect();
@@ -501,23 +505,31 @@ fn start_from_words(
             attributes: std::mem::take(&mut likes[part]),
         })
     });
-    speak(params, &soft.config, &[guessed?, stated?], &kinds, &names)
+    let silence = spoken_name(model, "nothing")?;
+    let liked = [guessed?, stated?];
+    speak(params, &soft.config, &liked, &kinds, (&names, &silence))
 }
 
-/// What each attribute is called: the mean of the model's token embeddings of its name, in the
-/// soft prompt's own unit, the size of a token.
-fn spoken_names(model: &LanguageModel) -> Result<Vec<Vec<f32>>> {
-    let mut names = Vec::with_capacity(vocabulary::all().len());
-    for attribute in vocabulary::all() {
-        let ids = model.tokenizer.encode(&format!(" {}", attribute.name))?;
-        let name = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
-        let mut name = name.flatten_all()?.to_vec1::<f32>()?;
-        let size = (name.iter().map(|x| x * x).sum::<f32>() / name.len() as f32).sqrt();
-        name.iter_mut().for_each(|x| *x /= size.max(1e-12));
-        names.push(name);
-    }
-    Ok(names)
+/// A text as one token: the mean of the model's embeddings of its tokens, in the soft prompt's
+/// own unit, the size of a token.
+fn spoken_name(model: &LanguageModel, text: &str) -> Result<Vec<f32>> {
+    let ids = model.tokenizer.encode(&format!(" {text}"))?;
+    let name = model.embed_tokens(&ids)?.to_dtype(DType::F32)?.mean(1)?;
+    let mut name = name.flatten_all()?.to_vec1::<f32>()?;
+    let size = (name.iter().map(|x| x * x).sum::<f32>() / name.len() as f32).sqrt();
+    name.iter_mut().for_each(|x| *x /= size.max(1e-12));
+    Ok(name)
 }
+
+/// What each attribute of the vocabulary is called, as one token.
+fn spoken_names(model: &LanguageModel) -> Result<Vec<Vec<f32>>> {
+    let all = vocabulary::all().iter();
+    all.map(|a| spoken_name(model, a.name)).collect()
+}
+
+/// The size of a token that says nothing. Not 0: a token of zeros at the front of a sequence stays
+/// 0 through all layers, and each layer's norm multiplies its gradient by hundreds.
+const SILENT: f32 = 0.5;
 
 /// How like its name a soft token must be, as a cosine, to be taken for it, and how large, as a
 /// share of the soft prompt's scale.
@@ -631,13 +643,14 @@ struct Liked {
 }
 
 /// Sets a soft prompt to detectors of what is to be guessed and of what was stated, which say
-/// the attributes' `names`; `kinds` has the number of each attribute's kind of edit.
+/// the attributes' `names`, or `silence` where none is likely; `kinds` has the number of each
+/// attribute's kind of edit.
 fn speak(
     params: &Params,
     config: &SoftPromptConfig,
     liked: &[Liked; 2],
     kinds: &[usize],
-    names: &[Vec<f32>],
+    (names, silence): (&[Vec<f32>], &[f32]),
 ) -> Result<()> {
     let (n, d, tokens, hidden) = (names.len(), config.embedding, config.tokens, config.hidden);
     // The token that speaks of an attribute, in either round.
@@ -679,6 +692,8 @@ fn speak(
         first.extend(map.iter().map(|w| (f64::from(*w) * STEEPNESS) as f32));
     }
     let (width, device) = (tokens * hidden, &Device::Cpu);
+    let silent: Vec<f32> = silence.iter().map(|x| x * SILENT).collect();
+    let silent = silent.repeat(tokens);
     let values = [
         ("mlp.0.weight", Tensor::from_vec(first, (2 * n, d), device)?),
         ("mlp.0.bias", Tensor::from_vec(biases, 2 * n, device)?),
@@ -686,7 +701,7 @@ fn speak(
             "mlp.2.weight",
             Tensor::from_vec(second, (width, 2 * n), device)?,
         ),
-        ("mlp.2.bias", Tensor::zeros(width, DType::F32, device)?),
+        ("mlp.2.bias", Tensor::from_vec(silent, width, device)?),
     ];
     for (name, value) in values {
         let missing = || Error::bad_model("soft prompt", format!("has no {name}"));
@@ -894,7 +909,10 @@ mod tests {
             let one = |_| -> Vec<f32> { (0..d).map(|_| random.normal()).collect() };
             (0..n).map(one).collect()
         };
-        let (looks, names) = (vectors(n, d, &mut random), vectors(n, hidden, &mut random));
+        let (looks, names) = (
+            vectors(n, d, &mut random),
+            vectors(n + 1, hidden, &mut random),
+        );
         let kinds: Vec<usize> = (0..n).map(|a| a % 6).collect();
         let config = SoftPromptConfig {
             embedding: d,
@@ -933,7 +951,7 @@ mod tests {
             of(tastes[..800].iter().map(guessed).collect()),
             of(tastes[..800].iter().map(|t| marks(t)).collect()),
         ];
-        speak(&params, &config, &liked, &kinds, &names).unwrap();
+        speak(&params, &config, &liked, &kinds, (&names[..n], &names[n])).unwrap();
         // What the tokens of users it has not seen say, by the name that is nearest.
         let (mut told, mut right) = ([0, 0], [0, 0]);
         for (user, likes) in inputs[800..].iter().zip(&tastes[800..]) {
@@ -943,15 +961,15 @@ mod tests {
             for (i, token) in tokens.iter().enumerate() {
                 let size = (token.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
                 assert!(size <= 0.5, "bounded by the scale: {size}");
-                if size < 0.4 {
-                    continue;
-                }
+                assert!(size > 0.1, "never of zeros: {size}");
                 let close = |name: &Vec<f32>| -> f32 {
                     let dot: f32 = name.iter().zip(token).map(|(a, b)| a * b).sum();
                     dot / name.iter().map(|x| x * x).sum::<f32>().sqrt()
                 };
-                let said = (0..n).max_by(|a, b| close(&names[*a]).total_cmp(&close(&names[*b])));
-                let said = said.unwrap();
+                let said = (0..=n).max_by(|a, b| close(&names[*a]).total_cmp(&close(&names[*b])));
+                let Some(said) = said.filter(|said| *said < n) else {
+                    continue;
+                };
                 let part = usize::from(i >= 6);
                 let goes = likes.iter().any(|l| (l + 1) % n == said);
                 told[part] += 1;

@@ -532,3 +532,59 @@ fn fine_tuning_lowers_the_loss() {
     assert!(last.loss < 4.05, "{}", last.loss); // ln 64 = 4.16 at first
     std::fs::remove_dir_all(folder).unwrap();
 }
+
+#[test]
+fn what_a_soft_prompt_says_can_be_learnt_and_is_unknown_without_it() {
+    let model = tiny();
+    // One prompt, and two users who are to be answered differently, each in one token.
+    let group = |token: u32| SftGroup {
+        prompt: vec![5, 6, 7],
+        completions: vec![vec![token]],
+    };
+    let groups = vec![group(20), group(40)];
+    let config = SoftPromptConfig {
+        embedding: 2,
+        inner: 4,
+        tokens: 8,
+        hidden: 32,
+        scale: 1.0,
+        normalize: true,
+        bounded: true,
+        everyone: None,
+    };
+    let (soft, params) = SoftPrompt::fresh(config, 3, &Device::Cpu).unwrap();
+    let before = params.vars()[0].1.as_tensor().copy().unwrap();
+    let embeddings = Tensor::new(&[[1f32, 0.0], [-1.0, 0.5]], &Device::Cpu).unwrap();
+    let learnt = |reading: Option<&Reading>| {
+        let folder = tempfile::tempdir().unwrap();
+        let trained = adapter(&model, "sft_adapter").trainable().unwrap();
+        let options = SftOptions {
+            lr: 3e-2,
+            steps: 150,
+            groups: 2,
+            warmup: 1,
+            ..SftOptions::default()
+        };
+        let journal = Journal {
+            folder: folder.path().to_path_buf(),
+            resume: false,
+            progress: Box::new(|_| ControlFlow::Continue(())),
+        };
+        let last = train_sft(&model, &trained, reading, &groups, &options, journal);
+        last.unwrap().loss
+    };
+    let reading = Reading {
+        soft: &soft,
+        embeddings: &embeddings,
+        users: vec![0, 1],
+    };
+    let (with, without) = (learnt(Some(&reading)), learnt(None));
+    // ln 2 is the best there is for who cannot tell the two apart.
+    assert!(
+        without > 0.69 && with < 0.35,
+        "{with} with, {without} without"
+    );
+    let after = params.vars()[0].1.as_tensor().copy().unwrap();
+    let apart = (before - after).unwrap().abs().unwrap().max_all().unwrap();
+    assert_eq!(apart.to_scalar::<f32>().unwrap(), 0.0, "it stays as it is");
+}

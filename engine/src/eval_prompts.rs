@@ -23,7 +23,8 @@
 //! 5. Five rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
 //!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
 //!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs
-//!    prefer; *neighbours' likes*, sentences for what ten neighbours would add. *Of ceiling* is own − other as a share of the way from the floor.
+//!    prefer; *neighbours' likes*, sentences for what ten neighbours would add. *Of ceiling* is
+//!    own − other as a share of the way from the floor.
 //! 6. Intervals are 95%, by bootstrap over users, paired where systems are compared; seeds are
 //!    averaged within a user first. Systems of one name are one system trained with several
 //!    seeds, and count as one.

@@ -716,7 +716,7 @@ fn sft_group(
     template: &ChatTemplate,
     random: &mut Philox,
 ) -> Result<SftGroup> {
-    let stated = |user: &'_ SynthUser, names: &[String]| -> Vec<&'static Attribute> {
+    let stated = |user: &SynthUser, names: &[String]| -> Vec<&'static Attribute> {
         names
             .iter()
             .filter(|n| !user.held_out_likes.contains(n))
@@ -878,14 +878,7 @@ pub fn pair_groups(
             continue;
         };
         let mut random = Philox::new(seed, (*i as u64) << 16 | groups.len() as u64);
-        let profile = f64::from(random.uniform()) < profiles;
-        let (likes, dislikes) = shown_profile(user, &mut random);
-        let text = PromptText {
-            likes: if profile { likes } else { Vec::new() },
-            dislikes: if profile { dislikes } else { Vec::new() },
-            caption,
-            cue: None,
-        };
+        let text = training_text(user, caption, profiles, &mut random);
         let pairs = pairs.iter().filter(|p| user.teaches(p)).map(|p| {
             Ok(TokenPair {
                 chosen: answer_ids(tokenizer, &p.chosen)?,
@@ -904,8 +897,25 @@ pub fn pair_groups(
     Ok(groups)
 }
 
+/// What a prompt to learn from shows: the caption, and in a share `profiles` of draws the profile.
+pub fn training_text<'a>(
+    user: &'a SynthUser,
+    caption: &'a str,
+    profiles: f64,
+    random: &mut Philox,
+) -> PromptText<'a> {
+    let profile = f64::from(random.uniform()) < profiles;
+    let (likes, dislikes) = shown_profile(user, random);
+    PromptText {
+        likes: if profile { likes } else { Vec::new() },
+        dislikes: if profile { dislikes } else { Vec::new() },
+        caption,
+        cue: None,
+    }
+}
+
 /// Up to 8 stated likes and up to 4 dislikes, drawn.
-pub fn shown_profile<'a>(user: &'a SynthUser, random: &mut Philox) -> (Vec<&'a str>, Vec<&'a str>) {
+fn shown_profile<'a>(user: &'a SynthUser, random: &mut Philox) -> (Vec<&'a str>, Vec<&'a str>) {
     let mut likes: Vec<&str> = user.stated_likes().map(String::as_str).collect();
     let mut dislikes: Vec<&str> = user.dislikes.iter().map(String::as_str).collect();
     random.shuffle(&mut likes);

@@ -5,7 +5,7 @@ use crate::grammar;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
 use crate::policy::{
-    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, shown_profile,
+    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, training_text,
 };
 use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
@@ -328,6 +328,10 @@ fn dpo(
             (soft, params)
         }
     };
+    let trained = match &start {
+        Some(adapter) => adapter.trainable()?,
+        None => model.trainable(lora(options.preset), options.seed)?,
+    };
     if options.reading {
         let Form::Collaborative { .. } = form else {
             return Err(Error::BadRequest(
@@ -337,10 +341,6 @@ fn dpo(
             ));
         };
         let (groups, users) = reading_groups(model, synth, (&index, &vectors), &soft, options)?;
-        let adapter = match start {
-            Some(adapter) => adapter.trainable()?,
-            None => model.trainable(lora(options.preset), options.seed)?,
-        };
         let reading = Reading {
             soft: &soft,
             embeddings: &vectors,
@@ -349,7 +349,7 @@ fn dpo(
         let (reading, settings) = (Some(&reading), sft_settings(options));
         let metrics = train_sft(
             &model.decoder,
-            &adapter,
+            &trained,
             reading,
             &groups,
             &settings,
@@ -393,10 +393,6 @@ fn dpo(
             None => table.vars(),
         },
         neighbors,
-    };
-    let trained = match &start {
-        Some(adapter) => adapter.trainable()?,
-        None => model.trainable(lora(options.preset), options.seed)?,
     };
     let conditioned = form != Form::Vanilla;
     let policy = Policy {
@@ -560,9 +556,9 @@ fn spoken(tokens: &[Vec<f32>], names: &[Vec<f32>], scale: f64) -> Vec<usize> {
 
 /// Prompts to learn reading by, and the row of each one's user: the completions take up what the
 /// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said).
-/// They say nothing of what people prefer, and so teach in some
-/// hundred prompts what preferences, of which one in ten agrees with the soft prompt, do not in a
-/// thousand. The profile is in words beside it in the usual share of them.
+/// They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
+/// of which one in ten agrees with the soft prompt, do not in a thousand. The profile is in words
+/// beside it in the usual share of them.
 fn reading_groups(
     model: &LanguageModel,
     synth: &Synth,
@@ -592,12 +588,9 @@ fn reading_groups(
         let guesses = !user.hidden_likes.is_empty();
         let mut own = said[*row].clone();
         own.retain(|a| {
-            let stated = user.stated_likes().any(|l| l == vocabulary::all()[*a].name);
-            stated != guesses
-                && !user
-                    .dislikes
-                    .iter()
-                    .any(|l| l == vocabulary::all()[*a].name)
+            let name = vocabulary::all()[*a].name;
+            let stated = user.stated_likes().any(|l| l == name);
+            stated != guesses && !user.dislikes.iter().any(|l| l == name)
         });
         if own.is_empty() {
             continue;
@@ -606,14 +599,7 @@ fn reading_groups(
         for caption in &user.captions[..user.captions.len().saturating_sub(1)] {
             let stream = 0x7265_6164_0000_0000 | groups.len() as u64;
             let mut random = Philox::new(options.seed, stream);
-            let profile = f64::from(random.uniform()) < profiles;
-            let (likes, dislikes) = shown_profile(user, &mut random);
-            let text = PromptText {
-                likes: if profile { likes } else { Vec::new() },
-                dislikes: if profile { dislikes } else { Vec::new() },
-                caption,
-                cue: None,
-            };
+            let text = training_text(user, caption, profiles, &mut random);
             let object = objects.get(caption.as_str()).copied().unwrap_or("subject");
             let object = format!("the {object}");
             let answer = |a: &usize| {

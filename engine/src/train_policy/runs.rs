@@ -305,14 +305,13 @@ fn dpo(
     let (soft, params) = match &options.start_soft {
         Some(file) if form != Form::User => SoftPrompt::load(file, device)?,
         _ => {
-            // A detector of each attribute in either round, or twice a user's own vector.
+            // A detector of each attribute in each round, or twice a user's own vector.
             let of_graph = matches!(form, Form::Collaborative { .. });
             let config = SoftPromptConfig {
                 embedding: vectors.dim(1)?,
-                inner: 2 * if of_graph {
-                    vocabulary::all().len()
-                } else {
-                    vectors.dim(1)?
+                inner: match of_graph {
+                    true => ROUNDS * vocabulary::all().len(),
+                    false => 2 * vectors.dim(1)?,
                 },
                 tokens: 8,
                 hidden: model.decoder.config.hidden,
@@ -421,14 +420,29 @@ fn home(snapshots: &[Snapshot], user: &str) -> Option<usize> {
 
 /// How much [`start_from_words`] smooths, for each user: what one user says of a coordinate of
 /// unit size counts as much as so much doubt.
-const WORDS_RIDGE: f64 = 0.02;
+const WORDS_RIDGE: f64 = 0.1;
 
 /// How steeply a detector of [`start_from_words`] rises above its threshold, by the likelihood.
-const STEEPNESS: f64 = 40.0;
+const STEEPNESS: f64 = 160.0;
 
-/// How many attributes a soft token of [`start_from_words`] speaks of, for the mean user: of what
-/// is to be guessed, and of what was said.
-const SPOKEN_OF: [f64; 2] = [1.5, 1.6];
+/// What a stated like counts where likes are guessed, and any attribute for a newcomer: there
+/// what is to be said is not to be guessed.
+const NOT_GUESSED: (f32, f32) = (-0.25, -0.1);
+
+/// The rounds of detectors in a soft prompt that starts from words.
+const ROUNDS: usize = 3;
+
+/// One round of detectors: of whom it learns what.
+struct Round {
+    /// For each user, a target for each attribute.
+    targets: Vec<Vec<f32>>,
+    /// The users whom it speaks to; the others' targets tell them apart.
+    speaks_to: Vec<bool>,
+    /// Of how many attributes each of its tokens speaks, for the mean of these users.
+    spoken: f64,
+    /// Whether its tokens are one for each kind of edit, or the ones left over.
+    by_kind: bool,
+}
 
 /// Brings a fresh soft prompt to where the language model can read it at once: its tokens are the
 /// model's own token embeddings of a few attributes, those likeliest for the user.
@@ -436,10 +450,15 @@ const SPOKEN_OF: [f64; 2] = [1.5, 1.6];
 /// How likely an attribute is follows linearly from the user's embedding (ridge regression in
 /// closed form, a second, no language model). Each attribute has a unit of the inner layer that
 /// detects it, GELU(STEEPNESS · (likelihood - threshold)), and the second layer adds up what the
-/// detected ones are called. There are two rounds of this: one token for each kind of edit
-/// speaks of what is to be *guessed* (the hidden likes, where the data hides any, and else the
-/// stated), and the tokens left over, each for some of the kinds, of what was *stated*.
-/// The thresholds let so many attributes through ([`SPOKEN_OF`]) that a token names rather than
+/// detected ones are called. One token for each kind of edit speaks of what is worth saying, the
+/// tokens left over of what the user said, in three rounds of detectors:
+///
+/// - what is to be *guessed*: the hidden likes, where the data hides any, and else the stated;
+/// - what *newcomers* said, of whom too little is known to guess: the users of such data who have
+///   nothing hidden. Their embeddings tell them from the others (a linear map parts them wholly);
+/// - what was *stated*, by anyone.
+///
+/// The thresholds let so few attributes through ([`Round::spoken`]) that a token names rather than
 /// averages: the mean of all of a user's likes holds them too, but no language model finds them in
 /// it (it named one in 8 of 100 instructions, where the likeliest attribute by this regression
 /// was a stated like of 95 of 100 held-out users).
@@ -453,35 +472,28 @@ fn start_from_words(
     (soft, params): (&SoftPrompt, &Params),
 ) -> Result<()> {
     let words = vocabulary::all();
-    let n = words.len();
-    let number: BTreeMap<&str, usize> = words.iter().map(|a| a.name).zip(0..).collect();
-    // Who likes what: [to be guessed, stated], a row of attributes for each user.
-    let mut rows: [Vec<u32>; 2] = Default::default();
-    let mut likes: [Vec<Vec<f32>>; 2] = Default::default();
-    let hides = synth.users.iter().any(|u| !u.hidden_likes.is_empty());
+    let number = attribute_numbers();
+    let marked = |names: &mut dyn Iterator<Item = &String>| -> Vec<f32> {
+        let mut marks = vec![0f32; words.len()];
+        for i in names.filter_map(|name| number.get(name.as_str())) {
+            marks[*i] = 1.0;
+        }
+        marks
+    };
+    let mut rows: Vec<u32> = Vec::new();
+    let (mut stated, mut hidden): (Vec<Vec<f32>>, Vec<Vec<f32>>) = Default::default();
     for user in &synth.users {
         let Some(row) = index.get(&user.user) else {
             continue;
         };
-        let marked = |names: &mut dyn Iterator<Item = &String>| -> Option<Vec<f32>> {
-            let mut marks = vec![0f32; n];
-            let known = names.filter_map(|name| number.get(name.as_str()));
-            let known = known.map(|i| marks[*i] = 1.0).count();
-            (known > 0).then_some(marks)
-        };
-        let stated = marked(&mut user.stated_likes());
-        let guessed = match hides {
-            true => marked(&mut user.hidden_likes.iter()),
-            false => stated.clone(),
-        };
-        for (part, marks) in [guessed, stated].into_iter().enumerate() {
-            if let Some(marks) = marks {
-                rows[part].push(*row as u32);
-                likes[part].push(marks);
-            }
+        let known = marked(&mut user.stated_likes());
+        if known.iter().any(|x| *x > 0.0) {
+            rows.push(*row as u32);
+            stated.push(known);
+            hidden.push(marked(&mut user.hidden_likes.iter()));
         }
     }
-    if rows.iter().any(Vec::is_empty) {
+    if rows.is_empty() {
         return Ok(());
     }
     let names = spoken_names(model)?;
@@ -494,16 +506,76 @@ fn start_from_words(
                 .unwrap_or(0)
         })
         .collect();
-    let [guessed, stated] = [0, 1].map(|part| -> Result<Liked> {
-        let inputs = vectors.index_select(&Tensor::new(&rows[part][..], vectors.device())?, 0)?;
-        Ok(Liked {
-            users: soft.unit(&inputs)?.to_dtype(DType::F64)?.to_vec2()?,
-            attributes: std::mem::take(&mut likes[part]),
-        })
-    });
+    let inputs = vectors.index_select(&Tensor::new(&rows[..], vectors.device())?, 0)?;
+    let users: Vec<Vec<f64>> = soft.unit(&inputs)?.to_dtype(DType::F64)?.to_vec2()?;
     let silence = spoken_name(model, "nothing")?;
-    let liked = [guessed?, stated?];
-    speak(params, &soft.config, &liked, &kinds, (&names, &silence))
+    let rounds = rounds(stated, hidden);
+    speak(
+        params,
+        &soft.config,
+        (&users, &rounds),
+        &kinds,
+        (&names, &silence),
+    )
+}
+
+/// What the rounds of [`start_from_words`] learn, from who stated what and who hides what.
+fn rounds(stated: Vec<Vec<f32>>, hidden: Vec<Vec<f32>>) -> [Round; ROUNDS] {
+    let all = vec![true; stated.len()];
+    let hides = |marks: &Vec<f32>| marks.iter().any(|x| *x > 0.0);
+    let has_hidden: Vec<bool> = hidden.iter().map(hides).collect();
+    let newcomers: Vec<bool> = match has_hidden.contains(&true) {
+        true => has_hidden.iter().map(|h| !h).collect(),
+        false => vec![false; stated.len()],
+    };
+    let nothing = vec![0f32; stated.first().map_or(0, Vec::len)];
+    let (guessed, speaks_to) = match has_hidden.contains(&true) {
+        true => {
+            let of_user = |(hidden, stated): (&Vec<f32>, &Vec<f32>)| -> Vec<f32> {
+                match hides(hidden) {
+                    true => (hidden
+                        .iter()
+                        .zip(stated)
+                        .map(|(h, s)| h + NOT_GUESSED.0 * s))
+                    .collect(),
+                    false => vec![NOT_GUESSED.1; nothing.len()],
+                }
+            };
+            (
+                hidden.iter().zip(&stated).map(of_user).collect(),
+                has_hidden,
+            )
+        }
+        false => (stated.clone(), all.clone()),
+    };
+    let said = stated.iter().zip(&newcomers);
+    let said = said.map(|(s, new)| if *new { s.clone() } else { nothing.clone() });
+    [
+        Round {
+            targets: guessed,
+            speaks_to,
+            spoken: 0.9,
+            by_kind: true,
+        },
+        Round {
+            targets: said.collect(),
+            speaks_to: newcomers,
+            spoken: 0.25,
+            by_kind: true,
+        },
+        Round {
+            targets: stated,
+            speaks_to: all,
+            spoken: 1.0,
+            by_kind: false,
+        },
+    ]
+}
+
+/// The number of each attribute of the vocabulary.
+fn attribute_numbers() -> BTreeMap<&'static str, usize> {
+    let names = vocabulary::all().iter().map(|a| a.name);
+    names.zip(0..).collect()
 }
 
 /// A text as one token: the mean of the model's embeddings of its tokens, in the soft prompt's
@@ -558,7 +630,8 @@ fn spoken(tokens: &[Vec<f32>], names: &[Vec<f32>], scale: f64) -> Vec<usize> {
 /// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said).
 /// They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
 /// of which one in ten agrees with the soft prompt, do not in a thousand. The profile is in words
-/// beside it in the usual share of them.
+/// beside it in the usual share of them; newcomers are told what they said, whether the soft
+/// prompt says it or the words do, as is anybody of whom nothing is guessed.
 fn reading_groups(
     model: &LanguageModel,
     synth: &Synth,
@@ -578,28 +651,43 @@ fn reading_groups(
     let objects = synth.captions.iter();
     let objects = objects.map(|c| (c.caption.as_str(), c.object.as_str()));
     let objects: BTreeMap<&str, &str> = objects.collect();
+    let number = attribute_numbers();
+    let hides = synth.users.iter().any(|u| !u.hidden_likes.is_empty());
     let (mut groups, mut users) = (Vec::new(), Vec::new());
     for user in &synth.users {
         let Some(row) = index.get(&user.user) else {
             continue;
         };
-        // Where there is something to guess, nothing else is worth saying; who has only just
-        // come is told what they said.
-        let guesses = !user.hidden_likes.is_empty();
-        let mut own = said[*row].clone();
-        own.retain(|a| {
-            let name = vocabulary::all()[*a].name;
-            let stated = user.stated_likes().any(|l| l == name);
-            stated != guesses && !user.dislikes.iter().any(|l| l == name)
-        });
+        let newcomer = hides && user.hidden_likes.is_empty();
+        let of = |stated: bool| -> Vec<usize> {
+            let own = said[*row].iter().copied().filter(|a| {
+                let name = vocabulary::all()[*a].name;
+                let likes = user.stated_likes().any(|l| l == name);
+                likes == stated && !user.dislikes.iter().any(|l| l == name)
+            });
+            own.collect()
+        };
+        // A guess is worth more than what one has said oneself, where there is one.
+        let mut own = of(newcomer || !hides);
         if own.is_empty() {
-            continue;
+            own = of(true);
         }
         // The last caption is about what is held out.
         for caption in &user.captions[..user.captions.len().saturating_sub(1)] {
             let stream = 0x7265_6164_0000_0000 | groups.len() as u64;
             let mut random = Philox::new(options.seed, stream);
             let text = training_text(user, caption, profiles, &mut random);
+            let mut own = own.clone();
+            // Newcomers are told what they said, by whichever of the two says it.
+            if newcomer || own.is_empty() {
+                let shown = text.likes.iter().filter_map(|l| number.get(l).copied());
+                own.extend(shown);
+                own.sort_unstable();
+                own.dedup();
+            }
+            if own.is_empty() {
+                continue;
+            }
             let object = objects.get(caption.as_str()).copied().unwrap_or("subject");
             let object = format!("the {object}");
             let answer = |a: &usize| {
@@ -622,56 +710,61 @@ fn reading_groups(
     }
 }
 
-/// Users' embeddings, as the first map takes them, and of each user which attributes (1, else 0).
-struct Liked {
-    users: Vec<Vec<f64>>,
-    attributes: Vec<Vec<f32>>,
-}
-
-/// Sets a soft prompt to detectors of what is to be guessed and of what was stated, which say
-/// the attributes' `names`, or `silence` where none is likely; `kinds` has the number of each
-/// attribute's kind of edit.
+/// Sets a soft prompt to the detectors of some rounds, which say the attributes' `names`, or
+/// `silence` where none is likely. `users` are embeddings as the first map takes them; `kinds`
+/// has the number of each attribute's kind of edit.
 fn speak(
     params: &Params,
     config: &SoftPromptConfig,
-    liked: &[Liked; 2],
+    (users, rounds): (&[Vec<f64>], &[Round; ROUNDS]),
     kinds: &[usize],
     (names, silence): (&[Vec<f32>], &[f32]),
 ) -> Result<()> {
     let (n, d, tokens, hidden) = (names.len(), config.embedding, config.tokens, config.hidden);
-    // The token that speaks of an attribute, in either round.
+    // The token that speaks of an attribute.
     let first_tokens = EditType::ALL.len().min(tokens - 1);
-    let token_of = |attribute: usize, part: usize| match part {
-        0 => kinds[attribute] % first_tokens,
-        _ => first_tokens + kinds[attribute] * (tokens - first_tokens) / EditType::ALL.len(),
+    let token_of = |attribute: usize, by_kind: bool| match by_kind {
+        true => kinds[attribute] % first_tokens,
+        false => first_tokens + kinds[attribute] * (tokens - first_tokens) / EditType::ALL.len(),
     };
-    let mut first = Vec::with_capacity(2 * n * d);
-    let mut biases = vec![0f32; 2 * n];
-    let mut second = vec![0f32; tokens * hidden * 2 * n];
-    for (part, liked) in liked.iter().enumerate() {
-        let users: Vec<&[f64]> = liked.users.iter().map(Vec::as_slice).collect();
-        let targets: Vec<&[f32]> = liked.attributes.iter().map(Vec::as_slice).collect();
+    let units = ROUNDS * n;
+    let users: Vec<&[f64]> = users.iter().map(Vec::as_slice).collect();
+    let mut first = Vec::with_capacity(units * d);
+    let mut biases = vec![0f32; units];
+    let mut second = vec![0f32; tokens * hidden * units];
+    for (r, round) in rounds.iter().enumerate() {
+        if !round.speaks_to.contains(&true) {
+            first.extend(std::iter::repeat_n(0f32, n * d));
+            continue;
+        }
+        let targets: Vec<&[f32]> = round.targets.iter().map(Vec::as_slice).collect();
         let (map, bias) = ridge(&users, &targets, WORDS_RIDGE * users.len() as f64);
         let likely = |user: &[f64], a: usize| -> f64 {
             let weights = map[a * d..][..d].iter().zip(user);
             let dot: f64 = weights.map(|(w, x)| f64::from(*w) * x).sum();
             dot + f64::from(bias[a])
         };
+        let spoken_to: Vec<&[f64]> = (users.iter().zip(&round.speaks_to))
+            .filter_map(|(user, speaks)| speaks.then_some(*user))
+            .collect();
         for token in 0..tokens {
-            let spoken: Vec<usize> = (0..n).filter(|a| token_of(*a, part) == token).collect();
+            let spoken: Vec<usize> = (0..n)
+                .filter(|a| token_of(*a, round.by_kind) == token)
+                .collect();
             let of_user = |user: &&[f64]| -> Vec<f64> {
                 let user = *user;
                 spoken.iter().map(|a| likely(user, *a)).collect()
             };
-            let mut all: Vec<f64> = users.iter().flat_map(of_user).collect();
+            let mut all: Vec<f64> = spoken_to.iter().flat_map(of_user).collect();
             all.sort_by(|a, b| b.total_cmp(a));
-            let passed = (SPOKEN_OF[part] * users.len() as f64) as usize;
+            let passed = (round.spoken * spoken_to.len() as f64) as usize;
             let threshold = all.get(passed).copied().unwrap_or(f64::INFINITY);
             for a in spoken {
                 let above = f64::from(bias[a]) - threshold;
-                biases[part * n + a] = (STEEPNESS * above).max(-1e4) as f32;
+                let unit = r * n + a;
+                biases[unit] = (STEEPNESS * above).max(-1e4) as f32;
                 for (i, x) in names[a].iter().enumerate() {
-                    second[(token * hidden + i) * 2 * n + part * n + a] = *x;
+                    second[(token * hidden + i) * units + unit] = *x;
                 }
             }
         }
@@ -681,11 +774,11 @@ fn speak(
     let silent: Vec<f32> = silence.iter().map(|x| x * SILENT).collect();
     let silent = silent.repeat(tokens);
     let values = [
-        ("mlp.0.weight", Tensor::from_vec(first, (2 * n, d), device)?),
-        ("mlp.0.bias", Tensor::from_vec(biases, 2 * n, device)?),
+        ("mlp.0.weight", Tensor::from_vec(first, (units, d), device)?),
+        ("mlp.0.bias", Tensor::from_vec(biases, units, device)?),
         (
             "mlp.2.weight",
-            Tensor::from_vec(second, (width, 2 * n), device)?,
+            Tensor::from_vec(second, (width, units), device)?,
         ),
         ("mlp.2.bias", Tensor::from_vec(silent, width, device)?),
     ];
@@ -886,9 +979,10 @@ mod tests {
     use super::*;
 
     /// Forty attributes of six kinds; users who like three of them, whose embedding is the
-    /// likes' mean vector, and who would also like the attribute after the first.
+    /// likes' mean vector, and who would also like the attribute after the first. Every third is a
+    /// newcomer, of whom nothing else is known, and looks it.
     #[test]
-    fn a_soft_prompt_that_starts_from_words_names_likes_and_what_goes_with_them() {
+    fn a_soft_prompt_that_starts_from_words_names_what_goes_with_likes_and_newcomers_own() {
         let (n, d, hidden) = (40, 24, 16);
         let mut random = Philox::new(9, 0);
         let vectors = |n: usize, d: usize, random: &mut Philox| -> Vec<Vec<f32>> {
@@ -901,8 +995,8 @@ mod tests {
         );
         let kinds: Vec<usize> = (0..n).map(|a| a % 6).collect();
         let config = SoftPromptConfig {
-            embedding: d,
-            inner: 2 * n,
+            embedding: d + 1,
+            inner: ROUNDS * n,
             tokens: 8,
             hidden,
             scale: 0.5,
@@ -911,12 +1005,13 @@ mod tests {
             everyone: None,
         };
         let (soft, params) = SoftPrompt::fresh(config.clone(), 1, &Device::Cpu).unwrap();
-        let mut tastes = Vec::new();
-        let mut users = Vec::new();
-        for _ in 0..900 {
+        let (mut tastes, mut users) = (Vec::new(), Vec::new());
+        for user in 0..1500 {
             let likes: Vec<usize> = (0..3).map(|_| random.below(n as u32) as usize).collect();
             let mean = |i: usize| likes.iter().map(|a| looks[*a][i]).sum::<f32>() / 3.0;
-            users.push((0..d).map(mean).collect::<Vec<f32>>());
+            let mut looks: Vec<f32> = (0..d).map(mean).collect();
+            looks.push(if user % 3 == 0 { 2.0 } else { 0.0 });
+            users.push(looks);
             tastes.push(likes);
         }
         let inputs = soft
@@ -928,23 +1023,35 @@ mod tests {
                 .map(|a| f32::from(u8::from(of.contains(&a))))
                 .collect()
         };
-        let guessed = |likes: &Vec<usize>| marks(&[(likes[0] + 1) % n]);
-        let of = |attributes: Vec<Vec<f32>>| Liked {
-            users: inputs[..800].to_vec(),
-            attributes,
+        let hidden_likes = |(user, likes): (usize, &Vec<usize>)| match user % 3 {
+            0 => marks(&[]),
+            _ => marks(&[(likes[0] + 1) % n]),
         };
-        let liked = [
-            of(tastes[..800].iter().map(guessed).collect()),
-            of(tastes[..800].iter().map(|t| marks(t)).collect()),
-        ];
-        speak(&params, &config, &liked, &kinds, (&names[..n], &names[n])).unwrap();
-        // What the tokens of users it has not seen say, by the name that is nearest.
-        let (mut told, mut right) = ([0, 0], [0, 0]);
-        for (user, likes) in inputs[800..].iter().zip(&tastes[800..]) {
-            let x = Tensor::new(vec![user.clone()], &Device::Cpu).unwrap();
+        let learnt = 1200;
+        let rounds = rounds(
+            tastes[..learnt].iter().map(|t| marks(t)).collect(),
+            tastes[..learnt]
+                .iter()
+                .enumerate()
+                .map(hidden_likes)
+                .collect(),
+        );
+        speak(
+            &params,
+            &config,
+            (&inputs[..learnt], &rounds),
+            &kinds,
+            (&names[..n], &names[n]),
+        )
+        .unwrap();
+        // What the tokens of users it has not seen say, by the name that is nearest: guesses for
+        // those who are known, then newcomers' own likes, then anybody's stated ones.
+        let (mut told, mut right) = ([0; 3], [0; 3]);
+        for (i, likes) in tastes.iter().enumerate().skip(learnt) {
+            let x = Tensor::new(vec![inputs[i].clone()], &Device::Cpu).unwrap();
             let tokens = soft.forward(&x.to_dtype(DType::F32).unwrap()).unwrap();
             let tokens: Vec<Vec<f32>> = tokens.squeeze(0).unwrap().to_vec2().unwrap();
-            for (i, token) in tokens.iter().enumerate() {
+            for (t, token) in tokens.iter().enumerate() {
                 let size = (token.iter().map(|x| x * x).sum::<f32>() / hidden as f32).sqrt();
                 assert!(size <= 0.5, "bounded by the scale: {size}");
                 assert!(size > 0.1, "never of zeros: {size}");
@@ -956,20 +1063,22 @@ mod tests {
                 let Some(said) = said.filter(|said| *said < n) else {
                     continue;
                 };
-                let part = usize::from(i >= 6);
+                let round = match (t >= 6, i % 3 == 0) {
+                    (true, _) => 2,
+                    (false, newcomer) => usize::from(newcomer),
+                };
                 let goes = likes.iter().any(|l| (l + 1) % n == said);
-                told[part] += 1;
-                right[part] += usize::from(if part == 0 {
-                    goes
-                } else {
-                    likes.contains(&said)
+                told[round] += 1;
+                right[round] += usize::from(match round {
+                    0 => goes,
+                    _ => likes.contains(&said),
                 });
             }
         }
         // Chance is 3 in 40.
         assert!(told.iter().all(|t| *t > 60), "{told:?}");
         assert!(
-            2 * right[0] > told[0] && 3 * right[1] > 2 * told[1],
+            2 * right[0] > told[0] && 3 * right[1] > 2 * told[1] && 3 * right[2] > 2 * told[2],
             "{right:?} of {told:?}"
         );
     }

@@ -181,6 +181,9 @@ pub struct Settings {
     /// How much more than by itself a user's embedding counts for the words; 1 to leave it be
     /// and read every prompt once. See [`crate::generate::Options::emphasis`].
     pub emphasis: f32,
+    /// Whether the picture model draws nothing but what the vocabulary has a look for: an
+    /// instruction that takes up none of it is then written anew.
+    pub drawn_only: bool,
     /// The weights' type in memory on a GPU: "f32", "bf16" or "f16". On a CPU always f32.
     pub dtype: String,
 }
@@ -206,6 +209,7 @@ impl Default for Settings {
             neighbors: 10,
             max_tokens: 48,
             emphasis: 1.0,
+            drawn_only: false,
             dtype: "bf16".into(),
         }
     }

@@ -4,7 +4,8 @@
 //! are written into the prompt (the newest always, in an order drawn for each picture); the
 //! embedding becomes the soft prompt; neighbours fill in where the user has said little; the
 //! language model writes; the answer is cut to one clean sentence, and written again where it
-//! takes up something the user dislikes, or nothing that the user or the neighbours like.
+//! takes up something the user dislikes, nothing that the user or the neighbours like, or nothing
+//! that the bundle's picture model can draw.
 //!
 //! What belongs to neighbours is treated as theirs: an attribute enters the text only if at
 //! least [`PolicyOptions::k_threshold`] users like it. Names, captions and cues are text to the
@@ -122,6 +123,8 @@ pub struct PolicyOptions {
     /// anew, as one that takes up a dislike always is; a user with at most `fill_up_to` likes
     /// wants to see one of them. A cue may well ask for something else, so with a cue it is not.
     pub insist: bool,
+    /// Whether one that takes up nothing which can be drawn ([`Attribute::look`]) is, too.
+    pub drawn_only: bool,
     /// How much more than by itself the user's embedding counts for the words
     /// ([`Options::emphasis`]).
     pub emphasis: f32,
@@ -137,6 +140,7 @@ impl Default for PolicyOptions {
             dislikes_shown: 4,
             fill_up_to: 4,
             insist: true,
+            drawn_only: false,
             emphasis: 1.0,
         }
     }
@@ -172,6 +176,7 @@ impl Policy {
             neighbors: bundle.manifest.settings.neighbors,
             max_tokens: bundle.manifest.settings.max_tokens,
             emphasis: bundle.manifest.settings.emphasis,
+            drawn_only: bundle.manifest.settings.drawn_only,
             ..PolicyOptions::default()
         };
         Self::new(model, adapter, soft, options)
@@ -269,7 +274,7 @@ impl Policy {
     }
 
     /// A sentence for each; another try, warmer, for those that come out empty, name what the
-    /// user dislikes, or nothing that is liked; of all tries the one with the fewest faults.
+    /// user dislikes, nothing that is liked, or nothing that can be drawn; of all tries the one with the fewest faults.
     fn write(
         &self,
         requests: &[InstructRequest],
@@ -310,7 +315,8 @@ impl Policy {
                     let cue = requests[i].cue.as_deref();
                     let insist = self.options.insist && cue.is_none_or(|c| c.trim().is_empty());
                     let new = self.options.fill_up_to;
-                    let faults = Faults::of(&words, &asked[i].0, insist.then_some(new));
+                    let mut faults = Faults::of(&words, &asked[i].0, insist.then_some(new));
+                    faults.undrawn = insist && self.options.drawn_only && undrawn(&words);
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -473,6 +479,14 @@ struct Faults {
     /// 2: that it takes up nothing which the user or the neighbours like; 1: nothing which the
     /// user likes, who has said so little that it is missed.
     impersonal: u8,
+    /// That it takes up nothing which can be drawn, where that matters.
+    undrawn: bool,
+}
+
+/// Whether a sentence takes up attributes of the vocabulary, none of which has a look.
+fn undrawn(words: &str) -> bool {
+    let found = vocabulary::mentioned(words);
+    !found.is_empty() && found.iter().all(|a| a.look.is_none())
 }
 
 impl Faults {
@@ -491,6 +505,7 @@ impl Faults {
         Self {
             dislikes: named_in(words, &taste.dislikes).len(),
             impersonal,
+            undrawn: false,
         }
     }
 }
@@ -1002,6 +1017,29 @@ mod tests {
         // Not where nobody insists, or nothing is known that could be taken up.
         assert!(Faults::of("Paint it blue.", &taste, None) == none);
         assert!(Faults::of("Paint it blue.", &Asked::default(), Some(4)) == none);
+    }
+
+    #[test]
+    fn what_cannot_be_drawn_weighs_least() {
+        let looks = |drawn: bool| {
+            let mut all = vocabulary::all().iter();
+            all.find(|a| a.look.is_some() == drawn).unwrap().name
+        };
+        let of = |name: &str| format!("Put {name} there.");
+        assert!(!undrawn(&of(looks(true))) && undrawn(&of(looks(false))));
+        assert!(!undrawn(&format!(
+            "{} {}",
+            of(looks(true)),
+            of(looks(false))
+        )));
+        // What the vocabulary does not know may be drawn or not.
+        assert!(!undrawn("Put Grandma's quilt there."));
+        let faults = |impersonal, undrawn| Faults {
+            impersonal,
+            undrawn,
+            ..Faults::default()
+        };
+        assert!(faults(0, true) > Faults::default() && faults(0, true) < faults(1, false));
     }
 
     #[test]

@@ -455,7 +455,7 @@ struct Round {
 ///
 /// - what is to be *guessed*: the hidden likes, where the data hides any, and else the stated;
 /// - what *newcomers* said, of whom too little is known to guess: the users of such data who have
-///   nothing hidden. Their embeddings tell them from the others (a linear map parts them wholly);
+///   nothing hidden. Their embeddings tell them from the others (nearly all, by a linear map);
 /// - what was *stated*, by anyone.
 ///
 /// The thresholds let so few attributes through ([`Round::spoken`]) that a token names rather than
@@ -521,39 +521,30 @@ fn start_from_words(
 
 /// What the rounds of [`start_from_words`] learn, from who stated what and who hides what.
 fn rounds(stated: Vec<Vec<f32>>, hidden: Vec<Vec<f32>>) -> [Round; ROUNDS] {
-    let all = vec![true; stated.len()];
     let hides = |marks: &Vec<f32>| marks.iter().any(|x| *x > 0.0);
-    let has_hidden: Vec<bool> = hidden.iter().map(hides).collect();
-    let newcomers: Vec<bool> = match has_hidden.contains(&true) {
-        true => has_hidden.iter().map(|h| !h).collect(),
-        false => vec![false; stated.len()],
-    };
+    let all = vec![true; stated.len()];
     let nothing = vec![0f32; stated.first().map_or(0, Vec::len)];
-    let (guessed, speaks_to) = match has_hidden.contains(&true) {
+    let (guessed, known) = match hidden.iter().any(hides) {
         true => {
             let of_user = |(hidden, stated): (&Vec<f32>, &Vec<f32>)| -> Vec<f32> {
+                let targets = hidden.iter().zip(stated);
                 match hides(hidden) {
-                    true => (hidden
-                        .iter()
-                        .zip(stated)
-                        .map(|(h, s)| h + NOT_GUESSED.0 * s))
-                    .collect(),
-                    false => vec![NOT_GUESSED.1; nothing.len()],
+                    true => targets.map(|(h, s)| h + NOT_GUESSED.0 * s).collect(),
+                    false => targets.map(|_| NOT_GUESSED.1).collect(),
                 }
             };
-            (
-                hidden.iter().zip(&stated).map(of_user).collect(),
-                has_hidden,
-            )
+            let guessed = hidden.iter().zip(&stated).map(of_user).collect();
+            (guessed, hidden.iter().map(hides).collect())
         }
         false => (stated.clone(), all.clone()),
     };
+    let newcomers: Vec<bool> = known.iter().map(|known| !known).collect();
     let said = stated.iter().zip(&newcomers);
     let said = said.map(|(s, new)| if *new { s.clone() } else { nothing.clone() });
     [
         Round {
             targets: guessed,
-            speaks_to,
+            speaks_to: known,
             spoken: 0.9,
             by_kind: true,
         },

@@ -274,7 +274,8 @@ impl Policy {
     }
 
     /// A sentence for each; another try, warmer, for those that come out empty, name what the
-    /// user dislikes, nothing that is liked, or nothing that can be drawn; of all tries the one with the fewest faults.
+    /// user dislikes, nothing that is liked, or nothing that can be drawn; of all tries the one
+    /// with the fewest faults.
     fn write(
         &self,
         requests: &[InstructRequest],

@@ -315,9 +315,8 @@ impl Policy {
                     let words = clean(&answer.text);
                     let cue = requests[i].cue.as_deref();
                     let insist = self.options.insist && cue.is_none_or(|c| c.trim().is_empty());
-                    let new = self.options.fill_up_to;
-                    let mut faults = Faults::of(&words, &asked[i].0, insist.then_some(new));
-                    faults.undrawn = insist && self.options.drawn_only && undrawn(&words);
+                    let insist = insist.then_some(&self.options);
+                    let faults = Faults::of(&words, &asked[i].0, insist);
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -491,22 +490,22 @@ fn undrawn(words: &str) -> bool {
 }
 
 impl Faults {
-    /// `insist`: how many likes a user has at most who wants to see one of them.
-    fn of(words: &str, taste: &Asked, insist: Option<usize>) -> Self {
+    /// `insist`: what to insist on, if anything but that dislikes are left out.
+    fn of(words: &str, taste: &Asked, insist: Option<&PolicyOptions>) -> Self {
         let takes_up = |list: &Vec<String>| !named_in(words, list).is_empty();
         let near = [&taste.suggestions, &taste.shown];
         let could = !taste.likes.is_empty() || near.iter().any(|list| !list.is_empty());
-        let new = |most: usize| (1..=most).contains(&taste.likes.len());
+        let new = |o: &PolicyOptions| (1..=o.fill_up_to).contains(&taste.likes.len());
         let impersonal = match insist.filter(|_| could) {
             None => 0,
             Some(_) if takes_up(&taste.likes) => 0,
-            Some(most) if near.into_iter().any(takes_up) => u8::from(new(most)),
+            Some(options) if near.into_iter().any(takes_up) => u8::from(new(options)),
             Some(_) => 2,
         };
         Self {
             dislikes: named_in(words, &taste.dislikes).len(),
             impersonal,
-            undrawn: false,
+            undrawn: insist.is_some_and(|o| o.drawn_only) && undrawn(words),
         }
     }
 }
@@ -1004,20 +1003,25 @@ mod tests {
             dislikes: names(&["falling snow"]),
             ..Asked::default()
         };
-        let faults = |words: &str| Faults::of(words, &taste, Some(0));
+        let new_up_to = |likes: usize| PolicyOptions {
+            fill_up_to: likes,
+            ..PolicyOptions::default()
+        };
+        let faults = |words: &str| Faults::of(words, &taste, Some(&new_up_to(0)));
         let none = Faults::default();
         assert!(faults("Make it out of rustic wood.") == none);
         assert!(faults("Add exposed beams above it.") == none);
         assert!(faults("Paint it blue.") > none);
         assert!(faults("Make it out of rustic wood in falling snow.") > faults("Paint it blue."));
         // Who has said one thing wants to see it.
-        let new = |words: &str| Faults::of(words, &taste, Some(4));
+        let four = new_up_to(4);
+        let new = |words: &str| Faults::of(words, &taste, Some(&four));
         assert!(new("Make it out of rustic wood.") == none);
         assert!(new("Add exposed beams above it.") > none);
         assert!(new("Add exposed beams above it.") < new("Paint it blue."));
         // Not where nobody insists, or nothing is known that could be taken up.
         assert!(Faults::of("Paint it blue.", &taste, None) == none);
-        assert!(Faults::of("Paint it blue.", &Asked::default(), Some(4)) == none);
+        assert!(Faults::of("Paint it blue.", &Asked::default(), Some(&four)) == none);
     }
 
     #[test]
@@ -1041,6 +1045,14 @@ mod tests {
             ..Faults::default()
         };
         assert!(faults(0, true) > Faults::default() && faults(0, true) < faults(1, false));
+        // It counts where the bundle says so and nobody wished for it.
+        let all = PolicyOptions::default();
+        let drawn = PolicyOptions {
+            drawn_only: true,
+            ..all.clone()
+        };
+        let found = |insist| Faults::of(&of(looks(false)), &Asked::default(), insist).undrawn;
+        assert!(found(Some(&drawn)) && !found(Some(&all)) && !found(None));
     }
 
     #[test]

@@ -472,11 +472,10 @@ fn start_from_words(
     (soft, params): (&SoftPrompt, &Params),
 ) -> Result<()> {
     let words = vocabulary::all();
-    let number = attribute_numbers();
     let marked = |names: &mut dyn Iterator<Item = &String>| -> Vec<f32> {
         let mut marks = vec![0f32; words.len()];
-        for i in names.filter_map(|name| number.get(name.as_str())) {
-            marks[*i] = 1.0;
+        for i in names.filter_map(|name| vocabulary::index_of(name)) {
+            marks[i] = 1.0;
         }
         marks
     };
@@ -497,15 +496,7 @@ fn start_from_words(
         return Ok(());
     }
     let names = spoken_names(model)?;
-    let kinds: Vec<usize> = words
-        .iter()
-        .map(|a| {
-            EditType::ALL
-                .iter()
-                .position(|k| *k == a.edit_type())
-                .unwrap_or(0)
-        })
-        .collect();
+    let kinds: Vec<usize> = words.iter().map(|a| a.edit_type() as usize).collect();
     let inputs = vectors.index_select(&Tensor::new(&rows[..], vectors.device())?, 0)?;
     let users: Vec<Vec<f64>> = soft.unit(&inputs)?.to_dtype(DType::F64)?.to_vec2()?;
     let silence = spoken_name(model, "nothing")?;
@@ -523,7 +514,6 @@ fn start_from_words(
 fn rounds(stated: Vec<Vec<f32>>, hidden: Vec<Vec<f32>>) -> [Round; ROUNDS] {
     let hides = |marks: &Vec<f32>| marks.iter().any(|x| *x > 0.0);
     let all = vec![true; stated.len()];
-    let nothing = vec![0f32; stated.first().map_or(0, Vec::len)];
     let (guessed, known) = match hidden.iter().any(hides) {
         true => {
             let of_user = |(hidden, stated): (&Vec<f32>, &Vec<f32>)| -> Vec<f32> {
@@ -539,8 +529,10 @@ fn rounds(stated: Vec<Vec<f32>>, hidden: Vec<Vec<f32>>) -> [Round; ROUNDS] {
         false => (stated.clone(), all.clone()),
     };
     let newcomers: Vec<bool> = known.iter().map(|known| !known).collect();
-    let said = stated.iter().zip(&newcomers);
-    let said = said.map(|(s, new)| if *new { s.clone() } else { nothing.clone() });
+    let said = stated.iter().zip(&newcomers).map(|(s, new)| match new {
+        true => s.clone(),
+        false => vec![0.0; s.len()],
+    });
     [
         Round {
             targets: guessed,
@@ -561,12 +553,6 @@ fn rounds(stated: Vec<Vec<f32>>, hidden: Vec<Vec<f32>>) -> [Round; ROUNDS] {
             by_kind: false,
         },
     ]
-}
-
-/// The number of each attribute of the vocabulary.
-fn attribute_numbers() -> BTreeMap<&'static str, usize> {
-    let names = vocabulary::all().iter().map(|a| a.name);
-    names.zip(0..).collect()
 }
 
 /// A text as one token: the mean of the model's embeddings of its tokens, in the soft prompt's
@@ -642,7 +628,6 @@ fn reading_groups(
     let objects = synth.captions.iter();
     let objects = objects.map(|c| (c.caption.as_str(), c.object.as_str()));
     let objects: BTreeMap<&str, &str> = objects.collect();
-    let number = attribute_numbers();
     let hides = synth.users.iter().any(|u| !u.hidden_likes.is_empty());
     let (mut groups, mut users) = (Vec::new(), Vec::new());
     for user in &synth.users {
@@ -671,8 +656,7 @@ fn reading_groups(
             let mut own = own.clone();
             // Newcomers are told what they said, by whichever of the two says it.
             if newcomer || own.is_empty() {
-                let shown = text.likes.iter().filter_map(|l| number.get(l).copied());
-                own.extend(shown);
+                own.extend(text.likes.iter().filter_map(|l| vocabulary::index_of(l)));
                 own.sort_unstable();
                 own.dedup();
             }

@@ -504,6 +504,15 @@ fn reference_log_probabilities_are_computed_once() {
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+/// A fresh run that nobody watches.
+fn unwatched(folder: &Path) -> Journal<'static> {
+    Journal {
+        folder: folder.to_path_buf(),
+        resume: false,
+        progress: Box::new(|_| ControlFlow::Continue(())),
+    }
+}
+
 #[test]
 fn fine_tuning_lowers_the_loss() {
     let folder = std::env::temp_dir().join(format!("simpatico-sft-{}", std::process::id()));
@@ -523,12 +532,15 @@ fn fine_tuning_lowers_the_loss() {
         warmup: 1,
         ..SftOptions::default()
     };
-    let journal = Journal {
-        folder: folder.clone(),
-        resume: false,
-        progress: Box::new(|_| ControlFlow::Continue(())),
-    };
-    let last = train_sft(&model, &trained, None, &groups, &options, journal).unwrap();
+    let last = train_sft(
+        &model,
+        &trained,
+        None,
+        &groups,
+        &options,
+        unwatched(&folder),
+    )
+    .unwrap();
     assert!(last.loss < 4.05, "{}", last.loss); // ln 64 = 4.16 at first
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -565,11 +577,7 @@ fn what_a_soft_prompt_says_can_be_learnt_and_is_unknown_without_it() {
             warmup: 1,
             ..SftOptions::default()
         };
-        let journal = Journal {
-            folder: folder.path().to_path_buf(),
-            resume: false,
-            progress: Box::new(|_| ControlFlow::Continue(())),
-        };
+        let journal = unwatched(folder.path());
         let last = train_sft(&model, &trained, reading, &groups, &options, journal);
         last.unwrap().loss
     };

@@ -207,6 +207,9 @@ pub struct DpoArgs {
     /// Weight of the preferred answers' own likelihood
     #[arg(long, value_name = "X")]
     sft_weight: Option<f64>,
+    /// Weight of reading on beside the preferences, for a policy that has learnt --reading
+    #[arg(long, value_name = "X", conflicts_with = "reading")]
+    reading_weight: Option<f64>,
     /// Peak learning rate of the soft prompt's maps
     #[arg(long, value_name = "X")]
     lr_soft: Option<f64>,
@@ -739,7 +742,8 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
         NeighborTerm::NeighborPairsNeighbor => NeighborMode::NeighborPairsNeighbor,
     });
     (tweaks.beta, tweaks.label_smoothing) = (args.beta, args.label_smoothing);
-    (tweaks.sft_weight, tweaks.k, tweaks.lambda) = (args.sft_weight, args.k, args.lambda);
+    (tweaks.sft_weight, tweaks.reading_weight) = (args.sft_weight, args.reading_weight);
+    (tweaks.k, tweaks.lambda) = (args.k, args.lambda);
     (tweaks.lr_soft, tweaks.lr_users, tweaks.profiles) = (args.lr_soft, args.lr_users, profiles);
     train_policy(&bundle, &model, &data, &snapshots, &options, output)
 }

@@ -411,7 +411,10 @@ fn the_policy_trains_and_its_bundle_opens() {
                 args.extend(["sft", "--edits", "edits.jsonl"]);
             }
             "reading" => args.extend(["dpo", "--reading", "--hidden", "0.5"]),
-            method => args.extend(["dpo", "--method", method, "-k", "1"]),
+            method => {
+                args.extend(["dpo", "--method", method, "-k", "1"]);
+                args.extend(["--hidden", "0.5", "--reading-weight", "0.5"]);
+            }
         }
         args.extend([
             "--data", "data", "--out", out, "--steps", "1", "--batch", "1",

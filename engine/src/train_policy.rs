@@ -423,6 +423,16 @@ pub struct Reading<'a> {
     pub users: Vec<u32>,
 }
 
+impl Reading<'_> {
+    /// The soft tokens before some groups, without a gradient.
+    fn tokens(&self, groups: &[usize]) -> Result<Tensor> {
+        let users: Vec<u32> = groups.iter().map(|i| self.users[*i]).collect();
+        let users = Tensor::new(users, self.embeddings.device())?;
+        let embeddings = self.embeddings.index_select(&users, 0)?;
+        Ok(self.soft.forward(&embeddings)?.detach())
+    }
+}
+
 /// Where users' embeddings come from in training.
 pub struct Conditioning<'a> {
     /// Row numbers of users.
@@ -479,6 +489,9 @@ pub struct DpoOptions {
     pub loss: LossOptions,
     /// Weight of the preferred answers' negative log-probability per token; 0: none.
     pub sft_weight: f64,
+    /// Weight of reading beside the preferences, per token; 0: none. As many prompts of it as
+    /// there are of preferences keep the policy from unlearning what its soft prompt says.
+    pub reading_weight: f64,
     /// Peak learning rate of the adapter.
     pub lr_adapter: f64,
     /// Of the soft prompt's maps.
@@ -516,6 +529,7 @@ impl DpoOptions {
                 label_smoothing: 0.0,
             },
             sft_weight: 0.0,
+            reading_weight: 0.0,
             lr_adapter: 2e-7,
             lr_soft: 2e-7,
             lr_users: 2e-8,
@@ -1139,48 +1153,26 @@ pub fn train_sft(
     for step in course.first..options.steps {
         let start = Instant::now();
         let picked = batch(options.seed, groups.len(), options.groups, step);
-        let count: usize = picked
-            .iter()
-            .flat_map(|i| &groups[*i].completions)
-            .map(Vec::len)
-            .sum();
-        let (mut loss_sum, mut correct, mut used) = (0.0, 0, 0);
-        for (n, some) in picked.chunks(SFT_ROWS).enumerate() {
-            let rows: Vec<Row> = some
-                .iter()
-                .map(|i| Row {
-                    prompt: &groups[*i].prompt,
-                    completions: groups[*i].completions.iter().map(Vec::as_slice).collect(),
-                })
-                .collect();
-            let dropout = dropout(options.dropout, options.seed, step * 1024 + n);
-            let soft = match reading {
-                Some(reading) => {
-                    let users: Vec<u32> = some.iter().map(|i| reading.users[*i]).collect();
-                    let users = Tensor::new(users, reading.embeddings.device())?;
-                    let embeddings = reading.embeddings.index_select(&users, 0)?;
-                    Some(reading.soft.forward(&embeddings)?.detach())
-                }
-                None => None,
-            };
-            let scores = score(model, Some(adapter), dropout, soft.as_ref(), &rows, true)?;
-            let loss = (scores.logps.sum_all()? * (-1.0 / count as f64))?;
-            loss_sum += f64::from(loss.to_scalar::<f32>()?);
-            course
-                .trained
-                .optimizer
-                .accumulate(&loss.backward()?, 1.0)?;
-            correct += scores.correct.iter().sum::<usize>();
-            used += scores.tokens as u64;
-        }
+        let optimizer = &mut course.trained.optimizer;
+        let dropout = |n| dropout(options.dropout, options.seed, step * 1024 + n);
+        let batch = sft_batch(
+            (model, adapter),
+            (groups, reading),
+            &picked,
+            (1.0, &dropout),
+            optimizer,
+        )?;
         let metrics = Metrics {
-            loss: loss_sum,
-            mean_token_accuracy: correct as f64 / count as f64,
+            loss: batch.loss,
+            mean_token_accuracy: batch.accuracy,
             ..Metrics::default()
         };
-        course.end_step(step, (metrics, used), (options.lr, start), |folder| {
-            adapter.save(&folder.join("adapter"), Some(DType::F16))
-        })?;
+        course.end_step(
+            step,
+            (metrics, batch.tokens),
+            (options.lr, start),
+            |folder| adapter.save(&folder.join("adapter"), Some(DType::F16)),
+        )?;
     }
     course.end(
         &[
@@ -1189,6 +1181,49 @@ pub fn train_sft(
         ],
         "Supervised fine-tuning",
     )
+}
+
+/// What a batch of fine-tuning came to.
+struct SftBatch {
+    /// The mean over completion tokens, weighted.
+    loss: f64,
+    /// The share of completion tokens that were likeliest.
+    accuracy: f64,
+    /// Tokens through the network.
+    tokens: u64,
+}
+
+/// Adds the gradients of some groups' completions to the optimiser, times `weight`; `dropout`
+/// gives that of a forward pass by its number.
+fn sft_batch(
+    (model, adapter): (&Decoder, &Adapter),
+    (groups, reading): (&[SftGroup], Option<&Reading>),
+    picked: &[usize],
+    (weight, dropout): (f64, &dyn Fn(usize) -> Option<Dropout>),
+    optimizer: &mut AdamW,
+) -> Result<SftBatch> {
+    let completions = picked.iter().flat_map(|i| &groups[*i].completions);
+    let count: usize = completions.map(Vec::len).sum();
+    let (mut loss_sum, mut correct, mut tokens) = (0.0, 0, 0);
+    for (n, some) in picked.chunks(SFT_ROWS).enumerate() {
+        let row = |i: &usize| Row {
+            prompt: &groups[*i].prompt,
+            completions: groups[*i].completions.iter().map(Vec::as_slice).collect(),
+        };
+        let rows: Vec<Row> = some.iter().map(row).collect();
+        let soft = reading.map(|r| r.tokens(some)).transpose()?;
+        let scores = score(model, Some(adapter), dropout(n), soft.as_ref(), &rows, true)?;
+        let loss = (scores.logps.sum_all()? * (-weight / count as f64))?;
+        loss_sum += f64::from(loss.to_scalar::<f32>()?);
+        optimizer.accumulate(&loss.backward()?, 1.0)?;
+        correct += scores.correct.iter().sum::<usize>();
+        tokens += scores.tokens as u64;
+    }
+    Ok(SftBatch {
+        loss: loss_sum,
+        accuracy: correct as f64 / count as f64,
+        tokens,
+    })
 }
 
 fn check_ready(groups: usize, vars: &[(String, Var)]) -> Result<()> {
@@ -1561,12 +1596,13 @@ fn dpo_groups(policy: &Policy, options: &DpoOptions) -> (Vec<Group>, Vec<(String
 }
 
 /// Trains adapter, soft prompt and users' vectors on preference pairs; returns the last
-/// metrics. `reference` is the adapter of the frozen policy that is compared with.
+/// metrics. `reference` is the adapter of the frozen policy that is compared with; `reading` is
+/// gone on with beside the preferences ([`DpoOptions::reading_weight`]).
 pub fn train_dpo(
     model: &Decoder,
     policy: &Policy,
     reference: Option<&Adapter>,
-    groups: &[PairGroup],
+    (groups, reading): (&[PairGroup], Option<(&[SftGroup], &Reading)>),
     options: &DpoOptions,
     mut journal: Journal,
 ) -> Result<Metrics> {
@@ -1607,9 +1643,24 @@ pub fn train_dpo(
         let start = Instant::now();
         let picked = batch(options.seed, groups.len(), options.groups, step);
         let optimizer = &mut course.trained.optimizer;
-        let result = dpo_batch(
+        let mut result = dpo_batch(
             model, policy, groups, &logps, &picked, options, step, optimizer,
         )?;
+        if let Some((groups, reading)) = reading.filter(|_| options.reading_weight > 0.0) {
+            // An order of its own, and forward passes of their own numbers.
+            let seed = options.seed ^ 0x7265_6164_696e_6700;
+            let picked = batch(seed, groups.len(), options.groups, step);
+            let dropout = |n| dropout(options.dropout, seed, step * 1024 + n);
+            let read = sft_batch(
+                (model, policy.adapter),
+                (groups, Some(reading)),
+                &picked,
+                (options.reading_weight, &dropout),
+                optimizer,
+            )?;
+            result.tally.loss += read.loss;
+            result.tally.tokens += read.tokens;
+        }
         if step == course.first {
             let missing = course.trained.optimizer.without_gradient();
             if !missing.is_empty() {

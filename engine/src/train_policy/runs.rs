@@ -61,6 +61,8 @@ pub struct Tweaks {
     pub label_smoothing: Option<f64>,
     /// DPO: weight of the preferred answers' own likelihood.
     pub sft_weight: Option<f64>,
+    /// Collaborative: weight of reading beside the preferences.
+    pub reading_weight: Option<f64>,
     /// DPO: peak learning rate of the soft prompt's maps.
     pub lr_soft: Option<f64>,
     /// DPO: peak learning rate of the users' vectors, or of the graph encoder where it trains.
@@ -253,6 +255,7 @@ fn dpo_settings(method: Method, options: &RunOptions) -> DpoOptions {
         lr_soft: tweaks.lr_soft.unwrap_or(preset.lr_soft),
         lr_users: tweaks.lr_users.unwrap_or(preset.lr_users),
         sft_weight: tweaks.sft_weight.unwrap_or(preset.sft_weight),
+        reading_weight: tweaks.reading_weight.unwrap_or(preset.reading_weight),
         checkpoint_steps: tweaks.checkpoint_steps.unwrap_or(preset.checkpoint_steps),
         seed: options.seed,
         ..preset
@@ -331,26 +334,37 @@ fn dpo(
         Some(adapter) => adapter.trainable()?,
         None => model.trainable(lora(options.preset), options.seed)?,
     };
-    if options.reading {
-        let Form::Collaborative { .. } = form else {
+    let reading = match options.reading || settings.reading_weight > 0.0 {
+        false => None,
+        true if !matches!(form, Form::Collaborative { .. }) => {
             return Err(Error::BadRequest(
                 "only a soft prompt that comes of the graph can be read: train reading with the \
                  collaborative form"
                     .into(),
             ));
-        };
-        let (groups, users) = reading_groups(model, synth, (&index, &vectors), &soft, options)?;
+        }
+        true => {
+            let (groups, users) = reading_groups(model, synth, (&index, &vectors), &soft, options)?;
+            Some((groups, users))
+        }
+    };
+    // A tensor is a handle: the embeddings go on to the conditioning too.
+    let embeddings = vectors.clone();
+    let reading = reading.map(|(groups, users)| {
         let reading = Reading {
             soft: &soft,
-            embeddings: &vectors,
+            embeddings: &embeddings,
             users,
         };
-        let (reading, settings) = (Some(&reading), sft_settings(options));
+        (groups, reading)
+    });
+    if let (true, Some((groups, reading))) = (options.reading, &reading) {
+        let settings = sft_settings(options);
         let metrics = train_sft(
             &model.decoder,
             &trained,
-            reading,
-            &groups,
+            Some(reading),
+            groups,
             &settings,
             journal,
         )?;
@@ -403,7 +417,10 @@ fn dpo(
         &model.decoder,
         &policy,
         start.as_ref(),
-        &groups,
+        (
+            &groups,
+            reading.as_ref().map(|(groups, r)| (groups.as_slice(), r)),
+        ),
         &settings,
         journal,
     )?;

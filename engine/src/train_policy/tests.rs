@@ -381,6 +381,14 @@ fn the_passes_by_hand_are_those_by_tensors_with_all_gradients() {
     assert!(cosine > 0.999, "gradients in bf16: cosine {cosine}");
 }
 
+/// A prompt with its preferred answer, to be fine-tuned on.
+fn preferred(group: &PairGroup) -> SftGroup {
+    SftGroup {
+        prompt: group.prompt.clone(),
+        completions: vec![group.pairs[0].chosen.clone()],
+    }
+}
+
 /// A run over the TRL pairs with users, from a folder.
 fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec<f32>>) {
     let model = tiny();
@@ -432,8 +440,17 @@ fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec
         checkpoint_steps: 2,
         lr_adapter: 1e-2,
         lr_users: 1e-2,
+        reading_weight: 0.5,
         ..DpoOptions::default_for(DpoOptions::collaborative())
     };
+    let read: Vec<SftGroup> = groups.iter().take(3).map(preferred).collect();
+    let embeddings = var.as_detached_tensor();
+    let reading = Reading {
+        soft: &soft,
+        embeddings: &embeddings,
+        users: vec![0, 1, 2],
+    };
+    let data = (groups.as_slice(), Some((read.as_slice(), &reading)));
     let count = std::cell::Cell::new(0);
     let journal = Journal {
         folder: folder.to_path_buf(),
@@ -447,7 +464,7 @@ fn small_run(folder: &Path, steps_now: usize, resume: bool) -> (Metrics, Vec<Vec
         }),
     };
     let run = std::panic::AssertUnwindSafe(|| {
-        train_dpo(&model, &policy, Some(&start), &groups, &options, journal).unwrap()
+        train_dpo(&model, &policy, Some(&start), data, &options, journal).unwrap()
     });
     let metrics = std::panic::catch_unwind(run).unwrap_or_default();
     let mut weights: Vec<Vec<f32>> = trained
@@ -518,13 +535,7 @@ fn fine_tuning_lowers_the_loss() {
     let folder = std::env::temp_dir().join(format!("simpatico-sft-{}", std::process::id()));
     let model = tiny();
     let trained = adapter(&model, "sft_adapter").trainable().unwrap();
-    let groups: Vec<SftGroup> = trl_groups()
-        .into_iter()
-        .map(|g| SftGroup {
-            prompt: g.prompt,
-            completions: vec![g.pairs[0].chosen.clone()],
-        })
-        .collect();
+    let groups: Vec<SftGroup> = trl_groups().iter().map(preferred).collect();
     let options = SftOptions {
         lr: 1e-2,
         steps: 12,

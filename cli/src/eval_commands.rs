@@ -179,7 +179,8 @@ pub struct PromptsArgs {
     /// Held-out prompts whose pairs the policies are asked about
     #[arg(long, value_name = "N")]
     pairs: Option<usize>,
-    /// The adapter that pairs are measured against [default: the base model]
+    /// The adapter that pairs are measured against [default: the bundle's fine-tuned one, or the
+    /// base model]
     #[arg(long, value_name = "DIR")]
     reference: Option<PathBuf>,
     /// Also newcomers known by 0, 1, 2, 4, 8, 16 opinions (in --full anyway)
@@ -409,9 +410,13 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     let roles = &bundle.manifest.roles;
     let path = bundle.role("language_model", roles.language_model.as_ref())?;
     let place = |l: &Option<Location>| l.as_ref().map(|l| bundle.path(l)).transpose();
+    let fine_tuned = place(&roles.fine_tuned)?;
     let mut systems: Vec<(String, Option<PathBuf>, Option<PathBuf>)> = Vec::new();
     if !args.only {
         systems.push(("base".into(), None, None));
+        if let Some(adapter) = &fine_tuned {
+            systems.push(("fine-tuned".into(), Some(adapter.clone()), None));
+        }
     }
     if let Some(adapter) = place(&roles.adapters)?.filter(|_| !args.only) {
         systems.push((NEIGHBORS_TEXT.into(), Some(adapter.clone()), None));
@@ -486,7 +491,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     };
     let prompts = args.pairs.unwrap_or(args.eval.size(2, 8, 200));
     if prompts > 0 {
-        let reference = match &args.reference {
+        let reference = match args.reference.as_ref().or(fine_tuned.as_ref()) {
             Some(folder) => Some(loaded[0].policy.model.load_adapter(folder)?),
             None => None,
         };

@@ -192,7 +192,7 @@ pub struct DpoArgs {
     /// With --continue: prompts of the data set for each recorded one
     #[arg(long, default_value_t = 3, value_name = "N")]
     replay: usize,
-    /// Start from the bare language model instead of the bundle's adapter
+    /// Start from the bare language model instead of the bundle's fine-tuned adapter
     #[arg(long, conflicts_with_all = ["start", "go_on"])]
     from_base: bool,
     /// The loss
@@ -715,7 +715,9 @@ fn dpo(args: &DpoArgs, common: &Common, output: &Output) -> Result<()> {
     snapshots.extend(own.iter().chain(&stores).map(Store::snapshot));
     let mut options = run_options(&args.policy, method, common);
     if options.start.is_none() && !args.from_base {
-        options.start = adapter;
+        // Anew from the fine-tuning; with --continue from what people answered.
+        let fine_tuned = place(&roles.fine_tuned)?.filter(|_| !args.go_on);
+        options.start = fine_tuned.or(adapter);
     }
     options.start_soft = match (&args.start_soft, args.go_on) {
         (Some(file), _) => Some(file.clone()),
@@ -818,6 +820,9 @@ fn train_policy(
             copy(&out.join("adapter").join(name), &adapter.join(name))?;
         }
         manifest.roles.adapters = Some(Location("trained-policy".into()));
+        if options.method == Method::Sft {
+            manifest.roles.fine_tuned = manifest.roles.adapters.clone();
+        }
         manifest.roles.soft_prompt = match options.method {
             Method::Collaborative | Method::User => {
                 let name = "trained-policy/soft_prompt.safetensors";

@@ -85,6 +85,9 @@ pub struct Roles {
     pub tokenizer: Option<Location>,
     /// The policy's adapters: a folder in PEFT's form.
     pub adapters: Option<Location>,
+    /// The adapter of the supervised fine-tuning that these came of, in the same form: what
+    /// preferences are learnt from anew, and compared with.
+    pub fine_tuned: Option<Location>,
     /// From embedding to soft prompt.
     pub soft_prompt: Option<Location>,
     /// GraphSAGE.
@@ -510,6 +513,7 @@ pub fn locations(roles: &Roles) -> Vec<Location> {
         &roles.language_model,
         &roles.tokenizer,
         &roles.adapters,
+        &roles.fine_tuned,
         &roles.soft_prompt,
         &roles.sage,
         &roles.text_encoder,

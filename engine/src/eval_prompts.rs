@@ -16,8 +16,8 @@
 //!    the other judged users'; *like − dislike*; the *rank* of the user among those judged
 //!    (mean reciprocal, beside chance); *neighbours*, own − other on the held-out likes that
 //!    the user's neighbours would have suggested, instruction against instruction on the same
-//!    likes; the share of instructions that *copy* a stated like, that are *distinct*, and
-//!    that name the thing in the picture (*on topic*); how far apart instructions lie *within* a
+//!    likes; the share of instructions that *copy* a stated like, that name a held-out one (a
+//!    *guess* that came true), that are *distinct*, and that name the thing in the picture (*on topic*); how far apart instructions lie *within* a
 //!    user and *between* users. As a control a fifth condition writes with *another's* profile
 //!    and embedding.
 //! 5. Five rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
@@ -179,6 +179,9 @@ pub struct Scores {
     pub of_ceiling: f64,
     /// Share of instructions that take up a stated like.
     pub copied: f64,
+    /// Share of instructions that take up a held-out like: guesses that came true.
+    #[serde(default)]
+    pub guessed: f64,
     /// Different instructions as a share of all.
     pub distinct: f64,
     /// Share of instructions that name the thing in the picture.
@@ -586,11 +589,7 @@ impl References {
 
 fn encode_all(judge: &TextEncoder, texts: &[String]) -> Result<Vec<Vec<f32>>> {
     let refs: Vec<&str> = texts.iter().map(String::as_str).collect();
-    let mut vectors = Vec::with_capacity(refs.len());
-    for part in refs.chunks(64) {
-        vectors.extend(judge.encode(part)?);
-    }
-    Ok(vectors)
+    judge.encode(&refs)
 }
 
 fn mean_vector<'a>(vectors: impl Iterator<Item = &'a Vec<f32>>) -> Vec<f32> {
@@ -611,17 +610,19 @@ fn centre(v: &mut [f32], mean: &[f32]) {
     v.iter_mut().for_each(|x| *x /= length);
 }
 
-/// The vectors of all rows' instructions, the mean of all taken away.
+/// The vectors of all rows' instructions, the mean of all taken away. Each text is read once, in
+/// company.
 fn embedded(rows: &[Texts], judge: &TextEncoder) -> Result<Vec<Vec<Vec<Vec<f32>>>>> {
-    let mut all = Vec::new();
-    for row in rows {
-        let mut of_row = Vec::new();
-        for texts in &row.texts {
-            let words: Vec<String> = texts.iter().map(|t| t.2.clone()).collect();
-            of_row.push(encode_all(judge, &words)?);
-        }
-        all.push(of_row);
-    }
+    let texts = rows.iter().flat_map(|row| row.texts.iter().flatten());
+    let different: BTreeSet<&String> = texts.map(|t| &t.2).collect();
+    let different: Vec<String> = different.into_iter().cloned().collect();
+    let vectors = encode_all(judge, &different)?;
+    let by_text: BTreeMap<&String, &Vec<f32>> = different.iter().zip(&vectors).collect();
+    let of_user = |texts: &Vec<(usize, String, String)>| -> Vec<Vec<f32>> {
+        texts.iter().map(|t| by_text[&t.2].clone()).collect()
+    };
+    let of_row = |row: &Texts| -> Vec<_> { row.texts.iter().map(of_user).collect() };
+    let mut all: Vec<Vec<Vec<Vec<f32>>>> = rows.iter().map(of_row).collect();
     let corpus = mean_vector(all.iter().flatten().flatten());
     for v in all.iter_mut().flatten().flatten() {
         centre(v, &corpus);
@@ -718,16 +719,18 @@ fn scored(
         .collect();
     let all = written.len().max(1) as f64;
     let different: BTreeSet<&String> = written.iter().map(|w| &w.2).collect();
-    let stated: BTreeMap<&str, Vec<String>> = users
+    let likes: BTreeMap<&str, (Vec<String>, &Vec<String>)> = users
         .iter()
         .map(|u| {
-            let those = u.stated_likes();
-            (u.user.as_str(), those.cloned().collect())
+            let stated = u.stated_likes().cloned().collect();
+            (u.user.as_str(), (stated, &u.held_out_likes))
         })
         .collect();
-    let copies = |w: &&(String, String, String)| {
-        !crate::policy::named_in(&w.2, &stated[w.0.as_str()]).is_empty()
+    let takes_up = |w: &(String, String, String), those: &[String]| {
+        !crate::policy::named_in(&w.2, those).is_empty()
     };
+    let copies = |w: &&(String, String, String)| takes_up(w, &likes[w.0.as_str()].0);
+    let guesses = |w: &&(String, String, String)| takes_up(w, likes[w.0.as_str()].1);
     let names_it = |w: &&(String, String, String)| {
         w.2.to_lowercase()
             .contains(&object(&w.1, captions).to_lowercase())
@@ -742,6 +745,7 @@ fn scored(
         neighbor_lift: (!lift.is_empty()).then(|| Mean::of(&lift)),
         of_ceiling: 0.0,
         copied: written.iter().filter(copies).count() as f64 / all,
+        guessed: written.iter().filter(guesses).count() as f64 / all,
         distinct: different.len() as f64 / all,
         on_topic: written.iter().filter(names_it).count() as f64 / all,
         within: spread(vectors, true),
@@ -1030,7 +1034,7 @@ fn interval(m: &Mean) -> String {
 /// The report as a table for people.
 pub fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}{:>8}{:>9}\n",
+        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}{:>9}{:>8}{:>9}\n",
         report.users,
         report.judge,
         report.rank_by_chance,
@@ -1042,6 +1046,7 @@ pub fn table(report: &Report) -> String {
         "neighbours",
         "ceiling",
         "copied",
+        "guessed",
         "distinct",
         "on topic",
         "within",
@@ -1051,7 +1056,7 @@ pub fn table(report: &Report) -> String {
         let lift = s.neighbor_lift.as_ref().map_or("-".into(), interval);
         let _ = writeln!(
             text,
-            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.2}{:>9.2}{:>8.2}{:>9.2}",
+            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.3}{:>9.2}{:>9.2}{:>8.2}{:>9.2}",
             s.system,
             s.condition.map_or("", Condition::words),
             interval(&s.own_minus_other),
@@ -1060,6 +1065,7 @@ pub fn table(report: &Report) -> String {
             lift,
             100.0 * s.of_ceiling,
             s.copied,
+            s.guessed,
             s.distinct,
             s.on_topic,
             s.within,

@@ -24,7 +24,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::bert::{BertModel, Config};
 use simpatico_storage::Store;
 use std::path::Path;
-use tokenizers::{Tokenizer, TruncationParams};
+use tokenizers::Tokenizer;
 
 /// The most texts in one forward pass.
 const BATCH_TEXTS: usize = 64;
@@ -89,6 +89,10 @@ impl TextEncoder {
         let mut tokenizer = Tokenizer::from_bytes(read("tokenizer.json")?)
             .map_err(|e| Error::bad_model(file("tokenizer.json"), e.to_string()))?;
         tokenizer.with_padding(None);
+        // Texts are cut in `token_ids`: the tokenizer's own cut is a setting of it, and to set it
+        // for a call takes a copy of the whole vocabulary.
+        let cleared = tokenizer.with_truncation(None).map(|_| ());
+        cleared.map_err(|e| Error::bad_model(file("tokenizer.json"), e.to_string()))?;
         let decoder = matches!(
             config["model_type"].as_str(),
             Some("mistral" | "llama" | "qwen2")
@@ -204,28 +208,27 @@ impl TextEncoder {
     }
 
     fn token_ids(&self, texts: &[&str], max_tokens: usize) -> Result<Vec<Vec<u32>>> {
-        let mut tokenizer = self.tokenizer.clone();
         let end = match &self.network {
             Network::Decoder { end, .. } => *end,
             Network::Bert(_) => None,
         };
-        let cut = TruncationParams {
-            max_length: max_tokens - usize::from(end.is_some()),
-            ..TruncationParams::default()
-        };
+        let most = max_tokens - usize::from(end.is_some());
         let failed = |e: tokenizers::Error| Error::BadRequest(format!("tokenizing: {e}"));
-        tokenizer.with_truncation(Some(cut)).map_err(failed)?;
-        texts
-            .iter()
-            .map(|text| {
-                let framed = tokenizer.encode(text.trim(), true).map_err(failed)?;
-                let mut ids = framed.get_ids().to_vec();
-                if end.is_some() && ids.last().copied() != end {
-                    ids.extend(end);
-                }
-                Ok(ids)
-            })
-            .collect()
+        let of_text = |text: &&str| {
+            let framed = self.tokenizer.encode(text.trim(), true).map_err(failed)?;
+            let mut ids = framed.get_ids().to_vec();
+            if ids.len() > most {
+                // What the tokenizer puts behind a text stays behind what is left of it.
+                let specials = framed.get_special_tokens_mask().iter().rev();
+                let behind = specials.take_while(|s| **s == 1).count().min(most);
+                ids.drain(most - behind..ids.len() - behind);
+            }
+            if end.is_some() && ids.last().copied() != end {
+                ids.extend(end);
+            }
+            Ok(ids)
+        };
+        texts.iter().map(of_text).collect()
     }
 }
 
@@ -285,6 +288,20 @@ mod tests {
                 assert!((f64::from(*x) - y.as_f64().unwrap()).abs() <= 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn long_texts_are_cut_before_what_the_tokenizer_puts_behind_them() {
+        let Some(encoder) = minilm() else {
+            eprintln!("skipped: SIMPATICO_MINILM names no folder with MiniLM");
+            return;
+        };
+        let long = "red ".repeat(1000);
+        let ids = encoder.token_ids(&[&long, "red"], 6).unwrap();
+        let [start, red, end] = ids[1][..] else {
+            panic!("{:?}", ids[1]);
+        };
+        assert_eq!(ids[0], [start, red, red, red, red, end]);
     }
 
     #[test]

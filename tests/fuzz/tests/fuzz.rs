@@ -9,13 +9,13 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 const IN_A_STORE: [&str; 3] = ["log-in-a-store", "rows-in-a-store", "snapshot-restored"];
 
 /// Each target is a process of its own, for the memory of a case is counted over the whole
-/// process. One more runs at once than there are processors: some wait for the disk.
+/// process. Two more run at once than there are processors: some wait for the disk.
 #[test]
 fn nothing_that_reads_foreign_bytes_panics_hangs_or_swells() {
     let seconds = std::env::var("FUZZ_SECONDS").ok();
     let seconds: Option<u32> = seconds.map(|s| s.parse().expect("FUZZ_SECONDS is a number"));
     let (next, findings) = (AtomicUsize::new(0), Mutex::new(Vec::new()));
-    let at_once = std::thread::available_parallelism().map_or(1, usize::from) + 1;
+    let at_once = std::thread::available_parallelism().map_or(1, usize::from) + 2;
     std::thread::scope(|scope| {
         for _ in 0..at_once {
             scope.spawn(|| {

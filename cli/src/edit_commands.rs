@@ -13,7 +13,7 @@ use simpatico_engine::edit::{
 };
 use simpatico_engine::engine::Engine;
 use simpatico_engine::provenance;
-use simpatico_schema::edit::{Backend, ControlKind, EditSettings, InstructRequest};
+use simpatico_schema::edit::{Backend, ControlKind, EditSettings, InstructRequest, TEMPERATURE};
 use simpatico_storage::Store;
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
@@ -78,8 +78,9 @@ pub struct InstructArgs {
     /// 0: only the user's own circle; 1: mostly tastes beyond it
     #[arg(long, default_value_t = 0.0, value_parser = share)]
     explore: f32,
-    /// Sampling temperature; 0 takes the likeliest words
-    #[arg(long, default_value_t = 0.0)]
+    /// Sampling temperature; 0 takes the likeliest words, and with them often the same like for all
+    /// of a user's pictures
+    #[arg(long, default_value_t = TEMPERATURE)]
     temperature: f32,
 }
 

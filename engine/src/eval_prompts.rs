@@ -49,7 +49,7 @@ use crate::text_vectors::TextEncoder;
 use crate::train_policy::{PairGroup, Row, reference_logps, score};
 use crate::vocabulary;
 use serde::{Deserialize, Serialize};
-use simpatico_schema::edit::InstructRequest;
+use simpatico_schema::edit::{InstructRequest, TEMPERATURE};
 use simpatico_schema::random::Philox;
 use simpatico_schema::{Event, OverlapMode, Polarity};
 use simpatico_storage::{Snapshot, Store};
@@ -80,7 +80,7 @@ impl Default for EvalOptions {
         Self {
             users: 100,
             instructions: 2,
-            temperature: 0.7,
+            temperature: TEMPERATURE,
             seeds: vec![0],
             conditions: Condition::ALL.to_vec(),
         }

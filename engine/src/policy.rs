@@ -268,7 +268,7 @@ impl Policy {
         let prompt = Prompt {
             soft: self.soft_tokens(snapshot, request, &taste)?,
             ids: prompt_ids(&self.model.tokenizer, template, &text)?,
-            stream: 0,
+            stream: picture_stream(request),
         };
         Ok((taste, prompt))
     }
@@ -291,7 +291,7 @@ impl Policy {
         };
         let adapter = self.adapter.as_ref();
         let mut read = Read::new(&self.model, &prompts, adapter, &most, go_on)?;
-        for attempt in 0..4u64 {
+        for attempt in 0..ATTEMPTS {
             let faulty = |(faults, _): &(Faults, String)| *faults > Faults::default();
             let open: Vec<usize> = (0..requests.len())
                 .filter(|i| best[*i].as_ref().is_none_or(faulty))
@@ -308,7 +308,8 @@ impl Policy {
                     .copied()
                     .filter(|i| !done[*i] && options(*i) == own)
                     .collect();
-                let which: Vec<(usize, u64)> = group.iter().map(|i| (*i, attempt)).collect();
+                let stream = |i: &usize| (*i, prompts[*i].stream.wrapping_add(attempt));
+                let which: Vec<(usize, u64)> = group.iter().map(stream).collect();
                 let answers = read.answer(&which, &own, go_on)?;
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
@@ -410,13 +411,7 @@ impl Policy {
             .map(|s| s.attribute)
             .take(12)
             .collect();
-        // Another picture, another draw: or the first like would be in every instruction.
-        let drawn = Sha256::digest(request.caption.as_bytes());
-        let stream = drawn
-            .iter()
-            .take(8)
-            .fold(0, |all, byte| all << 8 | u64::from(*byte));
-        let mut random = Philox::new(request.seed, stream);
+        let mut random = Philox::new(request.seed, picture_stream(request));
         // Everything newly said stands in the prompt; of a longer history, the newest likes and
         // a draw from the rest, so that not every picture gets the same ones.
         let most = self.options.likes_shown;
@@ -535,6 +530,18 @@ struct Asked {
 
 fn store_error(e: StoreError) -> Error {
     Error::BadRequest(format!("reading the store: {e}"))
+}
+
+/// How often a sentence with a fault is written anew, the first time counted in. The prompt is read
+/// once, so that a try costs some ten tokens.
+const ATTEMPTS: u64 = 8;
+
+/// The stream of random numbers that a picture's draws come from. Another picture, another draw:
+/// or one seed would find the same like for all of them.
+fn picture_stream(request: &InstructRequest) -> u64 {
+    let drawn = Sha256::digest(request.caption.as_bytes());
+    let first = drawn.iter().take(8);
+    first.fold(0, |all, byte| all << 8 | u64::from(*byte))
 }
 
 fn check_request(request: &InstructRequest) -> Result<()> {

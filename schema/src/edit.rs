@@ -3,7 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 /// Asks for one personal instruction.
-#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct InstructRequest {
     /// For whom. A user unknown to the store gets the generic instruction.
@@ -16,10 +16,28 @@ pub struct InstructRequest {
     pub explore: f32,
     /// Chooses among equally good instructions; the same seed gives the same words.
     pub seed: u64,
-    /// Sampling temperature; 0 takes the likeliest token each time.
+    /// Sampling temperature; 0 takes the likeliest token each time, and with it often the same like
+    /// for all of a user's pictures.
     pub temperature: f32,
     /// The most tokens the instruction may have. `None`: the bundle's setting.
     pub max_tokens: Option<usize>,
+}
+
+/// The temperature of an instruction unless the request has another; what policies are judged at.
+pub const TEMPERATURE: f32 = 0.7;
+
+impl Default for InstructRequest {
+    fn default() -> Self {
+        Self {
+            user: String::new(),
+            caption: String::new(),
+            cue: None,
+            explore: 0.0,
+            seed: 0,
+            temperature: TEMPERATURE,
+            max_tokens: None,
+        }
+    }
 }
 
 /// An instruction, and where it came from.

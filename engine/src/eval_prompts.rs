@@ -17,9 +17,9 @@
 //!    (mean reciprocal, beside chance); *neighbours*, own − other on the held-out likes that
 //!    the user's neighbours would have suggested, instruction against instruction on the same
 //!    likes; the share of instructions that *copy* a stated like, that name a held-out one (a
-//!    *guess* that came true), that are *distinct*, and that name the thing in the picture (*on topic*); how far apart instructions lie *within* a
-//!    user and *between* users. As a control a fifth condition writes with *another's* profile
-//!    and embedding.
+//!    *guess* that came true), that are *distinct*, and that name the thing in the picture (*on
+//!    topic*); how far apart instructions lie *within* a user and *between* users. As a control
+//!    a fifth condition writes with *another's* profile and embedding.
 //! 5. Five rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
 //!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
 //!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs

@@ -621,14 +621,19 @@ pub fn named_in(sentence: &str, attributes: &[String]) -> Vec<String> {
         .iter()
         .map(|a| a.name)
         .collect();
-    let lower = sentence.to_lowercase();
+    let spelt = vocabulary::spelt(sentence);
     let by_name = |a: &str| {
-        let name = vocabulary::strip_article(a).to_lowercase();
-        name.len() > 2 && lower.contains(&name)
+        let name = vocabulary::spelt(vocabulary::strip_article(a));
+        name.len() > 2 && spelt.contains(&name)
+    };
+    // Words of people's own stand for what of the vocabulary is in them, too.
+    let in_it = |a: &str| {
+        let mentioned = vocabulary::mentioned(a);
+        mentioned.iter().any(|m| known.contains(m.name))
     };
     let says = |a: &&String| match vocabulary::find(a) {
         Some(_) => known.contains(a.as_str()),
-        None => by_name(a),
+        None => by_name(a) || in_it(a),
     };
     attributes.iter().filter(says).cloned().collect()
 }
@@ -999,6 +1004,16 @@ mod tests {
         ];
         let found = named_in("Cover it with grandma's quilt over old barn wood.", &own);
         assert_eq!(found, ["rustic wood", "Grandma's quilt"]);
+    }
+
+    #[test]
+    fn a_like_in_words_of_ones_own_is_found_by_what_it_names() {
+        let own = ["Pastel colours".to_string(), "a big grey whale".into()];
+        let pastel = named_in("Recolor the chair in soft pastels.", &own);
+        assert_eq!(pastel, ["Pastel colours"]);
+        let whale = named_in("Put a big gray whale behind the chair.", &own);
+        assert_eq!(whale, ["a big grey whale"]);
+        assert!(named_in("Recolor the chair in sky blue.", &own).is_empty());
     }
 
     #[test]

@@ -482,14 +482,14 @@ pub fn index_of(name: &str) -> Option<usize> {
 }
 
 /// The attributes a text names, by any of their wordings, in the order of [`all`]. A wording
-/// counts where it stands between word boundaries, whatever its case; a leading article is
-/// not asked for. Wordings that lie inside a longer one found at the same place do not count.
+/// counts where it stands between word boundaries, whatever its case and in British or American
+/// spelling; a leading article is not asked for. Wordings that lie inside a longer one found at the same place do not count.
 pub fn mentioned(text: &str) -> Vec<&'static Attribute> {
-    let text = text.to_lowercase();
+    let text = spelt(text);
     let mut found: Vec<(usize, usize, usize)> = Vec::new(); // (start, end, attribute)
     for (i, attribute) in TABLE.iter().enumerate() {
         for wording in attribute.wordings() {
-            let wording = strip_article(wording).to_lowercase();
+            let wording = spelt(strip_article(wording));
             found.extend(word_matches(&text, &wording).map(|s| (s, s + wording.len(), i)));
         }
     }
@@ -505,6 +505,12 @@ pub fn mentioned(text: &str) -> Vec<&'static Attribute> {
     kept.sort_unstable();
     kept.dedup();
     kept.into_iter().map(|i| &TABLE[i]).collect()
+}
+
+/// A text as texts are compared: in small letters, "colour" and "grey" as "color" and "gray".
+pub fn spelt(text: &str) -> String {
+    let text = text.to_lowercase();
+    text.replace("colour", "color").replace("grey", "gray")
 }
 
 /// The wording without "a", "an" or "the" in front.

@@ -343,10 +343,13 @@ fn dpo(
                     .into(),
             ));
         }
-        true => {
-            let (groups, users) = reading_groups(model, synth, (&index, &vectors), &soft, options)?;
-            Some((groups, users))
-        }
+        true => Some(reading_groups(
+            model,
+            synth,
+            (&index, &vectors),
+            &soft,
+            options,
+        )?),
     };
     // A tensor is a handle: the embeddings go on to the conditioning too.
     let embeddings = vectors.clone();

@@ -483,15 +483,13 @@ pub fn index_of(name: &str) -> Option<usize> {
 
 /// The attributes a text names, by any of their wordings, in the order of [`all`]. A wording
 /// counts where it stands between word boundaries, whatever its case and in British or American
-/// spelling; a leading article is not asked for. Wordings that lie inside a longer one found at the same place do not count.
+/// spelling; a leading article is not asked for. Wordings that lie inside a longer one found at
+/// the same place do not count.
 pub fn mentioned(text: &str) -> Vec<&'static Attribute> {
     let text = spelt(text);
     let mut found: Vec<(usize, usize, usize)> = Vec::new(); // (start, end, attribute)
-    for (i, attribute) in TABLE.iter().enumerate() {
-        for wording in attribute.wordings() {
-            let wording = spelt(strip_article(wording));
-            found.extend(word_matches(&text, &wording).map(|s| (s, s + wording.len(), i)));
-        }
+    for (wording, i) in spelt_wordings() {
+        found.extend(word_matches(&text, wording).map(|s| (s, s + wording.len(), *i)));
     }
     let mut kept: Vec<usize> = found
         .iter()
@@ -505,6 +503,17 @@ pub fn mentioned(text: &str) -> Vec<&'static Attribute> {
     kept.sort_unstable();
     kept.dedup();
     kept.into_iter().map(|i| &TABLE[i]).collect()
+}
+
+/// Every wording as texts are compared, without its article, and the number of its attribute. Made
+/// once: a sentence is looked through for each try of an instruction, and for each list of likes.
+fn spelt_wordings() -> &'static [(String, usize)] {
+    static WORDINGS: OnceLock<Vec<(String, usize)>> = OnceLock::new();
+    WORDINGS.get_or_init(|| {
+        let all = TABLE.iter().enumerate();
+        all.flat_map(|(i, a)| a.wordings().map(move |w| (spelt(strip_article(w)), i)))
+            .collect()
+    })
 }
 
 /// A text as texts are compared: in small letters, "colour" and "grey" as "color" and "gray".
@@ -1097,7 +1106,7 @@ mod tests {
         for a in all() {
             for wording in a.wordings() {
                 assert!(!wording.trim().is_empty(), "{}: empty wording", a.name);
-                if let Some(other) = seen.insert(strip_article(wording).to_lowercase(), a.name) {
+                if let Some(other) = seen.insert(spelt(strip_article(wording)), a.name) {
                     assert_eq!(other, a.name, "{wording:?} says both");
                 }
             }

@@ -161,8 +161,13 @@ pub struct PromptsArgs {
     /// For ablations of K and λ: train each with `train dpo -k N --lambda X`, name them here
     #[arg(long, value_name = "NAME=DIR[:FILE]")]
     system: Vec<String>,
-    /// Judge only the systems given by --system, without the base model and the bundle
-    #[arg(long, requires = "system")]
+    /// An earlier report, prompts.json: what its systems wrote is judged again beside the others
+    /// (may be given several times; of one NAME: one system)
+    #[arg(long, value_name = "FILE")]
+    written: Vec<PathBuf>,
+    /// Judge only the systems given by --system and --written, without the base model and the
+    /// bundle
+    #[arg(long)]
     only: bool,
     /// Let every system write anew where it takes up nothing that is liked, as `instruct` does;
     /// without this what is judged is what training did, not what the store mends afterwards
@@ -403,6 +408,16 @@ fn cached(name: &str) -> Result<Option<PathBuf>> {
 
 fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     let started = Instant::now();
+    if args.only && args.system.is_empty() && args.written.is_empty() {
+        let help = "--only: name the systems to judge, with --system or --written";
+        return Err(Usage(help.into()).into());
+    }
+    let earlier = args.written.iter().map(|file| {
+        let text = std::fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        serde_json::from_str(&text)
+            .with_context(|| format!("{}: not a report of `eval prompts`", file.display()))
+    });
+    let earlier: Vec<eval_prompts::Report> = earlier.collect::<Result<_>>()?;
     let device = simpatico_engine::device(common.device.as_deref())?;
     let (judge_name, judge) = judge(args, output)?;
     let judge = TextEncoder::open(&judge, &Device::Cpu)?;
@@ -479,7 +494,15 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
     };
     let snapshot = store.snapshot();
     let named = (judge_name.as_str(), &judge);
-    let mut report = eval_prompts::evaluate(&mut loaded, &snapshot, &data, named, &options, tell)?;
+    let mut report = eval_prompts::evaluate(
+        &mut loaded,
+        &earlier,
+        &snapshot,
+        &data,
+        named,
+        &options,
+        tell,
+    )?;
     // What is known so far is on disk before the next hour begins.
     let so_far = |report: &eval_prompts::Report| {
         save(
@@ -490,7 +513,7 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         )
     };
     let prompts = args.pairs.unwrap_or(args.eval.size(2, 8, 200));
-    if prompts > 0 {
+    if prompts > 0 && !loaded.is_empty() {
         let reference = match args.reference.as_ref().or(fine_tuned.as_ref()) {
             Some(folder) => Some(loaded[0].policy.model.load_adapter(folder)?),
             None => None,
@@ -514,10 +537,15 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         }
     }
     drop(snapshot);
-    if args.cold_start || args.eval.full {
+    let newcomers = earlier.iter().any(|report| !report.cold.is_empty());
+    if args.cold_start || args.eval.full || newcomers {
         so_far(&report)?;
+        let writing = match args.cold_start || args.eval.full {
+            true => loaded.as_slice(),
+            false => &[],
+        };
         (report.cold, report.cold_differences) =
-            eval_prompts::cold_start(&loaded, &store, &data, &judge, &options, tell)?;
+            eval_prompts::cold_start(writing, &earlier, &store, &data, &judge, &options, tell)?;
     }
     bar.finish_and_clear();
     let table = eval_prompts::table(&report);

@@ -302,6 +302,7 @@ fn wrong_use_is_met_with_help() {
     let dir = tempfile::tempdir().unwrap();
     let dir = dir.path();
     std::fs::create_dir(dir.join("empty")).unwrap();
+    std::fs::write(dir.join("other.json"), "{}").unwrap();
     for (args, status, word) in [
         (vec!["train", "sft"], 2, "--out"),
         (
@@ -330,6 +331,12 @@ fn wrong_use_is_met_with_help() {
             "--steps",
         ),
         (vec!["eval", "images", "--edits", "empty"], 1, "source"),
+        (vec!["eval", "prompts", "--only"], 2, "--written"),
+        (
+            vec!["eval", "prompts", "--written", "other.json"],
+            1,
+            "not a report",
+        ),
         (
             vec!["eval", "links", "--held-out", "2", "--no-text"],
             2,

@@ -13,13 +13,15 @@
 //!    and with no profile in words, so that only the embedding can tell (for a system without
 //!    a soft prompt that is the control: nobody's instruction).
 //! 4. For each: *own − other*, the mean cosine with the user's held-out likes less that with
-//!    the other judged users'; *like − dislike*; the *rank* of the user among those judged
-//!    (mean reciprocal, beside chance); *neighbours*, own − other on the held-out likes that
-//!    the user's neighbours would have suggested, instruction against instruction on the same
-//!    likes; the share of instructions that *copy* a stated like, that name a held-out one (a
-//!    *guess* that came true), that are *distinct*, and that name the thing in the picture (*on
-//!    topic*); how far apart instructions lie *within* a user and *between* users. As a control
-//!    a fifth condition writes with *another's* profile and embedding.
+//!    the other judged users'; the same on *all likes*, those the system was told of too (the
+//!    paper's prompt score, with its control: here it counts to say what somebody said);
+//!    *like − dislike*; the *rank* of the user among those judged (mean reciprocal, beside
+//!    chance); *neighbours*, own − other on the held-out likes that the user's neighbours would
+//!    have suggested, instruction against instruction on the same likes; the share of
+//!    instructions that *copy* a stated like, that name a held-out one (a *guess* that came
+//!    true), that are *distinct*, and that name the thing in the picture (*on topic*); how far
+//!    apart instructions lie *within* a user and *between* users. As a control a fifth condition
+//!    writes with *another's* profile and embedding.
 //! 5. Five rows that no model wrote: *ceiling*, fresh sentences for the very likes that were
 //!    held out; *profile copied*, sentences for stated likes; *floor*, sentences for another
 //!    user's stated likes; *a neighbour's own*, what the nearest neighbour's training pairs
@@ -32,7 +34,8 @@
 //! Beside it the policy itself is asked ([`pair_scores`]): on held-out pairs, is the preferred
 //! answer the one whose probability rose over the reference, and is the implied probability
 //! calibrated? [`cold_start`] repeats Like+Dislike for newcomers known by 0 to 16 opinions, and says
-//! by how much one system leads the one before.
+//! by how much one system leads the one before. What a newcomer likes is the same throughout,
+//! however much of it was told.
 //!
 //! One thing no condition switches off: a policy writes anew where it names a stated dislike. That
 //! it also does so where it names nothing that is liked ([`crate::policy::PolicyOptions::insist`])
@@ -169,6 +172,9 @@ pub struct Scores {
     pub own: f64,
     /// Less that with the other users'.
     pub own_minus_other: Mean,
+    /// Own − other on all of the user's likes, stated and held-out.
+    #[serde(default)]
+    pub all_likes: Mean,
     /// Cosine with held-out likes less that with dislikes.
     pub like_minus_dislike: Mean,
     /// Mean reciprocal rank of the user among those judged.
@@ -194,6 +200,9 @@ pub struct Scores {
     pub by_seed: Vec<f64>,
     /// Each user's own − other, for paired comparisons.
     pub by_user: Vec<f64>,
+    /// Each user's own − other on all likes.
+    #[serde(default)]
+    pub all_likes_by_user: Vec<f64>,
     /// What was written: user, caption, instruction.
     pub written: Vec<(String, String, String)>,
 }
@@ -207,6 +216,9 @@ pub struct Difference {
     pub condition: Condition,
     /// Own − other, paired by user.
     pub difference: Mean,
+    /// Own − other on all likes, paired by user.
+    #[serde(default)]
+    pub all_likes: Mean,
 }
 
 /// How well a policy tells held-out pairs.
@@ -224,15 +236,27 @@ pub struct PairScores {
     pub calibration_error: f64,
 }
 
-/// A system's own − other for newcomers.
+/// What a system writes for newcomers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct ColdScore {
     /// The system's name.
     pub system: String,
     /// Opinions known.
     pub known: usize,
-    /// Own − other.
+    /// Own − other, on held-out likes.
     pub own_minus_other: Mean,
+    /// Own − other on all that they like, told or not.
+    #[serde(default)]
+    pub all_likes: Mean,
+    /// Share of instructions that take up a like that was told.
+    #[serde(default)]
+    pub copied: f64,
+    /// Share of instructions that take up a held-out like.
+    #[serde(default)]
+    pub guessed: f64,
+    /// What was written: user, caption, instruction.
+    #[serde(default)]
+    pub written: Vec<(String, String, String)>,
 }
 
 /// One system less the one before it, for newcomers.
@@ -244,6 +268,9 @@ pub struct ColdDifference {
     pub known: usize,
     /// Own − other, paired by user.
     pub difference: Mean,
+    /// Own − other on all likes, paired by user.
+    #[serde(default)]
+    pub all_likes: Mean,
 }
 
 /// The whole report.
@@ -283,10 +310,14 @@ fn judged_users(synth: &Synth, most: usize) -> Result<Vec<&SynthUser>> {
     }
 }
 
-/// Writes and judges. The snapshot must hold the users' stated opinions. `progress` is told of
-/// the row that is written, users done and all; [`Error::Cancelled`] when it breaks.
+/// Writes and judges. The snapshot must hold the users' stated opinions. What `earlier` reports'
+/// systems wrote is judged again beside the rest; of one name they are one system.
+///
+/// `progress` is told of the row that is written, users done and all; [`Error::Cancelled`] when
+/// it breaks.
 pub fn evaluate(
     systems: &mut [System],
+    earlier: &[Report],
     snapshot: &Snapshot,
     synth: &Synth,
     (judge_name, judge): (&str, &TextEncoder),
@@ -298,21 +329,18 @@ pub fn evaluate(
     let near: Vec<Vec<String>> = near.collect::<Result<_>>()?;
     let mut rows = unwritten(&users, &near, synth);
     rows.push(retrieved(&users, synth, snapshot)?);
+    for row in earlier.iter().flat_map(|report| &report.systems) {
+        if row.condition.is_some() {
+            let texts = read_back(&row.written, row.by_seed.len(), &users)?;
+            add(&mut rows, &row.system, row.condition, texts);
+        }
+    }
     for system in systems.iter_mut() {
         for condition in &options.conditions {
             let label = format!("{}, {}", system.name, condition.words());
             let mut tell = |done| progress(&label, done, users.len());
             let texts = write(system, *condition, snapshot, &users, options, &mut tell)?;
-            let row = Texts {
-                system: system.name.clone(),
-                condition: Some(*condition),
-                texts,
-            };
-            let same = |r: &&mut Texts| r.system == row.system && r.condition == row.condition;
-            match rows.iter_mut().find(same) {
-                Some(rows) => rows.join(row),
-                None => rows.push(row),
-            }
+            add(&mut rows, &system.name, Some(*condition), texts);
         }
     }
     let names = synth.attributes.iter().map(|a| a.attribute.as_str());
@@ -353,19 +381,84 @@ pub fn evaluate(
 struct Texts {
     system: String,
     condition: Option<Condition>,
-    /// For each user the (seed number, caption, instruction)s.
-    texts: Vec<Vec<(usize, String, String)>>,
+    texts: ByUser,
 }
+
+/// For each user the (seed number, caption, instruction)s.
+type ByUser = Vec<Vec<(usize, String, String)>>;
 
 impl Texts {
     /// Takes in what the same system wrote after training with another seed.
-    fn join(&mut self, other: Self) {
+    fn join(&mut self, other: ByUser) {
         let seeds = self.texts.iter().flatten().map(|t| t.0 + 1).max();
-        for (texts, more) in self.texts.iter_mut().zip(other.texts) {
+        for (texts, more) in self.texts.iter_mut().zip(other) {
             let more = more.into_iter();
             texts.extend(more.map(|(n, caption, words)| (n + seeds.unwrap_or(0), caption, words)));
         }
     }
+
+    /// User, caption, instruction, one after another.
+    fn written(&self, users: &[&SynthUser]) -> Vec<(String, String, String)> {
+        let of = |(user, texts): (&&SynthUser, &Vec<(usize, String, String)>)| {
+            let one = |t: &(usize, String, String)| (user.user.clone(), t.1.clone(), t.2.clone());
+            texts.iter().map(one).collect::<Vec<_>>()
+        };
+        users.iter().zip(&self.texts).flat_map(of).collect()
+    }
+
+    /// The share of instructions that name one of `likes` of their user's, given by number.
+    fn take_up(&self, likes: impl Fn(usize) -> Vec<String>) -> f64 {
+        let (mut all, mut named) = (0, 0);
+        for (user, texts) in self.texts.iter().enumerate() {
+            let likes = likes(user);
+            let names =
+                |t: &&(usize, String, String)| !crate::policy::named_in(&t.2, &likes).is_empty();
+            named += texts.iter().filter(names).count();
+            all += texts.len();
+        }
+        named as f64 / all.max(1) as f64
+    }
+}
+
+/// Adds what a system wrote to its row, or a row for it.
+fn add(rows: &mut Vec<Texts>, system: &str, condition: Option<Condition>, texts: ByUser) {
+    let same = |r: &&mut Texts| r.system == system && r.condition == condition;
+    match rows.iter_mut().find(same) {
+        Some(row) => row.join(texts),
+        None => rows.push(Texts {
+            system: system.into(),
+            condition,
+            texts,
+        }),
+    }
+}
+
+/// What a report says was written, of the users that are judged now. A user's instructions stand
+/// there seed after seed, as many of each.
+fn read_back(
+    written: &[(String, String, String)],
+    seeds: usize,
+    users: &[&SynthUser],
+) -> Result<ByUser> {
+    let mut of: BTreeMap<&str, Vec<(&String, &String)>> = BTreeMap::new();
+    for (user, caption, words) in written {
+        of.entry(user).or_default().push((caption, words));
+    }
+    let texts = users.iter().map(|user| {
+        let Some(texts) = of.get(user.user.as_str()) else {
+            return Err(Error::BadRequest(format!(
+                "the earlier report has no instruction for {}: judge no more users than then, \
+                 of the same data",
+                user.user
+            )));
+        };
+        let numbered = texts.iter().enumerate().map(|(n, (caption, words))| {
+            let seed = n * seeds.max(1) / texts.len();
+            (seed, caption.to_string(), words.to_string())
+        });
+        Ok(numbered.collect())
+    });
+    texts.collect()
 }
 
 const CEILING: &str = "(ceiling)";
@@ -381,7 +474,7 @@ fn write(
     users: &[&SynthUser],
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
-) -> Result<Vec<Vec<(usize, String, String)>>> {
+) -> Result<ByUser> {
     let usual = system.policy.options.clone();
     let shown = &mut system.policy.options;
     if matches!(condition, Condition::Dislikes | Condition::Embedding) {
@@ -411,7 +504,7 @@ fn write_for(
     snapshot: &Snapshot,
     options: &EvalOptions,
     progress: &mut dyn FnMut(usize) -> ControlFlow<()>,
-) -> Result<Vec<Vec<(usize, String, String)>>> {
+) -> Result<ByUser> {
     let mut cues = Vec::with_capacity(names.len());
     for name in names {
         cues.push(match system.neighbors_text && snapshot.has_user(name) {
@@ -581,9 +674,8 @@ impl References {
         })
     }
 
-    fn of<'a>(&'a self, names: &[String]) -> Vec<&'a [f32]> {
-        let known = names.iter().filter_map(|n| self.by_name.get(n));
-        known.map(Vec::as_slice).collect()
+    fn of(&self, names: &[String]) -> Vec<f32> {
+        mean_vector(names.iter().filter_map(|n| self.by_name.get(n)))
     }
 }
 
@@ -630,29 +722,30 @@ fn embedded(rows: &[Texts], judge: &TextEncoder) -> Result<Vec<Vec<Vec<Vec<f32>>
     Ok(all)
 }
 
-/// What a user likes and dislikes, as the judge sees it.
-struct Truth<'a> {
-    held_out: Vec<&'a [f32]>,
-    dislikes: Vec<&'a [f32]>,
-    /// Held-out likes that neighbours would suggest.
-    from_neighbors: Vec<&'a [f32]>,
+/// What a user likes and dislikes, as the judge sees it: of each list the mean of its
+/// attributes' directions, so that a product with it is the mean cosine.
+struct Truth {
+    held_out: Vec<f32>,
+    /// Stated and held-out ones.
+    likes: Vec<f32>,
+    dislikes: Vec<f32>,
+    /// Held-out likes that neighbours would suggest; `None` where there are none.
+    from_neighbors: Option<Vec<f32>>,
 }
 
-impl<'a> Truth<'a> {
-    fn of(
-        user: &SynthUser,
-        snapshot: Option<&Snapshot>,
-        references: &'a References,
-    ) -> Result<Self> {
+impl Truth {
+    fn of(user: &SynthUser, snapshot: Option<&Snapshot>, references: &References) -> Result<Self> {
         let near = match snapshot.filter(|s| s.has_user(&user.user)) {
             Some(snapshot) => suggested(snapshot, &user.user, 20)?,
             None => Vec::new(),
         };
         let both = user.held_out_likes.iter().filter(|l| near.contains(l));
+        let both: Vec<String> = both.cloned().collect();
         Ok(Self {
             held_out: references.of(&user.held_out_likes),
+            likes: references.of(&user.likes),
             dislikes: references.of(&user.dislikes),
-            from_neighbors: references.of(&both.cloned().collect::<Vec<_>>()),
+            from_neighbors: (!both.is_empty()).then(|| references.of(&both)),
         })
     }
 }
@@ -668,7 +761,8 @@ fn scored(
     let own: Vec<f64> = (0..n)
         .map(|i| cosine(&vectors[i], &truth[i].held_out))
         .collect();
-    let by_user = own_minus_other(vectors, truth);
+    let by_user = own_minus_other(vectors, truth, |t| &t.held_out);
+    let all_likes_by_user = own_minus_other(vectors, truth, |t| &t.likes);
     let like: Vec<f64> = (0..n)
         .map(|i| own[i] - cosine(&vectors[i], &truth[i].dislikes))
         .collect();
@@ -680,12 +774,11 @@ fn scored(
         1.0 / (1 + better) as f64
     };
     let lift: Vec<f64> = (0..n)
-        .filter(|i| !truth[*i].from_neighbors.is_empty())
-        .map(|i| {
-            let on = &truth[i].from_neighbors;
+        .filter_map(|i| {
+            let on = truth[i].from_neighbors.as_ref()?;
             let others = (0..n).filter(|j| *j != i);
-            cosine(&vectors[i], on)
-                - mean(&others.map(|j| cosine(&vectors[j], on)).collect::<Vec<_>>())
+            let others: Vec<f64> = others.map(|j| cosine(&vectors[j], on)).collect();
+            Some(cosine(&vectors[i], on) - mean(&others))
         })
         .collect();
     let seeds = row
@@ -705,32 +798,11 @@ fn scored(
                 those.map(|(_, v)| v.clone()).collect()
             })
             .collect();
-        mean(&own_minus_other(&of_seed, truth))
+        mean(&own_minus_other(&of_seed, truth, |t| &t.held_out))
     });
-    let written: Vec<(String, String, String)> = users
-        .iter()
-        .zip(&row.texts)
-        .flat_map(|(u, texts)| {
-            let user = u.user.clone();
-            texts
-                .iter()
-                .map(move |t| (user.clone(), t.1.clone(), t.2.clone()))
-        })
-        .collect();
+    let written = row.written(users);
     let all = written.len().max(1) as f64;
     let different: BTreeSet<&String> = written.iter().map(|w| &w.2).collect();
-    let likes: BTreeMap<&str, (Vec<String>, &Vec<String>)> = users
-        .iter()
-        .map(|u| {
-            let stated = u.stated_likes().cloned().collect();
-            (u.user.as_str(), (stated, &u.held_out_likes))
-        })
-        .collect();
-    let takes_up = |w: &(String, String, String), those: &[String]| {
-        !crate::policy::named_in(&w.2, those).is_empty()
-    };
-    let copies = |w: &&(String, String, String)| takes_up(w, &likes[w.0.as_str()].0);
-    let guesses = |w: &&(String, String, String)| takes_up(w, likes[w.0.as_str()].1);
     let names_it = |w: &&(String, String, String)| {
         w.2.to_lowercase()
             .contains(&object(&w.1, captions).to_lowercase())
@@ -740,18 +812,20 @@ fn scored(
         condition: row.condition,
         own: mean(&own),
         own_minus_other: Mean::of(&by_user),
+        all_likes: Mean::of(&all_likes_by_user),
         like_minus_dislike: Mean::of(&like),
         reciprocal_rank: Mean::of(&(0..n).map(rank).collect::<Vec<_>>()),
         neighbor_lift: (!lift.is_empty()).then(|| Mean::of(&lift)),
         of_ceiling: 0.0,
-        copied: written.iter().filter(copies).count() as f64 / all,
-        guessed: written.iter().filter(guesses).count() as f64 / all,
+        copied: row.take_up(|i| users[i].stated_likes().cloned().collect()),
+        guessed: row.take_up(|i| users[i].held_out_likes.clone()),
         distinct: different.len() as f64 / all,
         on_topic: written.iter().filter(names_it).count() as f64 / all,
         within: spread(vectors, true),
         between: spread(vectors, false),
         by_seed: by_seed.collect(),
         by_user,
+        all_likes_by_user,
         written,
     }
 }
@@ -768,7 +842,7 @@ fn spread(vectors: &[Vec<Vec<f32>>], same: bool) -> f64 {
             {
                 for (b, y) in others.iter().enumerate() {
                     if i != j || a != b {
-                        sum += cosine(std::slice::from_ref(x), &[y.as_slice()]);
+                        sum += dot(x, y);
                         n += 1.0;
                     }
                 }
@@ -778,28 +852,30 @@ fn spread(vectors: &[Vec<Vec<f32>>], same: bool) -> f64 {
     1.0 - sum / f64::max(n, 1.0)
 }
 
-/// Own less the mean over all other users, for each user.
-fn own_minus_other(vectors: &[Vec<Vec<f32>>], truth: &[Truth]) -> Vec<f64> {
+/// Own less the mean over all other users, for each user, on `likes` of theirs.
+fn own_minus_other(
+    vectors: &[Vec<Vec<f32>>],
+    truth: &[Truth],
+    likes: impl Fn(&Truth) -> &Vec<f32>,
+) -> Vec<f64> {
     let others = (truth.len() - 1).max(1) as f64;
     let gap = |i: usize| {
         let sum: f64 = (0..truth.len())
             .filter(|j| *j != i)
-            .map(|j| cosine(&vectors[i], &truth[j].held_out))
+            .map(|j| cosine(&vectors[i], likes(&truth[j])))
             .sum();
-        cosine(&vectors[i], &truth[i].held_out) - sum / others
+        cosine(&vectors[i], likes(&truth[i])) - sum / others
     };
     (0..truth.len()).map(gap).collect()
 }
 
-/// The mean product of all vectors with all directions.
-fn cosine(a: &[Vec<f32>], b: &[&[f32]]) -> f64 {
-    let dot =
-        |x: &[f32], y: &[f32]| -> f64 { x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum() };
-    let sum: f64 = a
-        .iter()
-        .flat_map(|x| b.iter().map(move |y| dot(x, y)))
-        .sum();
-    sum / (a.len() * b.len()).max(1) as f64
+/// The mean product of instructions' directions with the mean of some attributes'.
+fn cosine(a: &[Vec<f32>], b: &[f32]) -> f64 {
+    a.iter().map(|x| dot(x, b)).sum::<f64>() / a.len().max(1) as f64
+}
+
+fn dot(x: &[f32], y: &[f32]) -> f64 {
+    x.iter().zip(y).map(|(x, y)| f64::from(x * y)).sum()
 }
 
 fn differences(scores: &[Scores]) -> Vec<Difference> {
@@ -814,6 +890,7 @@ fn differences(scores: &[Scores]) -> Vec<Difference> {
                 systems: (two[1].system.clone(), two[0].system.clone()),
                 condition,
                 difference: Mean::of(&less(&two[1].by_user, &two[0].by_user)),
+                all_likes: Mean::of(&less(&two[1].all_likes_by_user, &two[0].all_likes_by_user)),
             });
         }
     }
@@ -931,9 +1008,10 @@ fn calibration_error(gaps: &[f64], beta: f64) -> f64 {
 // ---------------------------------------------------------------------------------- newcomers
 
 /// Like+Dislike for newcomers known by 0 to 16 opinions. The store must be nobody else's:
-/// newcomers come and go in it.
+/// newcomers come and go in it. `earlier` as for [`evaluate`].
 pub fn cold_start(
     systems: &[System],
+    earlier: &[Report],
     store: &Store,
     synth: &Synth,
     judge: &TextEncoder,
@@ -942,9 +1020,15 @@ pub fn cold_start(
 ) -> Result<(Vec<ColdScore>, Vec<ColdDifference>)> {
     let failed = |e: simpatico_storage::StoreError| Error::BadRequest(e.to_string());
     let users = judged_users(synth, options.users)?;
-    let mut rows: Vec<(usize, Texts)> = Vec::new();
+    let mut by_known = KNOWN.map(|_| Vec::new());
+    for row in earlier.iter().flat_map(|report| &report.cold) {
+        if let Some(n) = KNOWN.iter().position(|known| *known == row.known) {
+            let texts = read_back(&row.written, 1, &users)?;
+            add(&mut by_known[n], &row.system, Some(Condition::Both), texts);
+        }
+    }
     for system in systems {
-        for known in KNOWN {
+        for (n, known) in KNOWN.into_iter().enumerate() {
             let label = format!("{}, {known} known", system.name);
             let names: Vec<String> = users
                 .iter()
@@ -961,32 +1045,38 @@ pub fn cold_start(
             for name in names.into_iter().filter(|_| known > 0) {
                 store.forget(name).map_err(failed)?;
             }
-            let row = Texts {
-                system: system.name.clone(),
-                condition: Some(Condition::Both),
-                texts,
-            };
-            let same = |r: &&mut (usize, Texts)| r.0 == known && r.1.system == row.system;
-            match rows.iter_mut().find(same) {
-                Some((_, rows)) => rows.join(row),
-                None => rows.push((known, row)),
-            }
+            let condition = Some(Condition::Both);
+            add(&mut by_known[n], &system.name, condition, texts);
         }
     }
+    // As they are shown: all of one system, then the next.
+    let mut all = Vec::new();
+    for (known, rows) in KNOWN.into_iter().zip(by_known) {
+        let rows = rows.into_iter().enumerate();
+        all.extend(rows.map(|(system, row)| (system, known, row)));
+    }
+    all.sort_by_key(|(system, known, _)| (*system, *known));
+    let (known, rows): (Vec<usize>, Vec<Texts>) =
+        all.into_iter().map(|(_, known, row)| (known, row)).unzip();
     let names = synth.attributes.iter().map(|a| a.attribute.as_str());
     let references = References::new(names, &synth.captions, judge)?;
     let truth: Vec<Truth> = users
         .iter()
         .map(|u| Truth::of(u, None, &references))
         .collect::<Result<_>>()?;
-    let (known, rows): (Vec<usize>, Vec<Texts>) = rows.into_iter().unzip();
     let vectors = embedded(&rows, judge)?;
-    let gaps: Vec<Vec<f64>> = vectors.iter().map(|v| own_minus_other(v, &truth)).collect();
-    let scores = known.iter().zip(&rows).zip(&gaps);
-    let scores = scores.map(|((known, row), gaps)| ColdScore {
+    let held_out = |v: &Vec<_>| own_minus_other(v, &truth, |t| &t.held_out);
+    let likes = |v: &Vec<_>| own_minus_other(v, &truth, |t| &t.likes);
+    let gaps: Vec<Vec<f64>> = vectors.iter().map(held_out).collect();
+    let all_likes: Vec<Vec<f64>> = vectors.iter().map(likes).collect();
+    let scores = rows.iter().enumerate().map(|(n, row)| ColdScore {
         system: row.system.clone(),
-        known: *known,
-        own_minus_other: Mean::of(gaps),
+        known: known[n],
+        own_minus_other: Mean::of(&gaps[n]),
+        all_likes: Mean::of(&all_likes[n]),
+        copied: row.take_up(|i| told(users[i], known[n])),
+        guessed: row.take_up(|i| users[i].held_out_likes.clone()),
+        written: row.written(&users),
     });
     let mut differences = Vec::new();
     for count in KNOWN {
@@ -995,6 +1085,7 @@ pub fn cold_start(
             systems: (rows[two[1]].system.clone(), rows[two[0]].system.clone()),
             known: count,
             difference: Mean::of(&less(&gaps[two[1]], &gaps[two[0]])),
+            all_likes: Mean::of(&less(&all_likes[two[1]], &all_likes[two[0]])),
         }));
     }
     Ok((scores.collect(), differences))
@@ -1025,6 +1116,13 @@ fn opinions(user: &SynthUser, name: &str, count: usize) -> Vec<Event> {
     events
 }
 
+/// The likes among a newcomer's first opinions.
+fn told(user: &SynthUser, count: usize) -> Vec<String> {
+    let events = opinions(user, &user.user, count).into_iter();
+    let likes = events.filter(|e| e.polarity == Polarity::Like);
+    likes.map(|e| e.attribute).collect()
+}
+
 // ----------------------------------------------------------------------------------- the report
 
 fn interval(m: &Mean) -> String {
@@ -1034,13 +1132,14 @@ fn interval(m: &Mean) -> String {
 /// The report as a table for people.
 pub fn table(report: &Report) -> String {
     let mut text = format!(
-        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}{:>9}{:>8}{:>9}\n",
+        "{} held-out users, judge {}; reciprocal rank by chance {:.3}\n{:<18}{:<14}{:>24}{:>24}{:>24}{:>7}{:>24}{:>9}{:>8}{:>9}{:>9}{:>9}{:>8}{:>9}\n",
         report.users,
         report.judge,
         report.rank_by_chance,
         "system",
         "profile",
         "own-other",
+        "on all likes",
         "like-dislike",
         "rank",
         "neighbours",
@@ -1056,10 +1155,11 @@ pub fn table(report: &Report) -> String {
         let lift = s.neighbor_lift.as_ref().map_or("-".into(), interval);
         let _ = writeln!(
             text,
-            "{:<18}{:<14}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.3}{:>9.2}{:>9.2}{:>8.2}{:>9.2}",
+            "{:<18}{:<14}{:>24}{:>24}{:>24}{:>7.3}{:>24}{:>8.0}%{:>8.2}{:>9.3}{:>9.2}{:>9.2}{:>8.2}{:>9.2}",
             s.system,
             s.condition.map_or("", Condition::words),
             interval(&s.own_minus_other),
+            interval(&s.all_likes),
             interval(&s.like_minus_dislike),
             s.reciprocal_rank.mean,
             lift,
@@ -1074,8 +1174,12 @@ pub fn table(report: &Report) -> String {
     }
     for d in &report.differences {
         let (name, words) = (&d.systems, d.condition.words());
-        let gap = interval(&d.difference);
-        let _ = writeln!(text, "{} less {}, {words}: {gap}", name.0, name.1);
+        let (gap, all) = (interval(&d.difference), interval(&d.all_likes));
+        let _ = writeln!(
+            text,
+            "{} less {}, {words}: {gap}, on all likes {all}",
+            name.0, name.1
+        );
     }
     for p in &report.pairs {
         let _ = writeln!(
@@ -1091,15 +1195,23 @@ pub fn table(report: &Report) -> String {
         );
     }
     for c in &report.cold {
-        let score = interval(&c.own_minus_other);
-        let _ = writeln!(text, "{}, {} opinions known: {score}", c.system, c.known);
+        let _ = writeln!(
+            text,
+            "{}, {} opinions known: {}, on all likes {}, copied {:.2}, guessed {:.3}",
+            c.system,
+            c.known,
+            interval(&c.own_minus_other),
+            interval(&c.all_likes),
+            c.copied,
+            c.guessed
+        );
     }
     for d in &report.cold_differences {
         let (name, known) = (&d.systems, d.known);
-        let gap = interval(&d.difference);
+        let (gap, all) = (interval(&d.difference), interval(&d.all_likes));
         let _ = writeln!(
             text,
-            "{} less {}, {known} opinions known: {gap}",
+            "{} less {}, {known} opinions known: {gap}, on all likes {all}",
             name.0, name.1
         );
     }
@@ -1137,22 +1249,27 @@ pub fn page(report: &Report) -> String {
     let mut parts = vec![
         plot::verbatim(&table(report)),
         bars("Own less other users", &|s| s.own_minus_other),
+        bars("Own less other users, on all likes", &|s| s.all_likes),
         bars("Like less dislike", &|s| s.like_minus_dislike),
     ];
     if !report.cold.is_empty() {
         let mut systems: Vec<&str> = report.cold.iter().map(|c| c.system.as_str()).collect();
         systems.dedup();
-        let series = systems.iter().map(|name| {
-            let of = report.cold.iter().filter(|c| c.system == *name);
-            plot::Series::new(name, of.map(|c| (c.known as f64, value(c.own_minus_other))))
-        });
-        let curve = plot::Lines {
-            title: "Newcomers".into(),
-            x: plot::Axis::linear("opinions known"),
-            y: plot::Axis::linear("own less other users, 95%"),
-            series: series.collect(),
+        let curve = |title: &str, score: &dyn Fn(&ColdScore) -> Mean| {
+            let series = systems.iter().map(|name| {
+                let of = report.cold.iter().filter(|c| c.system == *name);
+                plot::Series::new(name, of.map(|c| (c.known as f64, value(score(c)))))
+            });
+            plot::Lines {
+                title: title.into(),
+                x: plot::Axis::linear("opinions known"),
+                y: plot::Axis::linear("own less other users, 95%"),
+                series: series.collect(),
+            }
+            .to_svg()
         };
-        parts.push(curve.to_svg());
+        parts.push(curve("Newcomers", &|c| c.own_minus_other));
+        parts.push(curve("Newcomers, on all likes", &|c| c.all_likes));
     }
     for s in &report.systems {
         let row = |(user, caption, words): &(String, String, String)| {
@@ -1180,18 +1297,45 @@ mod tests {
     #[test]
     fn a_system_that_writes_for_its_user_beats_one_that_writes_for_anyone() {
         // Four users on four axes; "own" instructions lie on the axis, anyone's between all.
-        let axes: Vec<Vec<f32>> = (0..4).map(axis).collect();
         let truth: Vec<Truth> = (0..4)
             .map(|i| Truth {
-                held_out: vec![&axes[i]],
-                dislikes: vec![&axes[(i + 1) % 4]],
-                from_neighbors: Vec::new(),
+                held_out: axis(i),
+                likes: mean_vector([axis(i), axis((i + 2) % 4)].iter()),
+                dislikes: axis((i + 1) % 4),
+                from_neighbors: None,
             })
             .collect();
         let personal: Vec<Vec<Vec<f32>>> = (0..4).map(|i| vec![axis(i)]).collect();
         let anyone: Vec<Vec<Vec<f32>>> = (0..4).map(|_| vec![vec![0.5; 4]]).collect();
-        assert_eq!(own_minus_other(&personal, &truth), [1.0; 4]);
-        assert_eq!(own_minus_other(&anyone, &truth), [0.0; 4]);
+        let held_out = |v: &[Vec<Vec<f32>>]| own_minus_other(v, &truth, |t| &t.held_out);
+        assert_eq!(held_out(&personal), [1.0; 4]);
+        assert_eq!(held_out(&anyone), [0.0; 4]);
+        // Of two likes one is taken up, and one other user of three shares both.
+        let all: Vec<f64> = own_minus_other(&personal, &truth, |t| &t.likes);
+        assert_eq!(all, [0.5 - 0.5 / 3.0; 4]);
+    }
+
+    #[test]
+    fn what_a_report_holds_is_judged_again_by_user_and_seed() {
+        let synth = crate::synth::generate(&crate::synth::SynthOptions {
+            users: 3,
+            ..Default::default()
+        })
+        .unwrap();
+        let users: Vec<&SynthUser> = synth.users.iter().take(2).collect();
+        let text = |n: usize, words: &str| (n, "a dog".to_string(), words.to_string());
+        let mut rows = Vec::new();
+        for seed in ["first", "second"] {
+            let texts = vec![vec![text(0, seed), text(0, seed)]; 2];
+            add(&mut rows, "C-DPO", Some(Condition::Both), texts);
+        }
+        let written = rows[0].written(&users);
+        assert_eq!(written.len(), 8);
+        assert_eq!(read_back(&written, 2, &users).unwrap(), rows[0].texts);
+        assert_eq!(rows[0].texts[1][2], text(1, "second"));
+        // Somebody the report knows nothing of is no zero, but an error.
+        let more: Vec<&SynthUser> = synth.users.iter().collect();
+        assert!(read_back(&written, 2, &more).is_err());
     }
 
     #[test]

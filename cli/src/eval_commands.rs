@@ -537,15 +537,15 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         }
     }
     drop(snapshot);
-    let newcomers = earlier.iter().any(|report| !report.cold.is_empty());
-    if args.cold_start || args.eval.full || newcomers {
+    // Without the flag newcomers of earlier reports are judged again, and nothing is written.
+    let newcomers = match args.cold_start || args.eval.full {
+        true => loaded.as_slice(),
+        false => &[],
+    };
+    if !newcomers.is_empty() || earlier.iter().any(|report| !report.cold.is_empty()) {
         so_far(&report)?;
-        let writing = match args.cold_start || args.eval.full {
-            true => loaded.as_slice(),
-            false => &[],
-        };
         (report.cold, report.cold_differences) =
-            eval_prompts::cold_start(writing, &earlier, &store, &data, &judge, &options, tell)?;
+            eval_prompts::cold_start(newcomers, &earlier, &store, &data, &judge, &options, tell)?;
     }
     bar.finish_and_clear();
     let table = eval_prompts::table(&report);

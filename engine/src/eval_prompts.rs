@@ -1290,6 +1290,14 @@ pub fn page(report: &Report) -> String {
 mod tests {
     use super::*;
 
+    fn community(users: usize) -> Synth {
+        let options = crate::synth::SynthOptions {
+            users,
+            ..Default::default()
+        };
+        crate::synth::generate(&options).unwrap()
+    }
+
     fn axis(i: usize) -> Vec<f32> {
         (0..4).map(|j| f32::from(u8::from(i == j))).collect()
     }
@@ -1317,11 +1325,7 @@ mod tests {
 
     #[test]
     fn what_a_report_holds_is_judged_again_by_user_and_seed() {
-        let synth = crate::synth::generate(&crate::synth::SynthOptions {
-            users: 3,
-            ..Default::default()
-        })
-        .unwrap();
+        let synth = community(3);
         let users: Vec<&SynthUser> = synth.users.iter().take(2).collect();
         let text = |n: usize, words: &str| (n, "a dog".to_string(), words.to_string());
         let mut rows = Vec::new();
@@ -1361,11 +1365,7 @@ mod tests {
 
     #[test]
     fn newcomers_say_what_they_like_three_times_as_often() {
-        let synth = crate::synth::generate(&crate::synth::SynthOptions {
-            users: 5,
-            ..Default::default()
-        })
-        .unwrap();
+        let synth = community(5);
         let user = &synth.users[0];
         assert!(opinions(user, "n", 0).is_empty());
         let eight = opinions(user, "n", 8);

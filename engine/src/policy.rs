@@ -120,8 +120,9 @@ pub struct PolicyOptions {
     /// A user with fewer likes gets suggestions from neighbours up to this number.
     pub fill_up_to: usize,
     /// Whether an instruction that takes up nothing the user or the neighbours like is written
-    /// anew, as one that takes up a dislike always is; a user with at most `fill_up_to` likes
-    /// wants to see one of them. A cue may well ask for something else, so with a cue it is not.
+    /// anew, as one that takes up a dislike, or not what a cue names, always is; a user with at
+    /// most `fill_up_to` likes wants to see one of them. A cue may well ask for something else,
+    /// so with a cue it is not.
     pub insist: bool,
     /// Whether one that takes up nothing which can be drawn ([`Attribute::look`]) is, too.
     pub drawn_only: bool,
@@ -260,7 +261,7 @@ impl Policy {
                 .map(String::as_str)
                 .collect(),
             caption: &request.caption,
-            cue: request.cue.as_deref().filter(|c| !c.trim().is_empty()),
+            cue: wish_of(request),
         };
         let Some(template) = &self.model.template else {
             return Err(Error::bad_model("language model", "has no chat template"));
@@ -274,8 +275,8 @@ impl Policy {
     }
 
     /// A sentence for each; another try, warmer, for those that come out empty, name what the
-    /// user dislikes, nothing that is liked, or nothing that can be drawn; of all tries the one
-    /// with the fewest faults.
+    /// user dislikes, nothing of what was wished for, nothing that is liked, or nothing that can
+    /// be drawn; of all tries the one with the fewest faults.
     fn write(
         &self,
         requests: &[InstructRequest],
@@ -314,10 +315,9 @@ impl Policy {
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
                     let words = clean(&answer.text);
-                    let cue = requests[i].cue.as_deref();
-                    let insist = self.options.insist && cue.is_none_or(|c| c.trim().is_empty());
-                    let insist = insist.then_some(&self.options);
-                    let faults = Faults::of(&words, &asked[i].0, insist);
+                    let wish = wish_of(&requests[i]);
+                    let insist = self.options.insist.then_some(&self.options);
+                    let faults = Faults::of(&words, &asked[i].0, wish, insist);
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -469,13 +469,24 @@ impl Policy {
 /// What speaks against an instruction; the first weighs more.
 #[derive(Clone, Copy, Default, PartialEq, Eq, PartialOrd, Ord)]
 struct Faults {
-    /// How many of the user's dislikes it takes up.
+    /// How many of the user's dislikes it takes up that nobody wished for.
     dislikes: usize,
+    /// That it takes up nothing of what was wished for, where the wish names what we know.
+    unheeded: bool,
     /// 2: that it takes up nothing which the user or the neighbours like; 1: nothing which the
     /// user likes, who has said so little that it is missed.
     impersonal: u8,
     /// That it takes up nothing which can be drawn, where that matters.
     undrawn: bool,
+}
+
+/// Whether a wish may name what is not wanted.
+fn denies(wish: &str) -> bool {
+    const WORDS: &[&str] = &[
+        "no", "not", "never", "without", "less", "fewer", "don't", "remove",
+    ];
+    let mut words = wish.split(|c: char| !c.is_alphanumeric() && c != '\'');
+    words.any(|word| WORDS.contains(&&*word.to_lowercase()))
 }
 
 /// Whether a sentence takes up attributes of the vocabulary, none of which has a look.
@@ -485,22 +496,34 @@ fn undrawn(words: &str) -> bool {
 }
 
 impl Faults {
-    /// `insist`: what to insist on, if anything but that dislikes are left out.
-    fn of(words: &str, taste: &Asked, insist: Option<&PolicyOptions>) -> Self {
+    /// `wish`: the cue, if there is one. `insist`: what to insist on, if anything but that a wish
+    /// is followed and dislikes are left out.
+    fn of(words: &str, taste: &Asked, wish: Option<&str>, insist: Option<&PolicyOptions>) -> Self {
         let takes_up = |list: &Vec<String>| !named_in(words, list).is_empty();
         let near = [&taste.suggestions, &taste.shown];
         let could = !taste.likes.is_empty() || near.iter().any(|list| !list.is_empty());
         let new = |o: &PolicyOptions| (1..=o.fill_up_to).contains(&taste.likes.len());
-        let impersonal = match insist.filter(|_| could) {
+        let impersonal = match insist.filter(|_| could && wish.is_none()) {
             None => 0,
             Some(_) if takes_up(&taste.likes) => 0,
             Some(options) if near.into_iter().any(takes_up) => u8::from(new(options)),
             Some(_) => 2,
         };
+        let asks = wish.filter(|wish| !denies(wish));
+        let wished = asks.map_or_else(Vec::new, vocabulary::mentioned);
+        let unwanted = named_in(words, &taste.dislikes).into_iter();
+        let unwanted = unwanted.filter(|d| !wished.iter().any(|w| w.name == d));
+        let unheeded = || {
+            let found = vocabulary::mentioned(words);
+            !found
+                .iter()
+                .any(|a| wished.iter().any(|w| w.name == a.name))
+        };
         Self {
-            dislikes: named_in(words, &taste.dislikes).len(),
+            dislikes: unwanted.count(),
+            unheeded: !wished.is_empty() && unheeded(),
             impersonal,
-            undrawn: insist.is_some_and(|o| o.drawn_only) && undrawn(words),
+            undrawn: wish.is_none() && insist.is_some_and(|o| o.drawn_only) && undrawn(words),
         }
     }
 }
@@ -530,6 +553,11 @@ struct Asked {
 
 fn store_error(e: StoreError) -> Error {
     Error::BadRequest(format!("reading the store: {e}"))
+}
+
+/// The cue, unless it says nothing.
+fn wish_of(request: &InstructRequest) -> Option<&str> {
+    request.cue.as_deref().filter(|c| !c.trim().is_empty())
 }
 
 /// How often a sentence with a fault is written anew, the first time counted in. The prompt is read
@@ -733,6 +761,58 @@ fn cue_words(kind: EditType) -> &'static [&'static str] {
             "change the light",
         ],
     }
+}
+
+/// Something to wish for, and what follows it.
+pub struct Wish {
+    /// The wish in words.
+    pub cue: String,
+    /// What an instruction takes up that follows it.
+    pub attribute: &'static Attribute,
+    /// The feeling that it gives, where that was the wish.
+    pub tone: Option<&'static str>,
+}
+
+/// A wish to learn to follow: for something by one of its names, whoever likes it; for a kind of
+/// edit, which what is `liked` carries out; or for a feeling that goes with something liked.
+pub fn wish(liked: &[&'static Attribute], random: &mut Philox) -> Option<Wish> {
+    const NAMED: &[&str] = &[
+        "{}",
+        "{}",
+        "with {}",
+        "make it {}",
+        "something with {}",
+        "{} please",
+    ];
+    const FELT: &[&str] = &["make it {}", "{}", "a {} mood"];
+    let put = |into: Option<&&str>, words: &str| into.map(|cue| cue.replace("{}", words));
+    let draw = random.uniform();
+    if draw < 0.6 || liked.is_empty() {
+        let attribute = random.choose(vocabulary::all())?;
+        let names: Vec<&str> = attribute.wordings().collect();
+        let name = *random.choose(&names)?;
+        return Some(Wish {
+            cue: put(random.choose(NAMED), name)?,
+            attribute,
+            tone: None,
+        });
+    }
+    let attribute = *random.choose(liked)?;
+    if draw < 0.85 || attribute.clusters.is_empty() {
+        let cue = random.choose(cue_words(attribute.edit_type()))?.to_string();
+        return Some(Wish {
+            cue,
+            attribute,
+            tone: None,
+        });
+    }
+    let cluster = *random.choose(attribute.clusters)?;
+    let tone = *random.choose(grammar::tones(cluster))?;
+    Some(Wish {
+        cue: put(random.choose(FELT), tone)?,
+        attribute,
+        tone: Some(tone),
+    })
 }
 
 /// Of nobody in particular where there is no user.
@@ -1029,7 +1109,7 @@ mod tests {
             fill_up_to: likes,
             ..PolicyOptions::default()
         };
-        let faults = |words: &str| Faults::of(words, &taste, Some(&new_up_to(0)));
+        let faults = |words: &str| Faults::of(words, &taste, None, Some(&new_up_to(0)));
         let none = Faults::default();
         assert!(faults("Make it out of rustic wood.") == none);
         assert!(faults("Add exposed beams above it.") == none);
@@ -1037,13 +1117,65 @@ mod tests {
         assert!(faults("Make it out of rustic wood in falling snow.") > faults("Paint it blue."));
         // Who has said one thing wants to see it.
         let four = new_up_to(4);
-        let new = |words: &str| Faults::of(words, &taste, Some(&four));
+        let new = |words: &str| Faults::of(words, &taste, None, Some(&four));
         assert!(new("Make it out of rustic wood.") == none);
         assert!(new("Add exposed beams above it.") > none);
         assert!(new("Add exposed beams above it.") < new("Paint it blue."));
         // Not where nobody insists, or nothing is known that could be taken up.
-        assert!(Faults::of("Paint it blue.", &taste, None) == none);
-        assert!(Faults::of("Paint it blue.", &Asked::default(), Some(&four)) == none);
+        assert!(Faults::of("Paint it blue.", &taste, None, None) == none);
+        assert!(Faults::of("Paint it blue.", &Asked::default(), None, Some(&four)) == none);
+    }
+
+    #[test]
+    fn a_wish_is_followed_also_where_it_is_disliked() {
+        let taste = Asked {
+            likes: vec!["rustic wood".into()],
+            dislikes: vec!["falling snow".into()],
+            ..Asked::default()
+        };
+        let all = PolicyOptions::default();
+        let faults = |words: &str, wish| Faults::of(words, &taste, Some(wish), Some(&all));
+        let none = Faults::default();
+        assert!(faults("Let falling snow drift over it.", "with falling snow") == none);
+        assert!(faults("Make it out of rustic wood.", "with falling snow").unheeded);
+        // Nobody is given what they do not want.
+        for wish in ["No falling snow!", "please don't add falling snow"] {
+            assert!(faults("Make it out of rustic wood.", wish) == none);
+            assert!(faults("Let falling snow drift over it.", wish).dislikes == 1);
+        }
+        // What we do not know by name cannot be looked for, and nothing else is insisted on.
+        assert!(faults("Paint it blue.", "as Grandma would") == none);
+        assert!(faults("Let falling snow drift over it.", "as Grandma would") > none);
+        assert_eq!(wish_of(&InstructRequest::default()), None);
+    }
+
+    #[test]
+    fn wishes_to_learn_from_are_followed_by_what_they_go_with() {
+        let liked: Vec<&Attribute> = vocabulary::all().iter().step_by(40).collect();
+        let (mut random, mut kinds) = (Philox::new(4, 0), [0; 3]);
+        for _ in 0..300 {
+            let wish = wish(&liked, &mut random).unwrap();
+            let named = vocabulary::mentioned(&wish.cue);
+            let asks_for_kind = cue_words(wish.attribute.edit_type()).contains(&&*wish.cue);
+            let own = liked.iter().any(|a| a.name == wish.attribute.name);
+            match wish.tone {
+                Some(tone) => assert!(own && wish.cue.contains(tone), "{}", wish.cue),
+                None if asks_for_kind => assert!(own),
+                None => assert!(
+                    named.iter().any(|a| a.name == wish.attribute.name),
+                    "{} for {}",
+                    wish.attribute.name,
+                    wish.cue
+                ),
+            }
+            kinds[if wish.tone.is_some() {
+                2
+            } else {
+                usize::from(asks_for_kind)
+            }] += 1;
+        }
+        assert!(kinds.iter().all(|n| *n > 20), "{kinds:?}");
+        assert!(wish(&[], &mut random).is_some());
     }
 
     #[test]
@@ -1073,7 +1205,7 @@ mod tests {
             drawn_only: true,
             ..all.clone()
         };
-        let found = |insist| Faults::of(&of(looks(false)), &Asked::default(), insist).undrawn;
+        let found = |insist| Faults::of(&of(looks(false)), &Asked::default(), None, insist).undrawn;
         assert!(found(Some(&drawn)) && !found(Some(&all)) && !found(None));
     }
 

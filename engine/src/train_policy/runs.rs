@@ -5,12 +5,12 @@ use crate::grammar;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
 use crate::policy::{
-    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, training_text,
+    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, training_text, wish,
 };
 use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
-use crate::vocabulary::{self, EditType};
+use crate::vocabulary::{self, Attribute, EditType};
 use simpatico_schema::edit::PreferencePair;
 use simpatico_schema::{OverlapMode, Polarity};
 use simpatico_storage::Snapshot;
@@ -623,8 +623,33 @@ fn spoken(tokens: &[Vec<f32>], names: &[Vec<f32>], scale: f64) -> Vec<usize> {
     found
 }
 
+/// How often a completion to learn reading by takes up, second, something that the user said.
+const TAKES_UP_TWO: f32 = 0.75;
+
+/// How many of the prompts to learn reading by hold a wish: what the user says now goes before
+/// what is known or guessed, or a policy that reads its soft prompt hears nothing else.
+const WISHES: f32 = 0.33;
+
+/// What a completion to learn reading by takes up: `first`, and most often ([`TAKES_UP_TWO`])
+/// something of what was `stated`. One of the two adds an object: a second change to the whole
+/// picture, say of its colours after its style, hides the first, or what the picture shows.
+/// Numbers of the vocabulary.
+fn taken_up(first: usize, stated: &[usize], random: &mut Philox) -> Vec<&'static Attribute> {
+    let all = vocabulary::all();
+    let adds = |a: &Attribute| a.edit_type() == EditType::ObjectAddition;
+    let mut found = vec![&all[first]];
+    let others = stated.iter().map(|other| &all[*other]);
+    let others: Vec<&Attribute> = others.filter(|o| adds(o) != adds(&all[first])).collect();
+    if random.uniform() < TAKES_UP_TWO {
+        found.extend(random.choose(&others));
+    }
+    found
+}
+
 /// Prompts to learn reading by, and the row of each one's user: the completions take up what the
-/// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said).
+/// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said),
+/// and beside it, most often, something that the user did say, by the soft prompt or in words:
+/// most guesses are wrong, and what was said is not.
 /// They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
 /// of which one in ten agrees with the soft prompt, do not in a thousand. The profile is in words
 /// beside it in the usual share of them; newcomers are told what they said, whether the soft
@@ -674,24 +699,41 @@ fn reading_groups(
             let mut random = Philox::new(options.seed, stream);
             let text = training_text(user, caption, profiles, &mut random);
             let mut own = own.clone();
+            let in_words = text.likes.iter().filter_map(|l| vocabulary::index_of(l));
+            let in_words: BTreeSet<usize> = in_words.collect();
             // Newcomers are told what they said, by whichever of the two says it.
             if newcomer || own.is_empty() {
-                own.extend(text.likes.iter().filter_map(|l| vocabulary::index_of(l)));
+                own.extend(&in_words);
                 own.sort_unstable();
                 own.dedup();
             }
             if own.is_empty() {
                 continue;
             }
+            let stated: Vec<usize> = in_words.into_iter().chain(of(true)).collect();
             let object = objects.get(caption.as_str()).copied().unwrap_or("subject");
             let object = format!("the {object}");
+            let liked = own.iter().chain(&stated).map(|a| &vocabulary::all()[*a]);
+            let liked: Vec<&Attribute> = liked.collect();
+            let wishes = random.uniform() < WISHES;
+            let wish = wishes.then(|| wish(&liked, &mut random)).flatten();
+            let (first, tone) = match &wish {
+                Some(wish) => (vocabulary::index_of(wish.attribute.name), wish.tone),
+                None => (None, None),
+            };
+            let text = PromptText {
+                cue: wish.as_ref().map(|w| w.cue.as_str()),
+                ..text
+            };
+            // A wish is followed once, everything else said of the user is said in turn.
+            let first: Vec<usize> = first.map_or(own, |a| vec![a]);
             let answer = |a: &usize| {
-                let attribute = [&vocabulary::all()[*a]];
-                let words = grammar::instruction(&mut random, &object, &attribute, None);
+                let attributes = taken_up(*a, &stated, &mut random);
+                let words = grammar::instruction(&mut random, &object, &attributes, tone);
                 answer_ids(&model.tokenizer, &words)
             };
             groups.push(SftGroup {
-                completions: own.iter().map(answer).collect::<Result<_>>()?,
+                completions: first.iter().map(answer).collect::<Result<_>>()?,
                 prompt: prompt_ids(&model.tokenizer, template, &text)?,
             });
             users.push(*row as u32);
@@ -1076,6 +1118,33 @@ mod tests {
             2 * right[0] > told[0] && 3 * right[1] > 2 * told[1] && 3 * right[2] > 2 * told[2],
             "{right:?} of {told:?}"
         );
+    }
+
+    #[test]
+    fn a_second_thing_was_said_and_one_of_the_two_is_added() {
+        let all = vocabulary::all();
+        let adds = |a: usize| all[a].edit_type() == EditType::ObjectAddition;
+        let stated: Vec<usize> = (0..all.len()).step_by(7).collect();
+        let mut random = Philox::new(3, 0);
+        let number = |a: &Attribute| vocabulary::index_of(a.name).unwrap();
+        for first in [true, false].map(|kind| (0..all.len()).find(|a| adds(*a) == kind).unwrap()) {
+            let mut two = 0;
+            for _ in 0..1000 {
+                let found = taken_up(first, &stated, &mut random);
+                assert_eq!(number(found[0]), first);
+                if let [_, second] = found[..] {
+                    let second = number(second);
+                    assert!(stated.contains(&second) && adds(second) != adds(first));
+                    two += 1;
+                }
+            }
+            assert!((700..800).contains(&two), "{two}");
+            // Nothing said, or nothing that goes with the first: one alone.
+            let alike: Vec<usize> = (0..all.len()).filter(|a| adds(*a) == adds(first)).collect();
+            for alone in [&[][..], &alike] {
+                assert_eq!(taken_up(first, alone, &mut random).len(), 1);
+            }
+        }
     }
 
     #[test]

@@ -649,8 +649,8 @@ fn taken_up(first: usize, stated: &[usize], random: &mut Philox) -> Vec<&'static
 /// Prompts to learn reading by, and the row of each one's user: the completions take up what the
 /// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said),
 /// and beside it, most often, something that the user did say, by the soft prompt or in words:
-/// most guesses are wrong, and what was said is not.
-/// They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
+/// most guesses are wrong, and what was said is not. A share of them ([`WISHES`]) holds a wish,
+/// which the completion follows. They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
 /// of which one in ten agrees with the soft prompt, do not in a thousand. The profile is in words
 /// beside it in the usual share of them; newcomers are told what they said, whether the soft
 /// prompt says it or the words do, as is anybody of whom nothing is guessed.
@@ -717,23 +717,22 @@ fn reading_groups(
             let liked: Vec<&Attribute> = liked.collect();
             let wishes = random.uniform() < WISHES;
             let wish = wishes.then(|| wish(&liked, &mut random)).flatten();
-            let (first, tone) = match &wish {
-                Some(wish) => (vocabulary::index_of(wish.attribute.name), wish.tone),
-                None => (None, None),
-            };
+            let wished = wish.as_ref().map(|wish| wish.attribute.name);
+            let tone = wish.as_ref().and_then(|wish| wish.tone);
             let text = PromptText {
-                cue: wish.as_ref().map(|w| w.cue.as_str()),
+                cue: wish.as_ref().map(|wish| wish.cue.as_str()),
                 ..text
             };
-            // A wish is followed once, everything else said of the user is said in turn.
-            let first: Vec<usize> = first.map_or(own, |a| vec![a]);
+            // A wish is followed once; without one, all that is the user's own has its turn.
+            let main = wished.and_then(vocabulary::index_of);
+            let mains: Vec<usize> = main.map_or(own, |wished| vec![wished]);
             let answer = |a: &usize| {
                 let attributes = taken_up(*a, &stated, &mut random);
                 let words = grammar::instruction(&mut random, &object, &attributes, tone);
                 answer_ids(&model.tokenizer, &words)
             };
             groups.push(SftGroup {
-                completions: first.iter().map(answer).collect::<Result<_>>()?,
+                completions: mains.iter().map(answer).collect::<Result<_>>()?,
                 prompt: prompt_ids(&model.tokenizer, template, &text)?,
             });
             users.push(*row as u32);

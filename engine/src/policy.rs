@@ -251,7 +251,8 @@ impl Policy {
     /// What is known of the user, and the prompt made of it.
     fn asked(&self, snapshot: &Snapshot, request: &InstructRequest) -> Result<(Asked, Prompt)> {
         check_request(request)?;
-        let taste = self.taste(snapshot, request)?;
+        let mut taste = self.taste(snapshot, request)?;
+        taste.wished = wish_of(request).map(asked_for);
         let text = PromptText {
             likes: taste.shown.iter().map(String::as_str).collect(),
             dislikes: taste
@@ -315,9 +316,8 @@ impl Policy {
                 for (i, answer) in group.into_iter().zip(answers) {
                     done[i] = true;
                     let words = clean(&answer.text);
-                    let wish = wish_of(&requests[i]);
                     let insist = self.options.insist.then_some(&self.options);
-                    let faults = Faults::of(&words, &asked[i].0, wish, insist);
+                    let faults = Faults::of(&words, &asked[i].0, insist);
                     let better = best[i].as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
                         best[i] = Some((faults, words));
@@ -480,6 +480,17 @@ struct Faults {
     undrawn: bool,
 }
 
+/// Which attributes a wish asks for, as far as we know them by name.
+fn asked_for(wish: &str) -> Vec<String> {
+    match denies(wish) {
+        true => Vec::new(),
+        false => vocabulary::mentioned(wish)
+            .iter()
+            .map(|a| a.name.to_string())
+            .collect(),
+    }
+}
+
 /// Whether a wish may name what is not wanted.
 fn denies(wish: &str) -> bool {
     const WORDS: &[&str] = &[
@@ -496,34 +507,28 @@ fn undrawn(words: &str) -> bool {
 }
 
 impl Faults {
-    /// `wish`: the cue, if there is one. `insist`: what to insist on, if anything but that a wish
-    /// is followed and dislikes are left out.
-    fn of(words: &str, taste: &Asked, wish: Option<&str>, insist: Option<&PolicyOptions>) -> Self {
+    /// `insist`: what to insist on, if anything but that a wish is followed and dislikes are left
+    /// out.
+    fn of(words: &str, taste: &Asked, insist: Option<&PolicyOptions>) -> Self {
+        let insist = insist.filter(|_| taste.wished.is_none());
+        let wished = taste.wished.as_deref().unwrap_or_default();
         let takes_up = |list: &Vec<String>| !named_in(words, list).is_empty();
         let near = [&taste.suggestions, &taste.shown];
         let could = !taste.likes.is_empty() || near.iter().any(|list| !list.is_empty());
         let new = |o: &PolicyOptions| (1..=o.fill_up_to).contains(&taste.likes.len());
-        let impersonal = match insist.filter(|_| could && wish.is_none()) {
+        let impersonal = match insist.filter(|_| could) {
             None => 0,
             Some(_) if takes_up(&taste.likes) => 0,
             Some(options) if near.into_iter().any(takes_up) => u8::from(new(options)),
             Some(_) => 2,
         };
-        let asks = wish.filter(|wish| !denies(wish));
-        let wished = asks.map_or_else(Vec::new, vocabulary::mentioned);
         let unwanted = named_in(words, &taste.dislikes).into_iter();
-        let unwanted = unwanted.filter(|d| !wished.iter().any(|w| w.name == d));
-        let unheeded = || {
-            let found = vocabulary::mentioned(words);
-            !found
-                .iter()
-                .any(|a| wished.iter().any(|w| w.name == a.name))
-        };
+        let unwanted = unwanted.filter(|dislike| !wished.contains(dislike));
         Self {
             dislikes: unwanted.count(),
-            unheeded: !wished.is_empty() && unheeded(),
+            unheeded: !wished.is_empty() && named_in(words, wished).is_empty(),
             impersonal,
-            undrawn: wish.is_none() && insist.is_some_and(|o| o.drawn_only) && undrawn(words),
+            undrawn: insist.is_some_and(|o| o.drawn_only) && undrawn(words),
         }
     }
 }
@@ -549,6 +554,8 @@ struct Asked {
     neighbors: Vec<(String, u32)>,
     suggestions: Vec<String>,
     shown: Vec<String>,
+    /// What a wish asks for by name, which may be nothing; `None` without a wish.
+    wished: Option<Vec<String>>,
 }
 
 fn store_error(e: StoreError) -> Error {
@@ -1109,7 +1116,7 @@ mod tests {
             fill_up_to: likes,
             ..PolicyOptions::default()
         };
-        let faults = |words: &str| Faults::of(words, &taste, None, Some(&new_up_to(0)));
+        let faults = |words: &str| Faults::of(words, &taste, Some(&new_up_to(0)));
         let none = Faults::default();
         assert!(faults("Make it out of rustic wood.") == none);
         assert!(faults("Add exposed beams above it.") == none);
@@ -1117,24 +1124,25 @@ mod tests {
         assert!(faults("Make it out of rustic wood in falling snow.") > faults("Paint it blue."));
         // Who has said one thing wants to see it.
         let four = new_up_to(4);
-        let new = |words: &str| Faults::of(words, &taste, None, Some(&four));
+        let new = |words: &str| Faults::of(words, &taste, Some(&four));
         assert!(new("Make it out of rustic wood.") == none);
         assert!(new("Add exposed beams above it.") > none);
         assert!(new("Add exposed beams above it.") < new("Paint it blue."));
         // Not where nobody insists, or nothing is known that could be taken up.
-        assert!(Faults::of("Paint it blue.", &taste, None, None) == none);
-        assert!(Faults::of("Paint it blue.", &Asked::default(), None, Some(&four)) == none);
+        assert!(Faults::of("Paint it blue.", &taste, None) == none);
+        assert!(Faults::of("Paint it blue.", &Asked::default(), Some(&four)) == none);
     }
 
     #[test]
     fn a_wish_is_followed_also_where_it_is_disliked() {
-        let taste = Asked {
+        let taste = |wish| Asked {
             likes: vec!["rustic wood".into()],
             dislikes: vec!["falling snow".into()],
+            wished: Some(asked_for(wish)),
             ..Asked::default()
         };
         let all = PolicyOptions::default();
-        let faults = |words: &str, wish| Faults::of(words, &taste, Some(wish), Some(&all));
+        let faults = |words: &str, wish| Faults::of(words, &taste(wish), Some(&all));
         let none = Faults::default();
         assert!(faults("Let falling snow drift over it.", "with falling snow") == none);
         assert!(faults("Make it out of rustic wood.", "with falling snow").unheeded);
@@ -1168,11 +1176,11 @@ mod tests {
                     wish.cue
                 ),
             }
-            kinds[if wish.tone.is_some() {
-                2
-            } else {
-                usize::from(asks_for_kind)
-            }] += 1;
+            let kind = match wish.tone {
+                Some(_) => 2,
+                None => usize::from(asks_for_kind),
+            };
+            kinds[kind] += 1;
         }
         assert!(kinds.iter().all(|n| *n > 20), "{kinds:?}");
         assert!(wish(&[], &mut random).is_some());
@@ -1205,7 +1213,7 @@ mod tests {
             drawn_only: true,
             ..all.clone()
         };
-        let found = |insist| Faults::of(&of(looks(false)), &Asked::default(), None, insist).undrawn;
+        let found = |insist| Faults::of(&of(looks(false)), &Asked::default(), insist).undrawn;
         assert!(found(Some(&drawn)) && !found(Some(&all)) && !found(None));
     }
 

@@ -650,7 +650,9 @@ fn taken_up(first: usize, stated: &[usize], random: &mut Philox) -> Vec<&'static
 /// user's own soft prompt names and the user has not said (or, where nothing is hidden, has said),
 /// and beside it, most often, something that the user did say, by the soft prompt or in words:
 /// most guesses are wrong, and what was said is not. A share of them ([`WISHES`]) holds a wish,
-/// which the completion follows. They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
+/// which the completion follows.
+///
+/// They say nothing of what people prefer, and so teach in some hundred prompts what preferences,
 /// of which one in ten agrees with the soft prompt, do not in a thousand. The profile is in words
 /// beside it in the usual share of them; newcomers are told what they said, whether the soft
 /// prompt says it or the words do, as is anybody of whom nothing is guessed.

@@ -94,6 +94,9 @@ pub struct Roles {
     pub sage: Option<Location>,
     /// Text vectors of attributes: a folder with model.safetensors and tokenizer.json.
     pub text_encoder: Option<Location>,
+    /// Vectors by which a wish in anybody's words is put in those that the policy learnt
+    /// ([`crate::wishes`]); absent: the language model understands wishes as they are.
+    pub wishes: Option<Location>,
     /// The picture model.
     pub flux: Option<Flux>,
 }
@@ -517,6 +520,7 @@ pub fn locations(roles: &Roles) -> Vec<Location> {
         &roles.soft_prompt,
         &roles.sage,
         &roles.text_encoder,
+        &roles.wishes,
     ];
     let mut all: Vec<Location> = single.into_iter().flatten().cloned().collect();
     if let Some(flux) = &roles.flux {

@@ -41,11 +41,12 @@ use crate::edit::{Edit, EditRequest, Hooks, MaskInput, Source, Stage, without_na
 use crate::picture::{Frame, Picture};
 use crate::policy::Policy;
 use crate::provenance::{self, COMPOSITE, TRAINED, with_id};
+use crate::slot::Slot;
 use crate::{Error, Result};
 
 mod pictures;
 
-use pictures::{Job, Pictures, Plan, Slot, Start};
+use pictures::{Job, Pictures, Plan, Start};
 
 /// The most pictures of one call.
 const MAX_PICTURES: usize = 1_024;

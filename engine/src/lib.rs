@@ -33,6 +33,7 @@ pub mod provenance;
 pub mod render;
 pub mod sage_train;
 pub mod sampler;
+mod slot;
 pub mod soft_prompt;
 pub mod synth;
 pub mod table;
@@ -42,6 +43,7 @@ pub mod train_flux;
 pub mod train_policy;
 pub mod vocabulary;
 pub mod weights;
+pub mod wishes;
 
 pub use candle_core::{DType, Device};
 pub use engine::{Engine, device, use_own_cores};

@@ -516,10 +516,14 @@ fn spelt_wordings() -> &'static [(String, usize)] {
     })
 }
 
-/// A text as texts are compared: in small letters, "colour" and "grey" as "color" and "gray".
+/// A text as texts are compared: in small letters, "colour", "grey" and "cosy" as "color", "gray"
+/// and "cozy".
 pub fn spelt(text: &str) -> String {
+    let american = [("colour", "color"), ("grey", "gray"), ("cosy", "cozy")];
     let text = text.to_lowercase();
-    text.replace("colour", "color").replace("grey", "gray")
+    american
+        .iter()
+        .fold(text, |text, (a, b)| text.replace(a, b))
 }
 
 /// The wording without "a", "an" or "the" in front.

@@ -8,7 +8,7 @@
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, mpsc};
+use std::sync::{Arc, mpsc};
 use std::time::Instant;
 
 use candle_core::{DType, Device, Tensor};
@@ -32,6 +32,7 @@ use crate::sampler::{
     self, Conditions, ControlInput, FlowEdit, Keep, Prompt, RfInversion, Schedule, ScheduleConfig,
     Step, Watch,
 };
+use crate::slot::Slot;
 use crate::text_vectors::TextEncoder;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -41,34 +42,6 @@ use crate::{Error, Result};
 const BATCH_TOKENS: usize = 8_192;
 /// Pictures decoded at once.
 const BATCH_DECODE: usize = 8;
-
-/// A part that is loaded when first needed.
-pub(super) struct Slot<T>(Mutex<Option<Arc<T>>>);
-
-impl<T> Slot<T> {
-    pub fn empty() -> Self {
-        Self(Mutex::new(None))
-    }
-
-    /// The part; whoever comes first loads it, the others wait.
-    pub fn get(&self, load: impl FnOnce() -> Result<T>) -> Result<Arc<T>> {
-        let mut slot = self.0.lock().unwrap_or_else(|e| e.into_inner());
-        if let Some(part) = slot.as_ref() {
-            return Ok(part.clone());
-        }
-        let part = Arc::new(load()?);
-        *slot = Some(part.clone());
-        Ok(part)
-    }
-
-    fn is_loaded(&self) -> bool {
-        self.0.lock().unwrap_or_else(|e| e.into_inner()).is_some()
-    }
-
-    fn release(&self) {
-        *self.0.lock().unwrap_or_else(|e| e.into_inner()) = None;
-    }
-}
 
 enum Words {
     Minilm {

@@ -5,12 +5,13 @@ use crate::grammar;
 use crate::lm::LanguageModel;
 use crate::lora::LoraConfig;
 use crate::policy::{
-    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, training_text, wish,
+    PROFILES, PromptText, answer_ids, pair_groups, prompt_ids, sft_groups, training_text,
 };
 use crate::sage_train::TunableEncoder;
 use crate::soft_prompt::SoftPromptConfig;
 use crate::synth::{Split, Synth};
 use crate::vocabulary::{self, Attribute, EditType};
+use crate::wishes::lesson;
 use simpatico_schema::edit::PreferencePair;
 use simpatico_schema::{OverlapMode, Polarity};
 use simpatico_storage::Snapshot;
@@ -718,7 +719,7 @@ fn reading_groups(
             let liked = own.iter().chain(&stated).map(|a| &vocabulary::all()[*a]);
             let liked: Vec<&Attribute> = liked.collect();
             let wishes = random.uniform() < WISHES;
-            let wish = wishes.then(|| wish(&liked, &mut random)).flatten();
+            let wish = wishes.then(|| lesson(&liked, &mut random)).flatten();
             let wished = wish.as_ref().map(|wish| wish.attribute.name);
             let tone = wish.as_ref().and_then(|wish| wish.tone);
             let text = PromptText {

@@ -4,8 +4,10 @@
 //! are written into the prompt (the newest always, in an order drawn for each picture); the
 //! embedding becomes the soft prompt; neighbours fill in where the user has said little; the
 //! language model writes; the answer is cut to one clean sentence, and written again where it
-//! takes up something the user dislikes, nothing that the user or the neighbours like, or nothing
-//! that the bundle's picture model can draw.
+//! takes up something the user dislikes, nothing of what was wished for, nothing that the user or
+//! the neighbours like, or nothing that the bundle's picture model can draw. What a wish asks for
+//! `wishes` finds out; to somebody new, what was said is put as a wish, in turn from picture to
+//! picture.
 //!
 //! What belongs to neighbours is treated as theirs: an attribute enters the text only if at
 //! least [`PolicyOptions::k_threshold`] users like it. Names, captions and cues are text to the
@@ -122,8 +124,8 @@ pub struct PolicyOptions {
     pub fill_up_to: usize,
     /// Whether an instruction that takes up nothing the user or the neighbours like is written
     /// anew, as one that takes up a dislike, or not what a cue asks for, always is; a user with at
-    /// most `fill_up_to` likes wants to see one of them. With a cue that is asked only where
-    /// something that the user likes would follow it.
+    /// most `fill_up_to` likes wants to see them in turn, from picture to picture. With a cue that
+    /// is asked only where something that the user likes would follow it.
     pub insist: bool,
     /// Whether one that takes up nothing which can be drawn ([`Attribute::look`]) is, too.
     pub drawn_only: bool,
@@ -278,15 +280,24 @@ impl Policy {
     fn asked(&self, snapshot: &Snapshot, request: &InstructRequest) -> Result<Asked> {
         check_request(request)?;
         let mut taste = self.taste(snapshot, request)?;
-        if let Some(cue) = wish_of(request) {
-            let of = Wisher {
-                likes: &taste.likes,
-                suggestions: &taste.suggestions,
-                dislikes: &taste.dislikes,
-            };
-            let mut random = Philox::new(request.seed, !picture_stream(request));
-            let listener = self.listener.as_ref();
-            taste.wish = Some(wishes::understand(cue, &of, listener, &mut random)?);
+        let mut random = Philox::new(request.seed, !picture_stream(request));
+        taste.wish = match wish_of(request) {
+            Some(cue) => {
+                let of = Wisher {
+                    likes: &taste.likes,
+                    suggestions: &taste.suggestions,
+                    dislikes: &taste.dislikes,
+                };
+                let listener = self.listener.as_ref();
+                Some(wishes::understand(cue, &of, listener, &mut random)?)
+            }
+            None => turn(&self.options, &taste, request.explore, &mut random),
+        };
+        if wish_of(request).is_none() {
+            taste.turn = taste
+                .wish
+                .as_ref()
+                .and_then(|wish| wish.words.first().cloned());
         }
         Ok(taste)
     }
@@ -505,6 +516,26 @@ impl Policy {
     }
 }
 
+/// Of somebody new, a like whose turn it is with this picture, as if it were wished for: left to
+/// itself the model says of three likes the same one of every picture. Now and then it is left to
+/// itself where what is beyond the user's likes shall be explored.
+fn turn(options: &PolicyOptions, taste: &Asked, explore: f32, random: &mut Philox) -> Option<Wish> {
+    let new = (1..=options.fill_up_to).contains(&taste.likes.len());
+    if !options.insist || !new || random.uniform() < explore {
+        return None;
+    }
+    let mut likes = taste.likes.clone();
+    random.shuffle(&mut likes);
+    if options.drawn_only {
+        let seen = |name: &String| vocabulary::find(name).is_none_or(|a| a.look.is_some());
+        likes.sort_by_key(|name| !seen(name));
+    }
+    Some(Wish {
+        any_of: likes.clone(),
+        words: likes,
+    })
+}
+
 /// An instruction, and what speaks against it.
 type Draft = (Faults, String);
 
@@ -522,6 +553,8 @@ struct Faults {
     /// That it takes up nothing which can be drawn, where that matters and what was wished for can
     /// be.
     undrawn: bool,
+    /// That it takes up another like than the one whose turn it is.
+    out_of_turn: bool,
 }
 
 /// Whether a sentence takes up attributes of the vocabulary, none of which has a look.
@@ -562,6 +595,7 @@ impl Faults {
             unheeded: !any_of.is_empty() && named_in(words, any_of).is_empty(),
             impersonal,
             undrawn: drawn_only && undrawn(words),
+            out_of_turn: taste.turn.is_some() && !takes_up(&taste.turn.iter().cloned().collect()),
         }
     }
 }
@@ -598,8 +632,10 @@ struct Asked {
     neighbors: Vec<(String, u32)>,
     suggestions: Vec<String>,
     shown: Vec<String>,
-    /// What was wished for, if anything was.
+    /// What was wished for, or is treated so ([`turn`]).
     wish: Option<Wish>,
+    /// The like whose turn it is.
+    turn: Option<String>,
 }
 
 impl Asked {
@@ -610,7 +646,10 @@ impl Asked {
 
     /// How often a sentence with a fault is written anew in each, the first time counted in.
     fn attempts(&self) -> u64 {
-        (ATTEMPTS / self.tellings().max(1) as u64).max(1)
+        match self.tellings() {
+            1 => ATTEMPTS,
+            _ => ATTEMPTS / 2,
+        }
     }
 }
 
@@ -623,8 +662,8 @@ fn wish_of(request: &InstructRequest) -> Option<&str> {
     request.cue.as_deref().filter(|c| !c.trim().is_empty())
 }
 
-/// How often a sentence is written at most. A prompt is read once, so that another try costs some
-/// ten tokens.
+/// How often a sentence is written at most of one prompt, half as often of several. A prompt is read
+/// once, so that another try costs some ten tokens.
 const ATTEMPTS: u64 = 8;
 
 /// The stream of random numbers that a picture's draws come from. Another picture, another draw:
@@ -1135,6 +1174,71 @@ mod tests {
         assert!(faults("Paint it blue.", "as Grandma would") == none);
         assert!(faults("Let falling snow drift over it.", "as Grandma would") > none);
         assert_eq!(wish_of(&InstructRequest::default()), None);
+    }
+
+    #[test]
+    fn of_what_follows_a_wish_ones_own_comes_first() {
+        let names = |list: &[&str]| list.iter().map(|n| n.to_string()).collect::<Vec<_>>();
+        let taste = Asked {
+            likes: names(&["a pine forest", "rustic wood"]),
+            dislikes: names(&["falling snow"]),
+            wish: Some(Wish {
+                words: names(&["a pine forest"]),
+                any_of: names(&["a pine forest", "a brick wall"]),
+            }),
+            ..Asked::default()
+        };
+        let all = PolicyOptions::default();
+        let faults = |words: &str| Faults::of(words, &taste, Some(&all));
+        let none = Faults::default();
+        assert!(faults("Move it to a pine forest.") == none);
+        assert!(faults("Put a brick wall behind it.") > none);
+        assert!(faults("Put a brick wall behind it.") < faults("Make it of rustic wood."));
+        assert!(faults("Make it of rustic wood.") < faults("Let falling snow drift over it."));
+        // Where nobody insists, any of them will do.
+        assert!(Faults::of("Put a brick wall behind it.", &taste, None) == none);
+    }
+
+    #[test]
+    fn a_newcomers_likes_take_turns() {
+        let taste = |likes: &[&str]| Asked {
+            likes: likes.iter().map(|n| n.to_string()).collect(),
+            ..Asked::default()
+        };
+        let all = PolicyOptions::default();
+        let three = taste(&["rustic wood", "falling snow", "navy and white"]);
+        let of = |options: &PolicyOptions, taste: &Asked, explore, picture| {
+            turn(options, taste, explore, &mut Philox::new(7, picture))
+        };
+        let firsts: BTreeSet<String> = (0..20)
+            .map(|picture| of(&all, &three, 0.0, picture).unwrap().words[0].clone())
+            .collect();
+        assert_eq!(firsts.len(), 3);
+        // Another like than the one whose turn it is beats none, and not that one.
+        let wish = of(&all, &three, 0.0, 0);
+        let asked = Asked {
+            turn: wish.as_ref().map(|wish| wish.words[0].clone()),
+            wish: wish.clone(),
+            ..taste(&["rustic wood", "falling snow", "navy and white"])
+        };
+        let said = |name: &str| Faults::of(&format!("Try {name}."), &asked, Some(&all));
+        let words = wish.unwrap().words;
+        assert!(said(&words[0]) == Faults::default() && said(&words[1]) > said(&words[0]));
+        assert!(said("pure white") > said(&words[1]));
+        // What can be drawn has the first turns where nothing else shows.
+        let drawn = PolicyOptions {
+            drawn_only: true,
+            ..all.clone()
+        };
+        let unseen = vocabulary::all().iter().find(|a| a.look.is_none()).unwrap();
+        let two = taste(&[unseen.name, "rustic wood"]);
+        let first = |picture| of(&drawn, &two, 0.0, picture).unwrap().words[0].clone();
+        assert!((0..20).all(|picture| first(picture) == "rustic wood"));
+        // Nobody has turns who is well known, has said nothing or wants to see something else.
+        let many: Vec<&str> = vocabulary::all().iter().take(5).map(|a| a.name).collect();
+        assert_eq!(of(&all, &taste(&many), 0.0, 0), None);
+        assert_eq!(of(&all, &taste(&[]), 0.0, 0), None);
+        assert_eq!(of(&all, &three, 1.0, 0), None);
     }
 
     #[test]

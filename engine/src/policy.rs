@@ -42,6 +42,8 @@ use std::path::Path;
 const SYSTEM: &str = "You suggest one image edit to a person's taste.";
 /// The longest caption or cue, in characters.
 const TEXT_CHARS_MAX: usize = 400;
+/// The longest name of a like that has a turn: it stands in the prompt once more.
+const TURN_CHARS_MAX: usize = 60;
 /// The longest prompt, in tokens.
 const PROMPT_TOKENS_MAX: usize = 512;
 
@@ -525,13 +527,14 @@ fn turn(options: &PolicyOptions, taste: &Asked, explore: f32, random: &mut Philo
         return None;
     }
     let mut likes = taste.likes.clone();
+    likes.retain(|name| name.chars().count() <= TURN_CHARS_MAX);
     random.shuffle(&mut likes);
     if options.drawn_only {
         let seen = |name: &String| vocabulary::find(name).is_none_or(|a| a.look.is_some());
         likes.sort_by_key(|name| !seen(name));
     }
-    Some(Wish {
-        any_of: likes.clone(),
+    (!likes.is_empty()).then(|| Wish {
+        any_of: taste.likes.clone(),
         words: likes,
     })
 }
@@ -1234,6 +1237,11 @@ mod tests {
         let two = taste(&[unseen.name, "rustic wood"]);
         let first = |picture| of(&drawn, &two, 0.0, picture).unwrap().words[0].clone();
         assert!((0..20).all(|picture| first(picture) == "rustic wood"));
+        // Nor does a name that would fill the prompt.
+        let long = "x".repeat(61);
+        let of_long = of(&all, &taste(&[&long, "rustic wood"]), 0.0, 0).unwrap();
+        assert_eq!(of_long.words, ["rustic wood"]);
+        assert_eq!(of(&all, &taste(&[&long]), 0.0, 0), None);
         // Nobody has turns who is well known, has said nothing or wants to see something else.
         let many: Vec<&str> = vocabulary::all().iter().take(5).map(|a| a.name).collect();
         assert_eq!(of(&all, &taste(&many), 0.0, 0), None);

@@ -17,6 +17,7 @@
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 use crate::grammar;
+use crate::policy::named_in;
 use crate::slot::Slot;
 use crate::text_vectors::TextEncoder;
 use crate::vocabulary::{self, Attribute, Cluster, EditType};
@@ -231,7 +232,7 @@ fn has(list: &[String], attribute: &Attribute) -> bool {
     list.iter().any(|name| name == attribute.name)
 }
 
-/// What `words` ask for. Something that they name is known by its name; for others a `listener`
+/// What `words` ask for. What they name of the vocabulary or of one's own likes is known; for others a `listener`
 /// finds what is near, and draws from `random` what of much to say first. A wish that may deny
 /// something asks for nothing.
 ///
@@ -250,9 +251,14 @@ pub fn understand(
     if denies(words) {
         return Ok(as_it_is(Vec::new()));
     }
-    let named = vocabulary::mentioned(words);
+    let known = vocabulary::mentioned(words).into_iter();
+    let mut named: Vec<String> = known.map(|a| a.name.to_string()).collect();
+    // What is liked in words of one's own is known by these.
+    named.extend(named_in(words, of.likes));
+    named.sort_unstable();
+    named.dedup();
     if !named.is_empty() {
-        return Ok(as_it_is(named.iter().map(|a| a.name.to_string()).collect()));
+        return Ok(as_it_is(named));
     }
     let heard = match listener {
         Some(listener) => listener.hear(words, of, random)?,
@@ -264,8 +270,9 @@ pub fn understand(
 /// Whether a wish may name what is not wanted.
 fn denies(wish: &str) -> bool {
     const WORDS: &[&str] = &[
-        "no", "not", "never", "without", "less", "fewer", "don't", "remove",
+        "no", "not", "never", "nothing", "without", "less", "fewer", "don't", "remove", "avoid",
     ];
+    let wish = wish.replace('’', "'");
     let mut words = wish.split(|c: char| !c.is_alphanumeric() && c != '\'');
     words.any(|word| WORDS.contains(&&*word.to_lowercase()))
 }
@@ -456,7 +463,19 @@ mod tests {
         let named = understood("some old barn wood please");
         assert_eq!(named.words, ["some old barn wood please"]);
         assert_eq!(named.any_of, ["rustic wood"]);
-        assert!(understood("no rustic wood").any_of.is_empty());
+        for denial in ["no rustic wood", "please don’t make it rustic wood"] {
+            assert!(understood(denial).any_of.is_empty());
+        }
+        let likes = names(&["Grandma's quilt"]);
+        let of = Wisher {
+            likes: &likes,
+            ..Wisher::default()
+        };
+        let own = understand("with grandma's quilt", &of, None, &mut Philox::new(0, 0)).unwrap();
+        assert_eq!(
+            (own.words, own.any_of),
+            (names(&["with grandma's quilt"]), likes)
+        );
         assert!(understood("as Grandma would").any_of.is_empty());
     }
 

@@ -162,6 +162,43 @@ fn an_edit_is_made_answered_and_made_again_to_the_byte() {
     );
 }
 
+#[test]
+fn wishes_in_plain_words_are_followed() {
+    let bench = Bench::new();
+    if !MODELS.into_iter().all(|model| bench.has(model)) {
+        return;
+    }
+    let wished = |cue: &str| {
+        let words = [
+            "instruct",
+            "--user",
+            "ada",
+            "--caption",
+            "a red chair",
+            "--cue",
+            cue,
+        ];
+        bench.answer(&words)["why"]["wish"].clone()
+    };
+    // None of these is a name of the vocabulary's.
+    for cue in [
+        "more snow",
+        "turn it purple",
+        "swap the backdrop",
+        "make it cosy",
+    ] {
+        let followed = wished(cue);
+        assert!(
+            followed.as_array().is_some_and(|w| !w.is_empty()),
+            "{cue}: {followed}"
+        );
+    }
+    // Nothing is looked for where a wish denies something, or means nothing that is known.
+    for cue in ["no snow please", "surprise me"] {
+        assert_eq!(wished(cue), Value::Null, "{cue}");
+    }
+}
+
 /// A mask was softened at the edit and not at the replay: other bytes at its edge.
 #[test]
 fn an_edit_with_mask_and_two_instructions_is_made_again_to_the_byte() {

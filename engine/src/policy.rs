@@ -494,6 +494,7 @@ impl Policy {
         words: &str,
     ) -> Result<Why> {
         let own = named_in(words, &asked.likes);
+        let wished = asked.wish.iter().filter(|_| wish_of(request).is_some());
         let total: f64 = asked.neighbors.iter().map(|n| f64::from(n.1)).sum();
         Ok(Why {
             likes: own,
@@ -512,6 +513,9 @@ impl Policy {
                 })
                 .collect(),
             from_neighbors: named_in(words, &asked.suggestions),
+            wish: wished
+                .flat_map(|wish| named_in(words, &wish.any_of))
+                .collect(),
             explore: request.explore.clamp(0.0, 1.0),
             as_of: snapshot.as_of(),
         })

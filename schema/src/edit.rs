@@ -71,6 +71,10 @@ pub struct Why {
     pub neighbors: Vec<WeightedNeighbor>,
     /// Attributes that only the neighbours hold and the instruction took up.
     pub from_neighbors: Vec<String>,
+    /// What a cue was taken to ask for and the instruction took up. Empty without a cue, and where
+    /// it named or meant nothing known by name, or was not followed.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub wish: Vec<String>,
     /// How much was mixed in from beyond the user's own circle, 0 to 1.
     pub explore: f32,
     /// The store's sequence number the answer was computed at.

@@ -293,14 +293,12 @@ impl Policy {
                 let listener = self.listener.as_ref();
                 Some(wishes::understand(cue, &of, listener, &mut random)?)
             }
-            None => turn(&self.options, &taste, request.explore, &mut random),
+            None => {
+                let wish = turn(&self.options, &taste, request.explore, &mut random);
+                taste.turn = wish.as_ref().and_then(|wish| wish.words.first().cloned());
+                wish
+            }
         };
-        if wish_of(request).is_none() {
-            taste.turn = taste
-                .wish
-                .as_ref()
-                .and_then(|wish| wish.words.first().cloned());
-        }
         Ok(taste)
     }
 
@@ -534,8 +532,7 @@ fn turn(options: &PolicyOptions, taste: &Asked, explore: f32, random: &mut Philo
     likes.retain(|name| name.chars().count() <= TURN_CHARS_MAX);
     random.shuffle(&mut likes);
     if options.drawn_only {
-        let seen = |name: &String| vocabulary::find(name).is_none_or(|a| a.look.is_some());
-        likes.sort_by_key(|name| !seen(name));
+        likes.sort_by_key(|name| !may_show(name));
     }
     (!likes.is_empty()).then(|| Wish {
         any_of: taste.likes.clone(),
@@ -596,7 +593,7 @@ impl Faults {
             && taste
                 .wish
                 .as_ref()
-                .is_none_or(|wish| can_be_drawn(&wish.any_of));
+                .is_none_or(|wish| wish.any_of.iter().any(|name| may_show(name)));
         Self {
             dislikes: unwanted.count(),
             unheeded: !any_of.is_empty() && named_in(words, any_of).is_empty(),
@@ -612,10 +609,9 @@ fn common(of: &[String], list: &[String]) -> Vec<String> {
     of.iter().filter(|a| list.contains(a)).cloned().collect()
 }
 
-/// Whether one of these has a look.
-fn can_be_drawn(names: &[String]) -> bool {
-    let mut all = names.iter().filter_map(|name| vocabulary::find(name));
-    all.any(|a| a.look.is_some())
+/// Whether the attribute has a look, or may have one for all we know.
+fn may_show(name: &str) -> bool {
+    vocabulary::find(name).is_none_or(|a| a.look.is_some())
 }
 
 fn no_sentence() -> Error {

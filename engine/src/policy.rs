@@ -524,8 +524,7 @@ impl Policy {
 /// itself the model says of three likes the same one of every picture. Now and then it is left to
 /// itself where what is beyond the user's likes shall be explored.
 fn turn(options: &PolicyOptions, taste: &Asked, explore: f32, random: &mut Philox) -> Option<Wish> {
-    let new = (1..=options.fill_up_to).contains(&taste.likes.len());
-    if !options.insist || !new || random.uniform() < explore {
+    if !options.insist || !taste.is_new(options) || random.uniform() < explore {
         return None;
     }
     let mut likes = taste.likes.clone();
@@ -572,19 +571,21 @@ impl Faults {
     /// out.
     fn of(words: &str, taste: &Asked, insist: Option<&PolicyOptions>) -> Self {
         let any_of = taste.wish.as_ref().map_or(&[][..], |wish| &wish.any_of);
+        let followed = named_in(words, any_of);
         let takes_up = |list: &Vec<String>| !named_in(words, list).is_empty();
         let near = [&taste.suggestions, &taste.shown];
         let could = !taste.likes.is_empty() || near.iter().any(|list| !list.is_empty());
-        let new = |o: &PolicyOptions| (1..=o.fill_up_to).contains(&taste.likes.len());
         let impersonal = match (insist, &taste.wish) {
             (None, _) => 0,
             // Of several things that follow a wish, one's own.
             (Some(_), Some(wish)) => {
-                let own: Vec<String> = common(&wish.any_of, &taste.likes);
-                u8::from(!own.is_empty() && !takes_up(&own))
+                let own = |list: &[String]| list.iter().any(|a| taste.likes.contains(a));
+                u8::from(own(&wish.any_of) && !own(&followed))
             }
             (Some(_), None) if !could || takes_up(&taste.likes) => 0,
-            (Some(options), None) if near.into_iter().any(takes_up) => u8::from(new(options)),
+            (Some(options), None) if near.into_iter().any(takes_up) => {
+                u8::from(taste.is_new(options))
+            }
             (Some(_), None) => 2,
         };
         let unwanted = named_in(words, &taste.dislikes).into_iter();
@@ -596,17 +597,15 @@ impl Faults {
                 .is_none_or(|wish| wish.any_of.iter().any(|name| may_show(name)));
         Self {
             dislikes: unwanted.count(),
-            unheeded: !any_of.is_empty() && named_in(words, any_of).is_empty(),
+            unheeded: !any_of.is_empty() && followed.is_empty(),
             impersonal,
             undrawn: drawn_only && undrawn(words),
-            out_of_turn: taste.turn.is_some() && !takes_up(&taste.turn.iter().cloned().collect()),
+            out_of_turn: taste
+                .turn
+                .as_ref()
+                .is_some_and(|like| !followed.contains(like)),
         }
     }
-}
-
-/// What of the first list is in the second.
-fn common(of: &[String], list: &[String]) -> Vec<String> {
-    of.iter().filter(|a| list.contains(a)).cloned().collect()
 }
 
 /// Whether the attribute has a look, or may have one for all we know.
@@ -642,6 +641,11 @@ struct Asked {
 }
 
 impl Asked {
+    /// Whether the user has said so little that what was said is missed where it is not taken up.
+    fn is_new(&self, options: &PolicyOptions) -> bool {
+        (1..=options.fill_up_to).contains(&self.likes.len())
+    }
+
     /// In how many ways the model can be told what is asked.
     fn tellings(&self) -> usize {
         self.wish.as_ref().map_or(1, |wish| wish.words.len())

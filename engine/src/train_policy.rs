@@ -31,6 +31,7 @@ use crate::lora::Adapter;
 use crate::nn;
 use crate::optim::{AdamW, AdamWOptions, Group, Schedule};
 use crate::params::{Params, load_tensors, save_tensors, write_whole};
+use crate::picture::hex;
 use crate::plot;
 use crate::soft_prompt::SoftPrompt;
 use candle_core::{D, DType, Device, Tensor, Var};
@@ -1004,7 +1005,7 @@ fn digest_of(parts: &[&[u8]]) -> String {
         hash.update((part.len() as u64).to_le_bytes());
         hash.update(part);
     }
-    hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    hex(&hash.finalize())
 }
 
 fn ids_bytes(ids: &[u32]) -> Vec<u8> {
@@ -1285,12 +1286,7 @@ pub fn reference_logps(
             hash.update(digest_of(&[&ids_bytes(&p.chosen), &ids_bytes(&p.rejected)]));
         }
     }
-    let key: String = hash
-        .finalize()
-        .iter()
-        .take(12)
-        .map(|b| format!("{b:02x}"))
-        .collect();
+    let key = hex(&hash.finalize()[..12]);
     let path = cache.map(|c| c.join(format!("reference-{key}.safetensors")));
     let counts: Vec<usize> = groups.iter().map(|g| 2 * g.pairs.len()).collect();
     if let Some(path) = path.as_ref().filter(|p| p.is_file()) {

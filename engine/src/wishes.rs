@@ -17,6 +17,7 @@
 use crate::bundle::Bundle;
 use crate::error::{Error, Result};
 use crate::grammar;
+use crate::picture::hex;
 use crate::policy::named_in;
 use crate::slot::Slot;
 use crate::text_vectors::TextEncoder;
@@ -88,11 +89,7 @@ fn digest_of(phrases: &[(&str, Means)]) -> String {
         digest.update(words.as_bytes());
         digest.update(b"\n");
     }
-    digest
-        .finalize()
-        .iter()
-        .map(|b| format!("{b:02x}"))
-        .collect()
+    hex(&digest.finalize())
 }
 
 /// Writes the file that the role `wishes` names: the vectors of all phrases, (n, dim) in f16, and

@@ -3,6 +3,9 @@
 //! may be random ones of true shape (tests/gpu/make_models.py): nothing here looks at taste.
 //!
 //! - `edit DEVICE BUNDLE SIDE STEPS BATCH [CACHE]`: whole edits through the engine, by stage.
+//! - `cached DEVICE BUNDLE SIDE STEPS CACHE`: how far the cache's picture is from the exact one.
+//! - `personal DEVICE BUNDLE SIDE STEPS`: a like comes in, and with it embedding, instruction and
+//!   picture of who said it.
 //! - `velocity DEVICE BUNDLE SIDE OUT`: one step's inputs and velocity, for another program to
 //!   compare with.
 //! - `decode DEVICE BUNDLE PROMPT NEW BATCH`: tokens a second of prefill and decoding.
@@ -11,13 +14,14 @@
 //! - `train DEVICE BUNDLE flow|vae STEPS BATCH`: training the small Flux as shipped, on random
 //!   pairs, or an autoencoder, in the device's usual dtype and in f32; the bundle is not looked at.
 //! - `full DEVICE BUNDLE SIDE`: a request that cannot fit, then one that can.
-//! - `same DEVICE BUNDLE CUT_OUTS`: the edits of a bundle in f32 on this device and on the CPU.
+//! - `same DEVICE BUNDLE CUT_OUTS COUNT`: so many users' edits of a bundle in f32 on this device
+//!   and on the CPU, in one batch each.
 
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use simpatico_engine::bundle::{Bundle, Location};
+use simpatico_engine::bundle::{Bundle, Location, models_folder};
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::flux::controlnet::{Control, ControlNet};
@@ -26,16 +30,20 @@ use simpatico_engine::flux::transformer::{FluxTransformer, Inputs, image_ids, te
 use simpatico_engine::generate::{self, generate_batch};
 use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::lora::LoraConfig;
+use simpatico_engine::lpips::{Lpips, Net};
 use simpatico_engine::params::save_tensors;
 use simpatico_engine::picture::Picture;
 use simpatico_engine::soft_prompt::{SoftPrompt, SoftPromptConfig};
+use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_engine::train_flux::pairs::Pairs;
 use simpatico_engine::train_flux::{Compute, Progress, Rhythm, autoencoder, flow};
 use simpatico_engine::train_policy::{
     Conditioning, DpoOptions, PairGroup, Policy, TokenPair, dpo_batch, dpo_optimizer,
 };
+use simpatico_engine::vocabulary;
 use simpatico_schema::edit::{Backend, EditSettings};
 use simpatico_schema::random::Philox;
+use simpatico_schema::{Event, Polarity};
 use simpatico_storage::Store;
 use std::ops::ControlFlow;
 use std::path::Path;
@@ -63,6 +71,11 @@ fn main() -> Result<()> {
             number(2)?,
             rest.get(3).map(|c| c.parse()).transpose()?,
         )?,
+        "cached" => {
+            let threshold = rest.get(2).ok_or("a threshold is missing")?.parse()?;
+            cached(bundle, &device, number(0)? as u32, number(1)?, threshold)?
+        }
+        "personal" => personal(bundle, &device, number(0)? as u32, number(1)?)?,
         "velocity" => velocity(bundle, &device, number(0)?, file(1)?)?,
         "decode" => decode(bundle, &device, number(0)?, number(1)?, number(2)?)?,
         "logits" => logits(bundle, &device, number(0)?, file(1)?)?,
@@ -74,7 +87,7 @@ fn main() -> Result<()> {
             number(2)?,
         )?,
         "full" => full(bundle, &device, number(0)? as u32)?,
-        "same" => same(bundle, &device, file(0)?)?,
+        "same" => same(bundle, &device, file(0)?, number(1)?)?,
         other => return Err(format!("no stage {other}").into()),
     };
     let mut line = json!({
@@ -160,6 +173,97 @@ fn edit(
         "side": side, "steps": steps, "batch": batch, "cache": cache,
         "seconds": whole, "load_and_one_step": first, "stages": seconds,
         "a_step": seconds.sample / steps as f64,
+    }))
+}
+
+fn cached(bundle: &str, device: &Device, side: u32, steps: usize, threshold: f32) -> Result<Value> {
+    let (_folder, store) = no_users()?;
+    let engine = Engine::open(bundle, device)?;
+    let made = |cache_threshold| -> Result<(Picture, f64)> {
+        let settings = EditSettings {
+            steps: Some(steps),
+            backend: Some(Backend::Canny),
+            control_scale: Some(0.7),
+            cache_threshold,
+            ..EditSettings::default()
+        };
+        let asked = request(side, 0, settings);
+        let edit = engine.edit(&store.snapshot(), &asked, &mut Hooks::default())?;
+        let seconds = edit.seconds.sample;
+        let picture = edit.images.into_iter().next().ok_or("no picture")?;
+        Ok((picture, seconds))
+    };
+    made(None)?; // loads, compiles and allocates
+    let (exact, exact_s) = made(None)?;
+    let (near, near_s) = made(Some(threshold))?;
+    let squares: f64 = exact
+        .rgb
+        .iter()
+        .zip(&near.rgb)
+        .map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2))
+        .sum();
+    let psnr = 10.0 * (255f64.powi(2) / (squares / exact.rgb.len() as f64).max(1e-9)).log10();
+    let eyes = models_folder().join("lpips");
+    let lpips = match eyes.exists() {
+        true => Some(Lpips::open(&eyes, Net::AlexNet, &Device::Cpu)?.distance(&exact, &near)?),
+        false => None,
+    };
+    Ok(json!({
+        "side": side, "steps": steps, "cache": threshold, "sample_exact_s": exact_s,
+        "sample_cached_s": near_s, "psnr": psnr, "lpips": lpips,
+    }))
+}
+
+/// A store in which `count` users have said five likes each, with vectors and embeddings.
+fn community(bundle: &Bundle, count: usize) -> Result<(tempfile::TempDir, Store, TextEncoder)> {
+    let (folder, store) = no_users()?;
+    let roles = &bundle.manifest.roles;
+    store.set_encoder(&bundle.role("sage", roles.sage.as_ref())?)?;
+    let path = bundle.role("text_encoder", roles.text_encoder.as_ref())?;
+    let encoder = TextEncoder::open(&path, &Device::Cpu)?;
+    let names: Vec<&str> = vocabulary::all()
+        .iter()
+        .filter(|a| a.look.is_some())
+        .map(|a| a.name)
+        .collect();
+    let mut events = Vec::new();
+    for user in 0..count {
+        for like in 0..5 {
+            let name = names[(user * 37 + like * 11) % names.len()];
+            events.push(Event::new(&format!("user {user}"), name, Polarity::Like));
+        }
+    }
+    store.append(&events)?;
+    text_vectors::featurize(&store, &encoder, |_, _| {})?;
+    Ok((folder, store, encoder))
+}
+
+fn personal(bundle: &str, device: &Device, side: u32, steps: usize) -> Result<Value> {
+    let found = Bundle::find(bundle)?;
+    let (_folder, store, encoder) = community(&found, 64)?;
+    let engine = Engine::open(bundle, device)?;
+    let asked = |steps| EditRequest {
+        user: "user 0".into(),
+        instructions: Vec::new(),
+        ..request(
+            side,
+            0,
+            EditSettings {
+                steps: Some(steps),
+                ..EditSettings::default()
+            },
+        )
+    };
+    engine.edit(&store.snapshot(), &asked(1), &mut Hooks::default())?; // loads
+    let begun = Instant::now();
+    store.append(&[Event::new("user 0", "weathered driftwood", Polarity::Like)])?;
+    text_vectors::featurize(&store, &encoder, |_, _| {})?;
+    let learnt = begun.elapsed().as_secs_f64();
+    let edit = engine.edit(&store.snapshot(), &asked(steps), &mut Hooks::default())?;
+    Ok(json!({
+        "side": side, "steps": steps, "seconds": begun.elapsed().as_secs_f64(),
+        "event_s": learnt, "stages": edit.seconds,
+        "instruction_bytes": edit.instruction.instruction.len(),
     }))
 }
 
@@ -464,19 +568,22 @@ fn full(bundle: &str, device: &Device, side: u32) -> Result<Value> {
     Ok(json!({"asked": many.len(), "side": side, "refused_with": said, "then_one_worked": true}))
 }
 
-fn same(bundle: &str, device: &Device, cut_outs: &Path) -> Result<Value> {
-    let (_folder, store) = no_users()?;
+fn same(bundle: &str, device: &Device, cut_outs: &Path, count: usize) -> Result<Value> {
+    let (_folder, store, _) = community(&Bundle::find(bundle)?, count)?;
     let mut files: Vec<_> = std::fs::read_dir(cut_outs)?
         .flatten()
         .map(|entry| entry.path())
         .filter(|path| path.extension().is_some_and(|e| e == "png"))
         .collect();
     files.sort();
-    let requests = files
-        .iter()
-        .map(|file| {
+    if files.is_empty() {
+        return Err(format!("no PNG in {}", cut_outs.display()).into());
+    }
+    let requests = (0..count)
+        .map(|i| {
             Ok(EditRequest {
-                source: Some(Source::open(file)?),
+                user: format!("user {i}"),
+                source: Some(Source::open(&files[i % files.len()])?),
                 caption: Some("a small picture".into()),
                 settings: EditSettings {
                     count: 1,

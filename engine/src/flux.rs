@@ -34,6 +34,8 @@
 
 pub mod controlnet;
 mod cpu_blocks;
+#[cfg(feature = "cuda")]
+mod cuda_blocks;
 pub mod detail;
 pub mod init;
 pub mod lora;
@@ -43,5 +45,8 @@ pub mod text;
 pub mod transformer;
 pub mod vae;
 
+#[cfg(test)]
+#[path = "flux/cuda_blocks/tests.rs"]
+mod cuda_kernel_tests;
 #[cfg(test)]
 pub(crate) mod golden_tests;

@@ -317,9 +317,14 @@ impl Linear {
         self.bias.as_ref()
     }
 
+    /// x [.., in] to [.., out] without the bias.
+    pub fn product(&self, x: &Tensor) -> Result<Tensor> {
+        matmul_t(x, &self.weight)
+    }
+
     /// x [.., in] to [.., out].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        let y = matmul_t(x, &self.weight)?;
+        let y = self.product(x)?;
         Ok(match &self.bias {
             Some(b) if crate::conv::learns_on_cpu(&[b, &y]) && b.track_op() => {
                 crate::fused::add_bias(&y, b)?
@@ -678,7 +683,9 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     if !learns && let Some(value) = flash_attention(q, k, v, scale, mask)? {
         return Ok(value);
     }
-    let value = attend(&q.detach(), &k.detach(), &v.detach(), scale, mask)?;
+    // A product wants rows without gaps; of the queries each chunk is made so.
+    let (k_rows, v_rows) = (k.detach().contiguous()?, v.detach().contiguous()?);
+    let value = attend(&q.detach(), &k_rows, &v_rows, scale, mask)?;
     if !learns {
         return Ok(value);
     }

@@ -26,9 +26,10 @@ use crate::synth::{Caption, Split, Synth, SynthPair, SynthUser};
 use crate::tokenizer::Tokenizer;
 use crate::train_policy::{PairGroup, SftGroup, TokenPair};
 use crate::vocabulary::{self, Attribute, Cluster, EditType};
+use crate::weights::Weights;
 use crate::wishes::{self, Listener, Wish, Wisher, cue_words};
 use crate::{grammar, synth};
-use candle_core::{Device, Tensor};
+use candle_core::{DType, Device, Tensor};
 use sha2::{Digest, Sha256};
 use simpatico_schema::edit::{Fallback, InstructRequest, Instruction, WeightedNeighbor, Why};
 use simpatico_schema::random::Philox;
@@ -166,16 +167,38 @@ pub struct Policy {
     pub listener: Option<Listener>,
 }
 
+/// Quantised files and CPUs compute in f32; other models on a GPU in what the bundle says.
+fn precision_of(bundle: &Bundle, model: &Path, device: &Device) -> Result<Precision> {
+    let dtype = match bundle.manifest.settings.dtype.as_str() {
+        "bf16" => DType::BF16,
+        "f16" => DType::F16,
+        _ => DType::F32,
+    };
+    let quantised = device.is_cpu() || Weights::open(model)?.gguf().is_some();
+    Ok(match quantised {
+        true => Precision::Quantised,
+        false => Precision::Dense(dtype),
+    })
+}
+
 impl Policy {
     /// Opens what a bundle says: language model, adapter and soft prompt.
     pub fn open(bundle: &Bundle, device: &Device) -> Result<Self> {
         let roles = &bundle.manifest.roles;
         let model_path = bundle.role("language_model", roles.language_model.as_ref())?;
-        let model = LanguageModel::open(&model_path, Precision::Quantised, device)?;
-        let adapter = match optional(bundle, roles.adapters.as_ref())? {
+        let precision = precision_of(bundle, &model_path, device)?;
+        let mut model = LanguageModel::open(&model_path, precision, device)?;
+        let mut adapter = match optional(bundle, roles.adapters.as_ref())? {
             Some(folder) => Some(Adapter::load(&folder, &model.decoder.config, device)?),
             None => None,
         };
+        // Apart from the weights an adapter is six small launches for each of them, twice a
+        // large model's time for a token.
+        if precision != Precision::Quantised
+            && let Some(adapter) = adapter.take()
+        {
+            model.decoder.merge(&adapter)?;
+        }
         let soft = match optional(bundle, roles.soft_prompt.as_ref())? {
             Some(file) => Some(SoftPrompt::load(&file, device)?.0),
             None => None,

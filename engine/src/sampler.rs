@@ -388,6 +388,7 @@ struct ControlBranch<'a> {
     input: ControlInput<'a>,
     prepared: Prepared,
     modulations: Modulations,
+    cache: Cache<Residuals>,
 }
 
 /// The velocity of a run's every step: what [`Conditions`] say, with all that does not
@@ -474,6 +475,7 @@ impl<'a> Field<'a> {
                         times,
                     )?,
                     input: input.clone(),
+                    cache: Cache::new(c.cache_threshold),
                 });
             }
         }
@@ -507,11 +509,15 @@ impl<'a> Field<'a> {
         let steps = self.times.len();
         let time = self.times[step];
         let mut all = Vec::new();
-        for control in self.controls.iter().filter(|c| c.input.acts(step, steps)) {
+        let controls = self.controls.iter_mut();
+        for control in controls.filter(|c| c.input.acts(step, steps)) {
             stop_if(cancel)?;
             let modulation = control.modulations.at(step, time)?;
+            let ControlBranch {
+                prepared, cache, ..
+            } = control;
             let net = control.input.net;
-            all.push(net.forward_prepared(latents, &control.prepared, &modulation)?);
+            all.push(net.forward_prepared(latents, prepared, &modulation, Some(cache))?);
         }
         let residuals = Residuals::sum(all)?;
         let (flux, rope) = (self.flux, &self.rope);

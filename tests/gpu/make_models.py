@@ -9,6 +9,7 @@ import sys
 
 import torch
 from diffusers import AutoencoderKL, FluxControlNetModel, FluxTransformer2DModel
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (CLIPTextConfig, CLIPTextModel, Qwen2Config, Qwen2ForCausalLM, T5Config,
                           T5EncoderModel)
@@ -87,11 +88,25 @@ byte_tokenizer(out / "tokenizer/tokenizer.json", ["<|startoftext|>", "<|endoftex
     "chat_template": "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
                      "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
     "eos_token": "<|im_end|>"}))
+# A user's embedding is the default bundle's, so that events lead to it; the soft prompt made of it
+# has the language model's width.
+embedding, inner, tokens, width = 256, 1024, 8, qwen["hidden_size"]
+torch.manual_seed(8)
+save_file({"mlp.0.weight": torch.randn(inner, embedding) / embedding ** 0.5,
+           "mlp.0.bias": torch.zeros(inner),
+           "mlp.2.weight": torch.randn(tokens * width, inner) / inner ** 0.5,
+           "mlp.2.bias": torch.zeros(tokens * width)}, out / "soft_prompt.safetensors",
+          metadata={"simpatico": json.dumps({
+              "embedding": embedding, "inner": inner, "tokens": tokens, "hidden": width,
+              "scale": 0.02, "normalize": True})})
 (out / "manifest.json").write_text(json.dumps({
     "version": 1, "name": "random", "about": "True shapes, random weights: for measuring only.",
     "licence": "none", "files": [], "models": [],
     "roles": {
         "language_model": "language_model",
+        "soft_prompt": "soft_prompt.safetensors",
+        "sage": "default:sage.safetensors",
+        "text_encoder": "cache:all-minilm-l6-v2",
         "flux": {"transformer": "transformer", "controlnet": "controlnet", "vae": "vae",
                  "text": {"kind": "t5-clip", "t5": "text_encoder_2",
                           "t5_tokenizer": "tokenizer_2/tokenizer.json", "clip": "text_encoder",

@@ -9,8 +9,8 @@
 //! Reference: diffusers 0.42 `controlnet_flux.py`.
 
 use super::transformer::{
-    After, Block, Config as TrunkConfig, Inputs, Modulation, Modulator, Residuals, Rope, Spread,
-    Trunk, drop_held, held, linear, pack,
+    After, Block, Cache, Config as TrunkConfig, Inputs, Modulation, Modulator, Residuals, Rope,
+    Spread, Trunk, drop_held, held, linear, pack,
 };
 use crate::conv::Conv2d;
 use crate::nn::Linear;
@@ -193,7 +193,7 @@ impl ControlNet {
         let device = inputs.latents.device();
         let rope = Rope::new(&self.config.trunk, inputs.text_ids, inputs.ids, device)?;
         let prepared = self.prepare(inputs.text, control, &rope)?;
-        self.forward_prepared(inputs.latents, &prepared, &modulation)
+        self.forward_prepared(inputs.latents, &prepared, &modulation, None)
     }
 
     /// The part that makes modulations.
@@ -247,12 +247,14 @@ impl ControlNet {
         })
     }
 
-    /// As [`Self::forward`], with everything that is known before the step computed already.
+    /// As [`Self::forward`], with everything that is known before the step computed already. With a
+    /// cache, the residuals of a step before where what the first block adds has hardly changed.
     pub fn forward_prepared(
         &self,
         latents: &Tensor,
         prepared: &Prepared,
         modulation: &Modulation,
+        cache: Option<&mut Cache<Residuals>>,
     ) -> Result<Residuals> {
         let image = self.image_in.forward(&latents.to_dtype(self.dtype)?)?;
         if prepared.condition.dims() != image.dims() {
@@ -273,18 +275,35 @@ impl ControlNet {
                 false => Spread::Interval,
             },
         };
+        let mut cache = cache.filter(|c| c.acts());
+        let (before, mut kept) = (image.clone(), None);
         self.trunk
             .forward(image, text, modulation, rope, |block, x| {
+                // The first block has not added anything yet.
+                let first = out.double.is_empty() && out.single.is_empty();
+                if let Some(cache) = cache.as_mut().filter(|_| first)
+                    && let Some(residuals) = cache.look_up(vec![(&x - &before)?])?
+                {
+                    kept = Some(residuals.clone());
+                    return Ok(After::Done(x));
+                }
                 match block {
                     Block::Double(i) => out.double.push(self.double_out[i].forward(&x)?),
                     Block::Single(i) => out.single.push(self.single_out[i].forward(&x)?),
                 }
                 Ok(After::Same(x))
             })?;
-        match prepared.scale {
-            1.0 => Ok(out),
-            scale => out.scaled(scale),
+        if let Some(kept) = kept {
+            return Ok(kept);
         }
+        let out = match prepared.scale {
+            1.0 => out,
+            scale => out.scaled(scale)?,
+        };
+        if let Some(cache) = cache {
+            cache.keep(out.clone());
+        }
+        Ok(out)
     }
 }
 

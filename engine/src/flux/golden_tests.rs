@@ -402,6 +402,44 @@ fn a_cache_skips_when_nothing_changes_and_sees_the_control_change() {
 }
 
 #[test]
+fn a_controlnets_cache_gives_the_same_residuals_until_its_inputs_change() {
+    let g = Golden::open("networks.safetensors");
+    for (case, modes) in [("union", Some(&[0u32, 3][..])), ("pro2", None)] {
+        let config: controlnet::Config = config("networks.json", case);
+        let vb = builder(g.all(&format!("{case}/weights")), DType::F32, 0);
+        let net = ControlNet::new(&config, vb).unwrap();
+        let x = Case::new(&g, case, 3, 5);
+        let condition = g.get(&format!("{case}/condition"));
+        let control = Control {
+            condition: &condition,
+            modes,
+            scale: 0.7,
+        };
+        let rope = Rope::new(&config.trunk, &x.text_ids, &x.ids, &Device::Cpu).unwrap();
+        let prepared = net.prepare(&x.text, &control, &rope).unwrap();
+        let modulator = net.modulator().unwrap();
+        let guidance = x.guidance.as_ref().filter(|_| modulator.takes_guidance());
+        let mut cache = Cache::new(0.1);
+        // How many were skipped, and how far the residuals are from those without a cache.
+        let mut run = |t: f32| {
+            let t = Tensor::new(&[t, t], &Device::Cpu).unwrap();
+            let modulation = modulator.at(&t, guidance, &x.pooled).unwrap();
+            let run = |cache| net.forward_prepared(&x.latents, &prepared, &modulation, cache);
+            let (ours, exact) = (run(Some(&mut cache)).unwrap(), run(None).unwrap());
+            assert_eq!(ours.double.len(), exact.double.len());
+            assert_eq!(ours.single.len(), exact.single.len());
+            let all = |r: Residuals| r.double.into_iter().chain(r.single);
+            let far = all(ours).zip(all(exact)).map(|(a, b)| gap(&a, &b));
+            (cache.skipped(), far.fold(0.0, f32::max))
+        };
+        assert_eq!(run(0.9), (0, 0.0), "{case}: nothing is known yet");
+        assert_eq!(run(0.9), (1, 0.0), "{case}: nothing has changed");
+        assert_eq!(run(0.1), (1, 0.0), "{case}: another time is another matter");
+        assert_eq!(run(0.1), (2, 0.0), "{case}: and then that is known");
+    }
+}
+
+#[test]
 fn wrong_inputs_are_named() {
     let g = Golden::open("networks.safetensors");
     let config: transformer::Config = config("networks.json", "transformer");

@@ -581,7 +581,7 @@ impl Stream {
         })
     }
 
-    fn on_cpu(&self) -> cpu_blocks::Stream<'_> {
+    fn parts(&self) -> cpu_blocks::Stream<'_> {
         cpu_blocks::Stream {
             qkv: &self.qkv,
             norm_q: &self.norm_q,
@@ -633,12 +633,21 @@ impl DoubleBlock {
         rope: &Rope,
     ) -> Result<(Tensor, Tensor)> {
         let done = cpu_blocks::double(
-            (image, image_mod, &self.image.on_cpu()),
-            (text, text_mod, &self.text.on_cpu()),
+            (image, image_mod, &self.image.parts()),
+            (text, text_mod, &self.text.parts()),
             self.heads,
             (&rope.cos, &rope.sin),
         )?;
         if let Some(both) = done {
+            return Ok(both);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(both) = super::cuda_blocks::double(
+            (image, image_mod, &self.image.parts()),
+            (text, text_mod, &self.text.parts()),
+            self.heads,
+            (&rope.cos, &rope.sin),
+        )? {
             return Ok(both);
         }
         let t = text.dim(1)?;
@@ -687,6 +696,10 @@ impl SingleBlock {
             heads: self.heads,
         };
         if let Some(x) = block.forward(x, modulation, (&rope.cos, &rope.sin))? {
+            return Ok(x);
+        }
+        #[cfg(feature = "cuda")]
+        if let Some(x) = block.on_cuda(x, modulation, (&rope.cos, &rope.sin))? {
             return Ok(x);
         }
         let d = x.dim(D::Minus1)?;
@@ -949,22 +962,47 @@ impl Residuals {
 /// The change is the largest of: the relative L1 change of what the first block added, and
 /// that of every ControlNet residual. (A cache that watched only the first block would let
 /// the control vanish.) One cache per conditioning: prompt and negative prompt each need
-/// their own.
-#[derive(Debug, Default)]
-pub struct Cache {
+/// their own. `Rest` is what the blocks after the first came to: of a transformer what they
+/// added, of a ControlNet all residuals.
+#[derive(Debug)]
+pub struct Cache<Rest = Tensor> {
     threshold: f64,
     key: Option<Vec<Tensor>>,
-    rest: Option<Tensor>,
+    rest: Option<Rest>,
     skipped: usize,
 }
 
-impl Cache {
+impl<Rest> Cache<Rest> {
     /// Skips below this relative change; 0.05 to 0.12 is usual, 0 never skips.
     pub fn new(threshold: f64) -> Self {
         Self {
             threshold,
-            ..Self::default()
+            key: None,
+            rest: None,
+            skipped: 0,
         }
+    }
+
+    /// Whether it ever skips.
+    pub(super) fn acts(&self) -> bool {
+        self.threshold > 0.0
+    }
+
+    /// What the later blocks came to when `key` was last about the same, if it was; else it is
+    /// kept as the new key, and [`Self::keep`] is to follow.
+    pub(super) fn look_up(&mut self, key: Vec<Tensor>) -> Result<Option<&Rest>> {
+        if self.is_close(&key)? {
+            self.skipped += 1;
+            return Ok(self.rest.as_ref());
+        }
+        self.key = Some(key);
+        self.rest = None;
+        Ok(None)
+    }
+
+    /// What the later blocks came to.
+    pub(super) fn keep(&mut self, rest: Rest) {
+        self.rest = Some(rest);
     }
 
     /// How many evaluations were cut short.
@@ -1126,7 +1164,7 @@ impl FluxTransformer {
                 None => After::Same(x),
             })
         };
-        let Some(cache) = cache.filter(|c| c.threshold > 0.0) else {
+        let Some(cache) = cache.filter(|c| c.acts()) else {
             return self
                 .trunk
                 .forward(image, text.clone(), modulation, rope, add);
@@ -1144,21 +1182,16 @@ impl FluxTransformer {
                     key.extend(r.double.iter().chain(&r.single).cloned());
                 }
                 let x = add(block, x)?;
-                if cache.is_close(&key)?
-                    && let (After::Same(first) | After::Changed(first), Some(rest)) =
-                        (&x, &cache.rest)
-                {
-                    cache.skipped += 1;
-                    return Ok(After::Done((first + rest)?));
-                }
                 if let After::Same(first) | After::Changed(first) = &x {
+                    if let Some(rest) = cache.look_up(key)? {
+                        return Ok(After::Done((first + rest)?));
+                    }
                     after_first = Some(first.clone());
                 }
-                cache.key = Some(key);
                 Ok(x)
             })?;
         if let Some(first) = after_first {
-            cache.rest = Some((&out - first)?);
+            cache.keep((&out - first)?);
         }
         Ok(out)
     }

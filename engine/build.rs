@@ -1,0 +1,22 @@
+//! With the feature `cuda`, compiles our kernels to PTX, which the driver compiles for its device.
+
+fn main() {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=src/flux/cuda_blocks");
+    #[cfg(feature = "cuda")]
+    compile();
+}
+
+#[cfg(feature = "cuda")]
+fn compile() {
+    let folder = std::env::var_os("OUT_DIR").expect("cargo names a folder for what is built");
+    let built = cudaforge::KernelBuilder::new()
+        .source_files(["src/flux/cuda_blocks/blocks.cu"])
+        .watch(["src/flux/cuda_blocks"])
+        .arg("-O3")
+        .build_ptx()
+        .and_then(|kernels| kernels.write(std::path::Path::new(&folder).join("kernels.rs")));
+    if let Err(error) = built {
+        panic!("the CUDA kernels do not compile: {error}");
+    }
+}

@@ -1,0 +1,89 @@
+// What lies between the products of a Flux block, each in one pass over memory.
+//
+// Written as tensor operations a block at 1024 pixels reads and writes its activations some
+// thirty times between its products; here it is once a kernel. All of it is computed in f32,
+// whatever the storage. Rows are tokens: row r belongs to picture r / tokens.
+//
+// A modulation has `parts` vectors of `d` numbers for each picture, `stride` numbers from a
+// picture's to the next's (0: all pictures have the same). Widths are multiples of 8, so that a
+// thread reads and writes 16 bytes of half precision at a time.
+//
+// The same file is C: a test compiles it for the CPU (on_host.h plays the threads) and compares
+// with the tensor operations. Called from cuda_blocks.rs.
+
+#ifdef __CUDACC__
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+typedef __nv_bfloat16 bf16;
+typedef __half f16;
+#define KERNEL extern "C" __global__ void
+#define INLINE static __device__ __forceinline__
+#define ALIGNED(n) __align__(n)
+INLINE float wide_bf16(bf16 x) { return __bfloat162float(x); }
+INLINE bf16 narrow_bf16(float x) { return __float2bfloat16(x); }
+INLINE float wide_f16(f16 x) { return __half2float(x); }
+INLINE f16 narrow_f16(float x) { return __float2half(x); }
+#else
+#include "on_host.h"
+#endif
+
+INLINE float wide_f32(float x) { return x; }
+INLINE float narrow_f32(float x) { return x; }
+
+typedef float f32;
+typedef long long wide_int;
+
+// Threads of a block; tests/gpu/NOTES.md has no measurement of another number yet.
+#define THREADS 128
+
+// The sum over a warp, in all of its lanes.
+INLINE float warp_sum(float x) {
+  for (int lanes = 16; lanes > 0; lanes /= 2) x += __shfl_xor_sync(0xffffffffu, x, lanes);
+  return x;
+}
+
+// The sum over a block, in all of its threads.
+INLINE float block_sum(float x, float *warps) {
+  x = warp_sum(x);
+  // Who reads an earlier sum has to be done first.
+  __syncthreads();
+  if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = x;
+  __syncthreads();
+  float sum = 0;
+  for (int i = 0; i < THREADS / 32; i++) sum += warps[i];
+  return sum;
+}
+
+// GELU by the tanh approximation.
+INLINE float gelu(float x) {
+  return 0.5f * x * (1.0f + tanhf(0.79788456f * x * (1.0f + 0.044715f * x * x)));
+}
+
+// f16 overflows in the late blocks of FLUX.1: held to its finite range there.
+INLINE float held(float x, float most) {
+  // Comparisons, not fminf: NaN stays NaN.
+  return x > most ? most : x < -most ? -most : x;
+}
+
+// The kernels for each type, with its name at the end of theirs: norm_bf16.
+#define JOINED(name, type) name##_##type
+#define NAMED(name, type) JOINED(name, type)
+#define OF_T(name) NAMED(name, T)
+#define EIGHT OF_T(eight)
+#define PAIR OF_T(pair)
+
+#define T f32
+#define MOST INFINITY
+#include "blocks.inc"
+#undef T
+
+#define T bf16
+#include "blocks.inc"
+#undef T
+#undef MOST
+
+#ifdef __CUDACC__
+#define T f16
+#define MOST 65504.0f
+#include "blocks.inc"
+#endif

@@ -1,0 +1,258 @@
+//! The CUDA kernels of Flux's blocks, compiled as C for this processor (`on_host.h` plays a
+//! device's threads), against the tensor operations that they stand for. What a device adds, its
+//! memory's speed and its own rounding, is for tests/gpu/run to see.
+
+use crate::nn::{self, RopeLayout};
+use candle_core::{D, DType, Device, Tensor};
+use half::bf16;
+use simpatico_schema::random::Philox;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+use std::sync::LazyLock;
+
+/// The kernels as a program; the C compiler is the one that links Rust's programs.
+static HARNESS: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/flux/cuda_blocks/harness.c");
+    let folder = tempfile::tempdir().expect("a folder");
+    let program = folder.path().join("harness");
+    let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
+    let made = Command::new(&compiler)
+        .args(["-O1", "-std=gnu11", "-x", "c"])
+        .arg(&source)
+        .arg("-o")
+        .arg(&program)
+        .args(["-lm", "-lpthread"])
+        .output()
+        .expect("a C compiler, which Rust needs too");
+    let said = String::from_utf8_lossy(&made.stderr);
+    assert!(made.status.success(), "{compiler}: {said}");
+    (folder, program)
+});
+
+fn random(shape: &[usize], seed: u64, dtype: DType) -> Tensor {
+    let values = Philox::new(seed, 0).normals(shape.iter().product());
+    let x = Tensor::from_vec(values, shape, &Device::Cpu).expect("a tensor");
+    x.to_dtype(dtype).expect("numbers of that type")
+}
+
+fn bytes(x: &Tensor) -> Vec<u8> {
+    let x = x.flatten_all().expect("its numbers");
+    match x.dtype() {
+        DType::BF16 => {
+            let all = x.to_vec1::<bf16>().expect("its numbers");
+            all.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
+        _ => {
+            let all = x.to_vec1::<f32>().expect("its numbers");
+            all.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
+    }
+}
+
+/// What a kernel writes, as f32.
+fn run(kernel: &str, dtype: DType, numbers: &[usize], tensors: &[&Tensor]) -> Vec<f32> {
+    let name = if dtype == DType::BF16 { "bf16" } else { "f32" };
+    let tensors: Vec<Vec<u8>> = tensors.iter().map(|t| bytes(t)).collect();
+    let mut line = format!("{kernel} {name} {} {}", numbers.len(), tensors.len());
+    let sizes = tensors.iter().map(Vec::len);
+    for number in numbers.iter().copied().chain(sizes) {
+        line += &format!(" {number}");
+    }
+    let mut harness = Command::new(&HARNESS.1)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
+        .expect("the harness");
+    let mut to = harness.stdin.take().expect("its input");
+    writeln!(to, "{line}").expect("written");
+    tensors
+        .iter()
+        .for_each(|t| to.write_all(t).expect("written"));
+    drop(to);
+    let out = harness.wait_with_output().expect("its output");
+    assert!(out.status.success(), "{kernel}: {}", out.status);
+    let wide = |two: &[u8]| bf16::from_le_bytes([two[0], two[1]]).to_f32();
+    match dtype {
+        DType::BF16 => out.stdout.chunks_exact(2).map(wide).collect(),
+        _ => {
+            let number = |n: &[u8]| f32::from_le_bytes([n[0], n[1], n[2], n[3]]);
+            out.stdout.chunks_exact(4).map(number).collect()
+        }
+    }
+}
+
+/// The kernel's numbers are those of the operations in f32, but for the last rounding.
+fn same(name: &str, dtype: DType, kernel: &[f32], operations: &Tensor) {
+    let truth = operations.flatten_all().expect("its numbers");
+    let truth = truth.to_vec1::<f32>().expect("its numbers");
+    assert_eq!(kernel.len(), truth.len(), "{name}");
+    let (share, least) = match dtype {
+        DType::BF16 => (1.0 / 250.0, 1e-3),
+        _ => (1e-5, 1e-5),
+    };
+    for (i, (a, b)) in kernel.iter().zip(&truth).enumerate() {
+        let near = (a - b).abs() <= least + share * b.abs();
+        assert!(
+            near,
+            "{name} {dtype:?} at {i}: {a} by the kernel, {b} by operations"
+        );
+    }
+}
+
+fn f32_of(x: &Tensor) -> Tensor {
+    x.to_dtype(DType::F32).expect("f32")
+}
+
+/// Part `i` of a modulation, to spread over tokens.
+fn part(modulation: &Tensor, i: usize, d: usize) -> Tensor {
+    let part = modulation.narrow(D::Minus1, i * d, d).expect("a part");
+    f32_of(&part).unsqueeze(1).expect("a part")
+}
+
+const TYPES: [DType; 2] = [DType::F32, DType::BF16];
+
+#[test]
+fn norm_and_modulation_are_what_operations_say() {
+    // Fewer and more eights than a block has threads; one modulation for all, or each its own.
+    for (d, pictures, dtype) in [(48, 2, TYPES[0]), (1040, 1, TYPES[0]), (48, 2, TYPES[1])] {
+        let tokens = 3;
+        let x = (random(&[2, tokens, d], 1, DType::F32) + 0.5).expect("off centre");
+        let x = x.to_dtype(dtype).expect("that type");
+        let modulation = random(&[pictures, 3 * d], 2, dtype);
+        let stride = if pictures == 1 { 0 } else { 3 * d };
+        let kernel = run(
+            "norm",
+            dtype,
+            &[2 * tokens, tokens, d, stride, 1],
+            &[&x, &modulation],
+        );
+        let unit = nn::layer_norm(&f32_of(&x), None, None, 1e-6).expect("a norm");
+        let scale = (part(&modulation, 2, d) + 1.0).expect("a scale");
+        let truth = unit.broadcast_mul(&scale).expect("scaled");
+        let truth = truth
+            .broadcast_add(&part(&modulation, 1, d))
+            .expect("shifted");
+        same("norm", dtype, &kernel, &truth);
+    }
+}
+
+#[test]
+fn bias_and_gate_are_what_operations_say() {
+    for (dtype, pictures) in [(TYPES[0], 2), (TYPES[1], 1)] {
+        let (tokens, d) = (5, 136);
+        let (x, y) = (
+            random(&[2, tokens, d], 1, dtype),
+            random(&[2, tokens, d], 2, dtype),
+        );
+        let (modulation, bias) = (random(&[pictures, 6 * d], 3, dtype), random(&[d], 4, dtype));
+        let stride = if pictures == 1 { 0 } else { 6 * d };
+        let numbers = [2 * tokens, tokens, d, stride, 5];
+        let kernel = run("gate", dtype, &numbers, &[&x, &modulation, &y, &bias]);
+        let y = f32_of(&y).broadcast_add(&f32_of(&bias)).expect("a sum");
+        let y = y.broadcast_mul(&part(&modulation, 5, d)).expect("gated");
+        same("gate", dtype, &kernel, &(f32_of(&x) + y).expect("a sum"));
+    }
+}
+
+#[test]
+fn heads_are_split_normalised_and_rotated_as_operations_do() {
+    // A head of half a warp's pairs, of a warp's, of more; a product with more columns behind.
+    for (head, more, dtype) in [
+        (16, 0, TYPES[0]),
+        (64, 64, TYPES[0]),
+        (200, 8, TYPES[0]),
+        (128, 0, TYPES[1]),
+    ] {
+        let (b, t, heads, total, first) = (2, 3, 2, 5, 2);
+        let width = 3 * heads * head + more;
+        let (h, bias) = (random(&[b, t, width], 1, dtype), random(&[width], 2, dtype));
+        let (q, k) = (random(&[head], 3, dtype), random(&[head], 4, dtype));
+        let angles: Vec<f64> = (0..head / 2).map(|i| 0.3 / (i + 1) as f64).collect();
+        let places: Vec<f64> = (0..total).map(|p| p as f64).collect();
+        let (cos, sin) = nn::rope_tables(&places, &angles, &Device::Cpu).expect("tables");
+        let numbers = [b, t, width, heads, head, total, first];
+        let kernel = run("heads", dtype, &numbers, &[&h, &bias, &q, &k, &cos, &sin]);
+        let h = f32_of(&h).broadcast_add(&f32_of(&bias)).expect("a sum");
+        let h = h.narrow(2, 0, 3 * heads * head).expect("three");
+        let h = h.reshape((b, t, 3, heads, head)).expect("heads");
+        let here = |table: &Tensor| table.narrow(0, first, t).expect("places");
+        for (which, weight) in [Some(&q), Some(&k), None].into_iter().enumerate() {
+            let x = h
+                .narrow(2, which, 1)
+                .and_then(|x| x.squeeze(2))
+                .expect("one");
+            let x = x
+                .transpose(1, 2)
+                .and_then(|x| x.contiguous())
+                .expect("turned");
+            let x = match weight {
+                Some(weight) => {
+                    let x = nn::rms_norm(&x, &f32_of(weight), 1e-6).expect("a norm");
+                    nn::rope(&x, &here(&cos), &here(&sin), RopeLayout::Pairs).expect("rotated")
+                }
+                None => x,
+            };
+            let truth = x
+                .transpose(1, 2)
+                .and_then(|x| x.contiguous())
+                .expect("turned");
+            // Of (3, pictures, total, heads, head) what stands at the stream's places.
+            let row = heads * head;
+            let written: Vec<f32> = (0..b)
+                .flat_map(|i| {
+                    let at = ((which * b + i) * total + first) * row;
+                    kernel[at..at + t * row].to_vec()
+                })
+                .collect();
+            same("heads", dtype, &written, &truth);
+        }
+        // What belongs to the other stream is left alone: the harness filled it with NaN.
+        assert!(kernel[..first * heads * head].iter().all(|x| x.is_nan()));
+    }
+}
+
+#[test]
+fn gelu_stands_beside_what_attention_gave() {
+    for (joined, dtype) in [(0, TYPES[0]), (24, TYPES[0]), (24, TYPES[1])] {
+        let (rows, inner, width) = (7, 48, 72);
+        let beside = random(&[rows, joined.max(8)], 1, dtype);
+        let beside = beside
+            .narrow(1, 0, joined)
+            .and_then(|x| x.contiguous())
+            .expect("a part");
+        let h = (random(&[rows, width], 2, DType::F32) * 3.0).expect("wide");
+        let (h, bias) = (
+            h.to_dtype(dtype).expect("that type"),
+            random(&[width], 3, dtype),
+        );
+        let numbers = [rows, joined, inner, width, width - inner];
+        let kernel = run("gelu", dtype, &numbers, &[&beside, &h, &bias]);
+        let sum = f32_of(&h).broadcast_add(&f32_of(&bias)).expect("a sum");
+        let sum = sum
+            .narrow(1, width - inner, inner)
+            .and_then(|x| x.contiguous());
+        let inside = nn::gelu_tanh(&sum.expect("a part")).expect("gelu");
+        let truth = match joined {
+            0 => inside,
+            _ => Tensor::cat(&[&f32_of(&beside), &inside], 1).expect("side by side"),
+        };
+        same("gelu", dtype, &kernel, &truth);
+    }
+}
+
+#[test]
+fn what_is_not_a_number_stays_so() {
+    let x = Tensor::full(f32::NAN, (1, 1, 8), &Device::Cpu).expect("a tensor");
+    let (zeros, bias) = (
+        Tensor::zeros((1, 48), DType::F32, &Device::Cpu).expect("zeros"),
+        Tensor::zeros(8, DType::F32, &Device::Cpu).expect("zeros"),
+    );
+    let out = run(
+        "gate",
+        DType::F32,
+        &[1, 1, 8, 0, 2],
+        &[&x, &zeros, &x, &bias],
+    );
+    assert!(out.iter().all(|x| x.is_nan()));
+}

@@ -1,10 +1,13 @@
-//! How long an edit takes, and what a batch saves: `bench_edits BUNDLE CUT_OUTS [COUNT]`.
+//! How long an edit takes, and what a batch saves: `bench_edits BUNDLE CUT_OUTS [COUNT
+//! [pictures]]`.
 //!
 //! COUNT users (16) of made-up taste each want a picture of the folder CUT_OUTS edited, first
-//! one call after another, then in one call, three times over; medians and ratios of the same
-//! run are printed. Both must give the same words, and pictures within a rounding step. Beside them
-//! stands what the machine's cores do together of pure arithmetic, one alone being 1: two that are
-//! one core's threads are hardly more than one, and then a batch can save no more than that.
+//! one call after another, then in one call, seven times over; each round's ratio and their median
+//! are printed. Both must give the same words, and pictures within a rounding step. Beside each
+//! round stands what the machine's cores do together of pure arithmetic then, one alone being 1:
+//! rented cores are whole ones at one time and two threads of one at another, and a batch's gain
+//! is mostly that edits side by side keep all of them busy. With `pictures` the instructions are
+//! given and only pictures made.
 
 use candle_core::Device;
 use simpatico_engine::edit::{Edit, EditRequest, Hooks, Source};
@@ -16,13 +19,16 @@ use simpatico_storage::Store;
 use std::path::PathBuf;
 use std::time::Instant;
 
+/// How often everything is measured.
+const ROUNDS: usize = 7;
+
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
 
-/// Multiplications and additions in registers, nothing else; the seconds they take.
+/// Multiplications and additions in registers, as many as a core has room for; the seconds they take.
 fn arithmetic() -> f64 {
     let begun = Instant::now();
-    for _ in 0..20_000 {
-        let mut lanes = std::hint::black_box([0.5f32; 32]);
+    for _ in 0..10_000 {
+        let mut lanes = std::hint::black_box([0.5f32; 48]);
         for _ in 0..1_000 {
             lanes.iter_mut().for_each(|x| *x = *x * 0.999 + 0.002);
         }
@@ -31,23 +37,20 @@ fn arithmetic() -> f64 {
     begun.elapsed().as_secs_f64()
 }
 
-/// How many times one core's arithmetic all of them do together, three tries.
-fn cores_worth() -> Vec<f64> {
-    let threads = rayon::current_num_threads();
-    let tries = (0..3).map(|_| {
-        let alone = arithmetic();
-        let begun = Instant::now();
-        rayon::broadcast(|_| arithmetic());
-        threads as f64 * alone / begun.elapsed().as_secs_f64()
-    });
-    tries.collect()
+/// How many times one core's arithmetic all of them do together.
+fn cores_worth() -> f64 {
+    let alone = arithmetic();
+    let begun = Instant::now();
+    rayon::broadcast(|_| arithmetic());
+    rayon::current_num_threads() as f64 * alone / begun.elapsed().as_secs_f64()
 }
 
 fn main() -> Result<()> {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [bundle, cut_outs, rest @ ..] = arguments.as_slice() else {
-        return Err("bench_edits BUNDLE CUT_OUTS [COUNT]".into());
+        return Err("bench_edits BUNDLE CUT_OUTS [COUNT [pictures]]".into());
     };
+    let pictures = rest.get(1).is_some_and(|word| word == "pictures");
     let count = rest.first().map_or(Ok(16), |n| n.parse::<usize>())?;
     let mut files: Vec<PathBuf> = std::fs::read_dir(cut_outs)?
         .flatten()
@@ -83,6 +86,10 @@ fn main() -> Result<()> {
                 user: format!("user {i}"),
                 source: Some(Source::open(file)?),
                 caption: Some(format!("a {name}")),
+                instructions: match pictures {
+                    true => vec![format!("Add {}", attributes[i * 37 % attributes.len()])],
+                    false => Vec::new(),
+                },
                 settings: EditSettings {
                     count: 1,
                     ..EditSettings::default()
@@ -95,7 +102,9 @@ fn main() -> Result<()> {
     // The models are loaded by the first call.
     engine.edit(&snapshot, &requests[0], &mut Hooks::default())?;
     let (mut apart, mut together) = (Vec::new(), Vec::new());
-    for round in 0..3 {
+    let (mut ratios, mut worths) = (Vec::new(), Vec::new());
+    for round in 0..ROUNDS {
+        let before = cores_worth();
         let begun = Instant::now();
         let singles = requests
             .iter()
@@ -118,13 +127,18 @@ fn main() -> Result<()> {
             a.iter().zip(b).map(|(a, b)| a.abs_diff(*b))
         });
         let sum = |f: fn(&Edit) -> f64, all: &[Edit]| all.iter().map(f).sum::<f64>();
+        ratios.push(apart[round] / together[round]);
+        worths.push((before + cores_worth()) / 2.0);
         println!(
             "round {round}: {count} edits apart {:.2} s (instructions {:.2} s), together {:.2} s \
-             (instructions {:.2} s); pictures differ by at most {}",
+             (instructions {:.2} s): {:.2} times the throughput where all threads do {:.2} times \
+             the arithmetic of one; pictures differ by at most {}",
             apart[round],
             sum(|e| e.seconds.instruct, &singles),
             together[round],
             sum(|e| e.seconds.instruct, &batch),
+            ratios[round],
+            worths[round],
             off.max().unwrap_or(0)
         );
         let stages: [(&str, fn(&Edit) -> f64); 4] = [
@@ -145,15 +159,14 @@ fn main() -> Result<()> {
         all.sort_by(f64::total_cmp);
         all[all.len() / 2]
     };
-    let worth = median(&mut cores_worth());
-    let (apart, together) = (median(&mut apart), median(&mut together));
     println!(
-        "an edit alone {:.3} s; in a batch of {count} {:.3} s: {:.2} times the throughput ({} threads \
-         do {worth:.2} times the arithmetic of one)",
-        apart / count as f64,
-        together / count as f64,
-        apart / together,
-        rayon::current_num_threads()
+        "medians: an edit alone {:.3} s; in a batch of {count} {:.3} s; {:.2} times the throughput \
+         ({} threads do {:.2} times the arithmetic of one)",
+        median(&mut apart) / count as f64,
+        median(&mut together) / count as f64,
+        median(&mut ratios),
+        rayon::current_num_threads(),
+        median(&mut worths),
     );
     Ok(())
 }

@@ -2,7 +2,7 @@
 //!
 //! Not here: anything with a gradient, a device or another dtype.
 
-use candle_core::{CpuStorage, DType, Storage, Tensor};
+use candle_core::{CpuStorage, DType, Result as CandleResult, Storage, Tensor};
 use std::ops::{Deref, Range};
 
 /// The numbers of a contiguous f32 tensor on the CPU that needs no gradient.
@@ -114,6 +114,194 @@ pub fn multiply(
     }
 }
 
+/// A linear layer's constant weight as a product of few rows likes it: columns in panels of 16, of
+/// which row after row lies together.
+///
+/// A general product packs both of its sides at every call. Between two steps of a sampler the
+/// weights stay, and so few rows are read as they are.
+#[derive(Debug)]
+pub struct Panels {
+    inputs: usize,
+    outputs: usize,
+    /// (panels, inputs, 16); columns that there are not are 0.
+    numbers: Vec<[f32; PANEL]>,
+    /// (panels, 16).
+    bias: Vec<[f32; PANEL]>,
+}
+
+/// Columns of a panel: two vectors of AVX2.
+const PANEL: usize = 16;
+
+impl Panels {
+    /// Of a weight (outputs, inputs) and a bias; `None` where they are not f32 on a CPU that has
+    /// AVX2 and FMA and nothing wider, or a gradient is wanted.
+    pub fn of(weight: &Tensor, bias: &Tensor) -> CandleResult<Option<Self>> {
+        if !panels::available() || weight.track_op() || bias.track_op() {
+            return Ok(None);
+        }
+        let (outputs, inputs) = weight.dims2()?;
+        let (weight, bias) = (weight.t()?.contiguous()?, bias.contiguous()?);
+        let (Some(weight), Some(bias)) = (Host::of(&weight), Host::of(&bias)) else {
+            return Ok(None);
+        };
+        let (weight, bias) = (weight.get(), bias.get());
+        if bias.len() != outputs || outputs == 0 || inputs == 0 {
+            return Ok(None);
+        }
+        let piece = |row: &[f32], panel: usize| {
+            let mut piece = [0f32; PANEL];
+            let row = &row[panel * PANEL..];
+            piece.iter_mut().zip(row).for_each(|(a, b)| *a = *b);
+            piece
+        };
+        let count = outputs.div_ceil(PANEL);
+        let rows = |panel| {
+            weight
+                .chunks_exact(outputs)
+                .map(move |row| piece(row, panel))
+        };
+        Ok(Some(Self {
+            inputs,
+            outputs,
+            numbers: (0..count).flat_map(rows).collect(),
+            bias: (0..count).map(|panel| piece(bias, panel)).collect(),
+        }))
+    }
+
+    /// y (m, outputs) = x (m, inputs)·Wᵀ + b. A row's numbers do not depend on the other rows.
+    pub fn apply(&self, x: &[f32], y: &mut [f32]) {
+        let m = y.len() / self.outputs;
+        assert!(
+            x.len() == m * self.inputs && y.len() == m * self.outputs,
+            "rows of another width"
+        );
+        let panels = self.numbers.chunks(self.inputs).zip(&self.bias);
+        for (i, (panel, bias)) in panels.enumerate() {
+            panels::times(x, panel, bias, y, (self.outputs, i * PANEL));
+        }
+    }
+
+    /// How many numbers a row of x has.
+    pub fn inputs(&self) -> usize {
+        self.inputs
+    }
+
+    /// How many numbers a row of y has.
+    pub fn outputs(&self) -> usize {
+        self.outputs
+    }
+}
+
+/// The product of rows and one panel.
+#[cfg(target_arch = "x86_64")]
+#[allow(unsafe_code)]
+mod panels {
+    use super::PANEL;
+    use std::arch::x86_64::*;
+
+    /// Where there are wider vectors the general product knows how to use them.
+    pub(super) fn available() -> bool {
+        is_x86_feature_detected!("avx2")
+            && is_x86_feature_detected!("fma")
+            && !is_x86_feature_detected!("avx512f")
+    }
+
+    /// Rows of x times `panel`, plus `bias`, into columns [at, at + 16) of the rows of y, which are
+    /// `width` wide.
+    pub(super) fn times(
+        x: &[f32],
+        panel: &[[f32; PANEL]],
+        bias: &[f32; PANEL],
+        y: &mut [f32],
+        (width, at): (usize, usize),
+    ) {
+        let k = panel.len();
+        // Six rows' sums, two vectors each, and what is multiplied fill the sixteen registers.
+        let (xs, ys) = (x.chunks(6 * k), y.chunks_mut(6 * width));
+        for (x, y) in xs.zip(ys) {
+            // SAFETY: `Panels::of` has asked `available`.
+            unsafe {
+                match x.len() / k {
+                    6 => rows::<6>(x, panel, bias, y, width, at),
+                    5 => rows::<5>(x, panel, bias, y, width, at),
+                    4 => rows::<4>(x, panel, bias, y, width, at),
+                    3 => rows::<3>(x, panel, bias, y, width, at),
+                    2 => rows::<2>(x, panel, bias, y, width, at),
+                    _ => rows::<1>(x, panel, bias, y, width, at),
+                }
+            }
+        }
+    }
+
+    #[target_feature(enable = "avx2,fma")]
+    fn rows<const N: usize>(
+        x: &[f32],
+        panel: &[[f32; PANEL]],
+        bias: &[f32; PANEL],
+        y: &mut [f32],
+        width: usize,
+        at: usize,
+    ) {
+        let k = panel.len();
+        assert!(x.len() >= N * k && y.len() >= N * width && at < width);
+        let two = |numbers: &[f32; PANEL]| {
+            // SAFETY: sixteen numbers are two vectors.
+            unsafe {
+                let from = numbers.as_ptr();
+                [_mm256_loadu_ps(from), _mm256_loadu_ps(from.add(8))]
+            }
+        };
+        let mut sums = [two(bias); N];
+        for (i, line) in panel.iter().enumerate() {
+            let [low, high] = two(line);
+            for (j, sum) in sums.iter_mut().enumerate() {
+                // SAFETY: i is below k, and x has N rows of k numbers.
+                let factor = unsafe { _mm256_broadcast_ss(x.get_unchecked(j * k + i)) };
+                sum[0] = _mm256_fmadd_ps(factor, low, sum[0]);
+                sum[1] = _mm256_fmadd_ps(factor, high, sum[1]);
+            }
+        }
+        let store = |to: &mut [f32; PANEL], [low, high]: [__m256; 2]| {
+            // SAFETY: sixteen numbers are two vectors.
+            unsafe {
+                _mm256_storeu_ps(to.as_mut_ptr(), low);
+                _mm256_storeu_ps(to.as_mut_ptr().add(8), high);
+            }
+        };
+        for (sum, y) in sums.into_iter().zip(y.chunks_exact_mut(width)) {
+            let y = &mut y[at..];
+            if let Some(to) = y.first_chunk_mut() {
+                store(to, sum);
+                continue;
+            }
+            let mut whole = [0f32; PANEL];
+            store(&mut whole, sum);
+            let n = y.len();
+            y.copy_from_slice(&whole[..n]);
+        }
+    }
+}
+
+/// Other processors have the general product.
+#[cfg(not(target_arch = "x86_64"))]
+mod panels {
+    use super::PANEL;
+
+    pub(super) fn available() -> bool {
+        false
+    }
+
+    pub(super) fn times(
+        _: &[f32],
+        _: &[[f32; PANEL]],
+        _: &[f32; PANEL],
+        _: &mut [f32],
+        _: (usize, usize),
+    ) {
+        unreachable!("no panels are made here")
+    }
+}
+
 /// Defines a function whose loops are compiled twice: for any processor, and for 256-bit
 /// vectors where the running one has them.
 macro_rules! kernel {
@@ -193,4 +381,64 @@ pub fn exp(x: f32) -> f32 {
     let y = p * r * r + r + 1.0;
     let power = (shifted.to_bits() as i32).wrapping_sub(ROUND.to_bits() as i32);
     y * f32::from_bits((power.wrapping_add(127) << 23) as u32)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use candle_core::Device;
+    use simpatico_schema::random::Philox;
+
+    #[test]
+    fn panels_multiply_as_the_general_product_does_whatever_is_beside_a_row() {
+        // Whole panels and not; more rows than are taken together, and fewer.
+        for (inputs, outputs, rows) in [(24, 32, 13), (7, 21, 6), (1, 5, 1), (40, 16, 5)] {
+            let random = |seed, n| Philox::new(seed, 0).normals(n);
+            let (w, b) = (random(1, inputs * outputs), random(2, outputs));
+            let x = random(3, rows * inputs);
+            let weight = Tensor::from_slice(&w, (outputs, inputs), &Device::Cpu).unwrap();
+            let bias = Tensor::from_slice(&b, outputs, &Device::Cpu).unwrap();
+            let Some(panels) = Panels::of(&weight, &bias).unwrap() else {
+                assert!(!panels::available(), "none where the processor could");
+                return;
+            };
+            assert_eq!((panels.inputs(), panels.outputs()), (inputs, outputs));
+            let mut y = vec![f32::NAN; rows * outputs];
+            panels.apply(&x, &mut y);
+            for (i, y) in y.iter().enumerate() {
+                let (row, column) = (i / outputs, i % outputs);
+                let products = x[row * inputs..].iter().zip(&w[column * inputs..]);
+                let truth: f64 = products
+                    .take(inputs)
+                    .map(|(x, w)| f64::from(*x) * f64::from(*w))
+                    .sum();
+                let truth = truth + f64::from(b[column]);
+                let gap = (truth - f64::from(*y)).abs();
+                assert!(gap < 1e-4, "{inputs} {outputs} {rows}: {truth} {y}");
+            }
+            let mut alone = vec![0f32; outputs];
+            let last = rows - 1;
+            panels.apply(&x[last * inputs..], &mut alone);
+            assert_eq!(alone, y[last * outputs..]);
+        }
+    }
+
+    #[test]
+    fn a_layer_with_panels_is_the_layer_without() {
+        let random = |seed, shape: (usize, usize)| {
+            let values = Philox::new(seed, 0).normals(shape.0 * shape.1);
+            Tensor::from_vec(values, shape, &Device::Cpu).unwrap()
+        };
+        let (weight, bias) = (random(1, (24, 10)), random(2, (1, 24)).squeeze(0).unwrap());
+        let plain = crate::nn::Linear::new(weight, Some(bias));
+        let quick = plain.clone().with_panels().unwrap();
+        let x = random(3, (60, 20)).reshape((2, 60, 10)).unwrap();
+        for x in [x.clone(), x.transpose(0, 1).unwrap()] {
+            let (a, b) = (plain.forward(&x).unwrap(), quick.forward(&x).unwrap());
+            assert_eq!(a.dims(), b.dims());
+            let gap = (a - b).unwrap().abs().unwrap().max_all().unwrap();
+            assert!(gap.to_scalar::<f32>().unwrap() < 1e-5);
+        }
+        assert!(quick.forward(&random(4, (3, 9))).is_err(), "another width");
+    }
 }

@@ -11,14 +11,16 @@
 //! its input only. (candle's matmul would compute and keep a gradient for the weight too:
 //! 2.1 times the memory of a LoRA step, measured.)
 
+use crate::host::{Host, Panels};
 use crate::{Error, Result};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, CustomOp2, CustomOp3, D, DType, Device, Layout,
     MetalStorage, Result as CandleResult, Shape, Storage, Tensor, backend::BackendStorage,
 };
 use candle_nn::VarBuilder;
+use rayon::prelude::*;
 use simpatico_schema::random::Philox;
-use std::sync::Mutex;
+use std::sync::{Arc, Mutex};
 
 // ------------------------------------------------------------------- gradients by hand
 
@@ -299,12 +301,34 @@ impl CustomOp1 for FrozenMm {
 pub struct Linear {
     weight: Tensor,
     bias: Option<Tensor>,
+    panels: Option<Arc<Panels>>,
 }
+
+/// Rows that one thread multiplies at a time by a layer's panels.
+const PANEL_ROWS: usize = 48;
 
 impl Linear {
     /// From a weight (out, in) and perhaps a bias (out).
     pub fn new(weight: Tensor, bias: Option<Tensor>) -> Self {
-        Self { weight, bias }
+        Self {
+            weight,
+            bias,
+            panels: None,
+        }
+    }
+
+    /// With a second copy of the weight in [`Panels`], for a layer that is applied over and over,
+    /// where this CPU and dtype have them.
+    pub fn with_panels(mut self) -> Result<Self> {
+        if let Some(bias) = &self.bias {
+            self.panels = Panels::of(&self.weight, bias)?.map(Arc::new);
+        }
+        Ok(self)
+    }
+
+    /// Weight and bias in panels, if [`Self::with_panels`] made them.
+    pub fn panels(&self) -> Option<&Panels> {
+        self.panels.as_deref()
     }
 
     /// The weight, [out, in].
@@ -324,6 +348,11 @@ impl Linear {
 
     /// x [.., in] to [.., out].
     pub fn forward(&self, x: &Tensor) -> Result<Tensor> {
+        if let Some(panels) = &self.panels
+            && let Some(y) = through(panels, x)?
+        {
+            return Ok(y);
+        }
         let y = self.product(x)?;
         Ok(match &self.bias {
             Some(b) if crate::conv::learns_on_cpu(&[b, &y]) && b.track_op() => {
@@ -333,6 +362,26 @@ impl Linear {
             None => y,
         })
     }
+}
+
+/// x [.., in] to [.., out] by a layer's panels; `None` where x has another width, a gradient, a
+/// device or a dtype that they do not know.
+fn through(panels: &Panels, x: &Tensor) -> Result<Option<Tensor>> {
+    let Some((wide, dims)) = x.dims().split_last() else {
+        return Ok(None);
+    };
+    let x = x.contiguous()?;
+    let Some(x) = Host::of(&x).filter(|_| *wide == panels.inputs()) else {
+        return Ok(None);
+    };
+    let (inputs, outputs) = (panels.inputs(), panels.outputs());
+    let mut y = vec![0f32; x.get().len() / inputs * outputs];
+    y.par_chunks_mut(PANEL_ROWS * outputs)
+        .zip(x.get().par_chunks(PANEL_ROWS * inputs))
+        .for_each(|(y, x)| panels.apply(x, y));
+    let mut shape = dims.to_vec();
+    shape.push(outputs);
+    Ok(Some(Tensor::from_vec(y, shape, &Device::Cpu)?))
 }
 
 /// x [.., k] times the transpose of w [n, k]: [.., n]. No gradient is made for a `w` that

@@ -17,30 +17,33 @@
 //! then each function here answers `None` and the caller does it with tensor operations.
 
 use crate::Result;
-use crate::host::{Host, LANES, Rows, exp, kernel, largest, multiply, sum};
+use crate::host::{Host, LANES, Panels, Rows, exp, kernel, largest, multiply, sum};
 use crate::nn::Linear;
 use candle_core::Tensor;
 use rayon::prelude::*;
 
 /// Wider networks go the other way: their weights do not stay in cache.
-const HIDDEN_MAX: usize = 1024;
+pub(super) const HIDDEN_MAX: usize = 1024;
 /// Rows of a group: the matrix product takes six at a time, and a group's widest activations
 /// (5.4 kB a row at 192 wide) should stay in the second cache.
 const ROWS: usize = 72;
 /// Added to variances and mean squares.
 const EPS: f32 = 1e-6;
 
-/// A linear layer's weight as (in, out), and its bias.
-struct Layer {
-    weight: Tensor,
-    bias: Tensor,
+/// A linear layer: its panels, or its weight as (in, out) and its bias.
+enum Layer<'a> {
+    Panels(&'a Panels),
+    Plain { weight: Tensor, bias: Tensor },
 }
 
-impl Layer {
-    fn of(linear: &Linear) -> Result<Option<Self>> {
+impl<'a> Layer<'a> {
+    fn of(linear: &'a Linear) -> Result<Option<Self>> {
+        if let Some(panels) = linear.panels() {
+            return Ok(Some(Self::Panels(panels)));
+        }
         let weight = linear.weight().t()?;
         Ok(match linear.bias() {
-            Some(bias) if weight.is_contiguous() => Some(Self {
+            Some(bias) if weight.is_contiguous() => Some(Self::Plain {
                 weight,
                 bias: bias.clone(),
             }),
@@ -49,32 +52,57 @@ impl Layer {
     }
 
     fn host(&self) -> Option<Matrix<'_>> {
-        Some(Matrix {
-            inputs: self.weight.dim(0).ok()?,
-            outputs: self.weight.dim(1).ok()?,
-            weight: Host::of(&self.weight)?,
-            bias: Host::of(&self.bias)?,
-        })
+        match self {
+            Self::Panels(panels) => Some(Matrix::Panels(panels)),
+            Self::Plain { weight, bias } => Some(Matrix::Plain {
+                inputs: weight.dim(0).ok()?,
+                outputs: weight.dim(1).ok()?,
+                weight: Host::of(weight)?,
+                bias: Host::of(bias)?,
+            }),
+        }
     }
 }
 
-struct Matrix<'a> {
-    weight: Host<'a>,
-    bias: Host<'a>,
-    inputs: usize,
-    outputs: usize,
+/// The same, at hand.
+enum Matrix<'a> {
+    Panels(&'a Panels),
+    Plain {
+        weight: Host<'a>,
+        bias: Host<'a>,
+        inputs: usize,
+        outputs: usize,
+    },
 }
 
 impl Matrix<'_> {
+    /// (inputs, outputs).
+    fn shape(&self) -> (usize, usize) {
+        match self {
+            Self::Panels(panels) => (panels.inputs(), panels.outputs()),
+            Self::Plain {
+                inputs, outputs, ..
+            } => (*inputs, *outputs),
+        }
+    }
+
     /// y (m, outputs) = x (m, inputs)·W + b.
     fn apply(&self, x: &[f32], y: &mut [f32]) {
-        let m = y.len() / self.outputs;
-        let bias = self.bias.get();
-        y.chunks_exact_mut(self.outputs)
-            .for_each(|row| row.copy_from_slice(bias));
-        let x = Rows::new(x, self.inputs);
-        let w = Rows::new(self.weight.get(), self.outputs);
-        multiply((m, self.outputs, self.inputs), x, w, y, self.outputs, true);
+        match self {
+            Self::Panels(panels) => panels.apply(x, y),
+            Self::Plain {
+                weight,
+                bias,
+                inputs,
+                outputs,
+            } => {
+                let m = y.len() / outputs;
+                y.chunks_exact_mut(*outputs)
+                    .for_each(|row| row.copy_from_slice(bias.get()));
+                let (x, w) = (Rows::new(x, *inputs), Rows::new(weight.get(), *outputs));
+                multiply((m, *outputs, *inputs), x, w, y, *outputs, true);
+            }
+        }
     }
 }
 
@@ -306,9 +334,8 @@ impl Single<'_> {
         let half = d / self.heads / 2;
         if d > HIDDEN_MAX
             || tokens == 0
-            || first.inputs != d
-            || first.outputs != 7 * d
-            || second.inputs != 5 * d
+            || first.shape() != (d, 7 * d)
+            || second.shape() != (5 * d, d)
             || cos.get().len() != tokens * half
             || !suits(modulation.get(), 3, b, d)
         {
@@ -374,8 +401,8 @@ pub(super) struct Stream<'a> {
     pub down: &'a Linear,
 }
 
-impl Stream<'_> {
-    fn layers(&self) -> Result<Option<[Layer; 4]>> {
+impl<'a> Stream<'a> {
+    fn layers(&self) -> Result<Option<[Layer<'a>; 4]>> {
         let all = [
             Layer::of(self.qkv)?,
             Layer::of(self.proj)?,
@@ -405,7 +432,7 @@ impl<'a> Side<'a> {
     fn of(
         x: &'a Tensor,
         modulation: &'a Tensor,
-        layers: &'a [Layer; 4],
+        layers: &'a [Layer<'a>; 4],
         stream: &Stream<'a>,
     ) -> Option<Self> {
         Some(Self {
@@ -421,10 +448,10 @@ impl<'a> Side<'a> {
     }
 
     fn fits(&self, b: usize, d: usize) -> bool {
-        self.qkv.inputs == d
-            && self.qkv.outputs == 3 * d
-            && self.up.outputs == 4 * d
-            && self.down.inputs == 4 * d
+        self.qkv.shape() == (d, 3 * d)
+            && self.proj.shape() == (d, d)
+            && self.up.shape() == (d, 4 * d)
+            && self.down.shape() == (4 * d, d)
             && suits(self.modulation.get(), 6, b, d)
     }
 

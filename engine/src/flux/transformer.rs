@@ -519,7 +519,11 @@ pub(crate) fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Li
         true => weight.t()?.contiguous()?.t()?,
         false => weight,
     };
-    Ok(Linear::new(weight, Some(bias)))
+    let linear = Linear::new(weight, Some(bias));
+    match inputs.min(outputs) <= cpu_blocks::HIDDEN_MAX {
+        true => linear.with_panels(),
+        false => Ok(linear),
+    }
 }
 
 /// Query, key and value (b, heads, t, head_dim) out of (b, t, 3·d), query and key normalised.

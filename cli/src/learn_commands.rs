@@ -171,7 +171,7 @@ fn encode_attributes(
     }
     let bundle = Bundle::find(&common.bundle)?;
     let folder = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
-    let encoder = TextEncoder::open(&folder, &Device::Cpu)?;
+    let encoder = TextEncoder::shared(&folder, &Device::Cpu)?;
     let bar = output.bar(attributes.len() as u64, "attributes");
     text_vectors::featurize_these(store, &encoder, attributes, |done, _| {
         bar.set_position(done as u64)
@@ -184,7 +184,7 @@ fn encode_attributes(
 pub fn encoded(words: &[&str], common: &Common, output: &Output) -> Result<Vec<Vec<f32>>> {
     let bundle = Bundle::find(&common.bundle)?;
     let folder = bundle.role("text_encoder", bundle.manifest.roles.text_encoder.as_ref())?;
-    let encoder = TextEncoder::open(&folder, &Device::Cpu)?;
+    let encoder = TextEncoder::shared(&folder, &Device::Cpu)?;
     let bar = output.bar(words.len() as u64, "attributes");
     let mut vectors = Vec::with_capacity(words.len());
     for part in words.chunks(64) {

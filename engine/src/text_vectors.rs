@@ -23,7 +23,8 @@ use crate::weights::Weights;
 use candle_core::{DType, Device, Tensor};
 use candle_transformers::models::bert::{BertModel, Config};
 use simpatico_storage::Store;
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, Weak};
 use tokenizers::Tokenizer;
 
 /// The most texts in one forward pass.
@@ -66,6 +67,25 @@ impl TextEncoder {
     /// Where it computes.
     pub fn device(&self) -> &Device {
         &self.device
+    }
+
+    /// As [`Self::open`]; but while somebody holds the encoder of this folder on this device, theirs.
+    /// The picture model reads instructions with it, the policy wishes, and a store's attributes
+    /// get their vectors from it: 90 MB for MiniLM, once.
+    pub fn shared(folder: &Path, device: &Device) -> Result<Arc<Self>> {
+        static OPEN: Mutex<Vec<(PathBuf, Weak<TextEncoder>)>> = Mutex::new(Vec::new());
+        let place = folder.canonicalize().unwrap_or_else(|_| folder.into());
+        // Held while it loads: who comes second waits rather than load it too.
+        let mut open = OPEN.lock().unwrap_or_else(|e| e.into_inner());
+        open.retain(|(_, encoder)| encoder.strong_count() > 0);
+        let of_this = open.iter().filter(|(at, _)| *at == place);
+        let mut held = of_this.filter_map(|(_, encoder)| encoder.upgrade());
+        if let Some(encoder) = held.find(|e| e.device.same_device(device)) {
+            return Ok(encoder);
+        }
+        let encoder = Arc::new(Self::open(folder, device)?);
+        open.push((place, Arc::downgrade(&encoder)));
+        Ok(encoder)
     }
 
     /// Opens a folder with config.json, tokenizer.json and model.safetensors (or shards with their
@@ -288,6 +308,20 @@ mod tests {
                 assert!((f64::from(*x) - y.as_f64().unwrap()).abs() <= 1e-4);
             }
         }
+    }
+
+    #[test]
+    fn whoever_asks_for_the_same_folder_shares_its_encoder_while_it_is_held() {
+        let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("../tests/golden/lm/mistral");
+        let encoder = TextEncoder::shared(&folder, &Device::Cpu).unwrap();
+        let round_about = folder.join("../mistral");
+        let again = TextEncoder::shared(&round_about, &Device::Cpu).unwrap();
+        assert!(Arc::ptr_eq(&encoder, &again));
+        let gone = Arc::downgrade(&encoder);
+        drop((encoder, again));
+        assert!(gone.upgrade().is_none(), "nobody holds it any more");
+        assert!(TextEncoder::shared(&folder, &Device::Cpu).is_ok());
+        assert!(TextEncoder::shared(Path::new("/nowhere"), &Device::Cpu).is_err());
     }
 
     #[test]

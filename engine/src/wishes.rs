@@ -28,6 +28,7 @@ use sha2::{Digest, Sha256};
 use simpatico_schema::random::Philox;
 use std::collections::BTreeMap;
 use std::path::Path;
+use std::sync::Arc;
 
 /// The least cosine at which a phrase says what was wished for. Of fifty wishes looked through,
 /// those below it ("surprise me", "bigger") meant nothing we know.
@@ -111,7 +112,7 @@ pub struct Listener {
     vectors: Vec<Vec<f32>>,
     bundle: Bundle,
     device: Device,
-    encoder: Slot<TextEncoder>,
+    encoder: Slot<Arc<TextEncoder>>,
 }
 
 impl Listener {
@@ -148,7 +149,7 @@ impl Listener {
     fn hear(&self, wish: &str, of: &Wisher, random: &mut Philox) -> Result<Option<Wish>> {
         let encoder = self.encoder.get(|| {
             let role = self.bundle.manifest.roles.text_encoder.as_ref();
-            TextEncoder::open(&self.bundle.role("text_encoder", role)?, &self.device)
+            TextEncoder::shared(&self.bundle.role("text_encoder", role)?, &self.device)
         })?;
         let vector = encoder.encode(&[&vocabulary::spelt(wish)])?.concat();
         match self.vectors.first() {

@@ -45,7 +45,7 @@ const BATCH_DECODE: usize = 8;
 
 enum Words {
     Minilm {
-        encoder: TextEncoder,
+        encoder: Arc<TextEncoder>,
         tokens: usize,
     },
     T5Clip {
@@ -256,7 +256,7 @@ impl Pictures {
     fn words(&self) -> Result<Arc<Words>> {
         self.words.get(|| match &self.roles.text {
             FluxText::Minilm { model, tokens } => Ok(Words::Minilm {
-                encoder: TextEncoder::open(&self.bundle.path(model)?, &self.device)?,
+                encoder: TextEncoder::shared(&self.bundle.path(model)?, &self.device)?,
                 tokens: *tokens,
             }),
             FluxText::T5Clip {

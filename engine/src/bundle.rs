@@ -190,7 +190,8 @@ pub struct Settings {
     /// Whether the picture model draws nothing but what the vocabulary has a look for: an
     /// instruction that takes up none of it is then written anew.
     pub drawn_only: bool,
-    /// The weights' type in memory on a GPU: "f32", "bf16" or "f16". On a CPU always f32.
+    /// The weights' type in memory on a GPU: "f32", "bf16", "f16", or "fp8", in which the picture
+    /// model's blocks have 8 bits a weight and compute in bf16. On a CPU always f32.
     pub dtype: String,
 }
 
@@ -260,8 +261,8 @@ impl Settings {
         if !(1..=1_000).contains(&self.steps) {
             return Err("settings: expected steps from 1 to 1000".into());
         }
-        if !["f32", "bf16", "f16"].contains(&self.dtype.as_str()) {
-            return Err("settings: expected dtype f32, bf16 or f16".into());
+        if !["f32", "bf16", "f16", "fp8"].contains(&self.dtype.as_str()) {
+            return Err("settings: expected dtype f32, bf16, f16 or fp8".into());
         }
         Ok(())
     }

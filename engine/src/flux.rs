@@ -35,7 +35,7 @@
 pub mod controlnet;
 mod cpu_blocks;
 #[cfg(feature = "cuda")]
-mod cuda_blocks;
+pub(crate) mod cuda_blocks;
 pub mod detail;
 pub mod init;
 pub mod lora;

@@ -170,7 +170,7 @@ pub struct Policy {
 /// Quantised files and CPUs compute in f32; other models on a GPU in what the bundle says.
 fn precision_of(bundle: &Bundle, model: &Path, device: &Device) -> Result<Precision> {
     let dtype = match bundle.manifest.settings.dtype.as_str() {
-        "bf16" => DType::BF16,
+        "bf16" | "fp8" => DType::BF16,
         "f16" => DType::F16,
         _ => DType::F32,
     };

@@ -367,13 +367,30 @@ pub(crate) fn quantised(
 }
 
 /// The value of an 8-bit float (S.1111.111 is NaN, the rest finite).
-fn f8e4m3(bits: u8) -> f32 {
+pub(crate) fn f8e4m3(bits: u8) -> f32 {
     let sign = if bits & 0x80 == 0 { 1.0 } else { -1.0 };
     let (exponent, mantissa) = (i32::from(bits >> 3 & 15), f32::from(bits & 7));
     sign * match (exponent, bits & 7) {
         (15, 7) => f32::NAN,
         (0, _) => mantissa / 8.0 * 2f32.powi(-6),
         _ => (1.0 + mantissa / 8.0) * 2f32.powi(exponent - 7),
+    }
+}
+
+/// The nearest 8-bit float, ties to even; what is larger than 448 becomes that.
+pub(crate) fn to_f8e4m3(x: f32) -> u8 {
+    let sign = if x.is_sign_negative() { 0x80 } else { 0 };
+    let size = x.abs();
+    sign | if size.is_nan() {
+        0x7f
+    } else if size < 2f32.powi(-6) {
+        // Eighths of the least normal one; eight of them are that.
+        (size * 512.0).round_ties_even() as u8
+    } else {
+        let bits = size.min(448.0).to_bits();
+        let rounded = bits + 0x7_ffff + (bits >> 20 & 1);
+        // The exponent's bias is 7 where a float's is 127.
+        ((rounded >> 20) - (120 << 3)).min(0x7e) as u8
     }
 }
 
@@ -965,6 +982,21 @@ mod tests {
         assert_eq!(f8e4m3(0x01), 2f32.powi(-9));
         assert_eq!(f8e4m3(0xb8), -1.0);
         assert!(f8e4m3(0x7f).is_nan());
+        // Every code is the nearest of its own value, and of what lies nearest to it.
+        for code in (0..=0xfe).filter(|c| c & 0x7f != 0x7f) {
+            let value = f8e4m3(code);
+            assert_eq!(to_f8e4m3(value), code, "{value}");
+            if code & 0x7f < 0x7e {
+                let next = f8e4m3(code + 1);
+                assert_eq!(to_f8e4m3(value + 0.49 * (next - value)), code);
+                assert_eq!(to_f8e4m3(value + 0.51 * (next - value)), code + 1);
+                // A tie goes to the even one.
+                let even = code + code % 2;
+                assert_eq!(to_f8e4m3(value + 0.5 * (next - value)), even);
+            }
+        }
+        assert_eq!((to_f8e4m3(1e9), to_f8e4m3(-1e9)), (0x7e, 0xfe));
+        assert!(f8e4m3(to_f8e4m3(f32::NAN)).is_nan());
         let header = r#"{"x":{"dtype":"F8_E4M3","shape":[2],"data_offsets":[0,2]}}"#;
         let w = Weights::from_bytes("f8", file(header, &[0x7e, 0xb8])).unwrap();
         let t = w.get("x", 2, DType::BF16, &Device::Cpu).unwrap();

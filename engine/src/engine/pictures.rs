@@ -169,6 +169,8 @@ pub(super) struct Pictures {
     roles: Flux,
     pub device: Device,
     dtype: DType,
+    /// Whether the blocks' matrices are kept in 8 bits.
+    eight: bool,
     schedule: ScheduleConfig,
     pub vae_config: vae::Config,
     words: Slot<Words>,
@@ -234,6 +236,7 @@ impl Pictures {
             roles,
             device: device.clone(),
             dtype,
+            eight: !device.is_cpu() && bundle.manifest.settings.dtype == "fp8",
             schedule,
             words: Slot::empty(),
             networks: Slot::empty(),
@@ -306,18 +309,20 @@ impl Pictures {
                 let lora = Lora::new(&Weights::open(file)?, &shapes)?;
                 vb = lora.added_to(vb, f64::from(*strength));
             }
-            let flux = match streamed {
-                false => FluxTransformer::new(&config, vb)?,
-                true => FluxTransformer::streamed(&config, vb)?,
+            let flux = match (streamed, self.eight) {
+                (true, _) => FluxTransformer::streamed(&config, vb)?,
+                (false, true) => FluxTransformer::in_eight_bits(&config, vb)?,
+                (false, false) => FluxTransformer::new(&config, vb)?,
             };
             let control = self.roles.controlnet.as_ref().map(|location| {
                 let folder = self.bundle.path(location)?;
                 let config: controlnet::Config = read_json(&folder.join("config.json"))?;
                 let weights = Weights::open(&folder)?;
                 let vb = names::open(&weights, Kind::ControlNet, 0, self.dtype, &self.device)?;
-                match streamed {
-                    false => ControlNet::new(&config, vb),
-                    true => ControlNet::streamed(&config, vb),
+                match (streamed, self.eight) {
+                    (true, _) => ControlNet::streamed(&config, vb),
+                    (false, true) => ControlNet::in_eight_bits(&config, vb),
+                    (false, false) => ControlNet::new(&config, vb),
                 }
             });
             Ok(Networks {
@@ -362,6 +367,11 @@ impl Pictures {
             let own = streamed_bytes(&names::controlnet_shapes(&config), self.dtype);
             streamed = (streamed.0 + own.0, streamed.1.max(own.1));
         }
+        let networks = match self.eight {
+            // The blocks in half of their bytes, and one of them whole while it is converted.
+            true => streamed.0 + (flux + control).saturating_sub(streamed.0) / 2 + streamed.1,
+            false => flux + control,
+        };
         let pixels = u64::from(width) * u64::from(height);
         let side = u64::from(self.token_pixels());
         let at_once = pictures.min(self.batch((width, height))) as u64;
@@ -374,7 +384,7 @@ impl Pictures {
             .unwrap_or(128) as u64;
         Ok(Need {
             words,
-            networks: flux + control,
+            networks,
             streamed: streamed.0 + streamed.1,
             vae: bytes(&self.roles.vae, DType::F32)?,
             // input, normed, qkv, attention, the four-fold hidden layer and its result

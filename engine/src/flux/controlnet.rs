@@ -151,6 +151,11 @@ impl ControlNet {
         Self::with_trunk(config, Trunk::streamed(&config.trunk, &vb), &vb)
     }
 
+    /// As [`Self::new`], but the blocks' matrices are kept in 8 bits.
+    pub fn in_eight_bits(config: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::with_trunk(config, Trunk::in_eight_bits(&config.trunk, &vb)?, &vb)
+    }
+
     fn with_trunk(config: &Config, trunk: Trunk, vb: &VarBuilder) -> Result<Self> {
         let shape = &config.trunk;
         shape.check()?;

@@ -300,6 +300,68 @@ impl CustomOp1 for Pass {
     }
 }
 
+/// The weight that 8-bit codes and their scale stand for.
+struct Widen {
+    scale: f32,
+    dtype: DType,
+}
+
+impl Widen {
+    fn run<T: Number>(
+        &self,
+        storage: &CudaStorage,
+        layout: &Layout,
+    ) -> CandleResult<(CudaStorage, Shape)> {
+        let device = storage.device();
+        let (count, Some((from, to))) = (
+            layout.shape().elem_count() / 8,
+            layout
+                .contiguous_offsets()
+                .filter(|(a, b)| (b - a) % 8 == 0),
+        ) else {
+            bail!("8-bit weights need to be contiguous, and a multiple of 8 in number")
+        };
+        let codes = u8::as_cuda_slice(storage)?.slice(from..to);
+        // SAFETY: the kernel writes every number of it.
+        #[allow(unsafe_code)]
+        let out = unsafe { device.alloc::<T>(count * 8)? };
+        let name = format!("widen_{}", T::NAME);
+        let function = device.get_or_load_custom_func(&name, "flux-blocks", compiled::BLOCKS)?;
+        let eights = count as i64;
+        let mut call = function.builder();
+        call.arg(&codes).arg(&out).arg(&eights).arg(&self.scale);
+        // SAFETY: the arguments are those of `widen` in blocks.cu; both have 8·count numbers.
+        #[allow(unsafe_code)]
+        unsafe { call.launch(launch_of(count)) }.w()?;
+        let out = CudaStorage::wrap_cuda_slice(out, device.clone());
+        Ok((out, layout.shape().clone()))
+    }
+}
+
+impl CustomOp1 for Widen {
+    fn name(&self) -> &'static str {
+        "widen"
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
+        bail!("on a CPU weights are widened by a table")
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> CandleResult<(CudaStorage, Shape)> {
+        match self.dtype {
+            DType::F32 => self.run::<f32>(x, layout),
+            DType::BF16 => self.run::<bf16>(x, layout),
+            DType::F16 => self.run::<f16>(x, layout),
+            other => bail!("8-bit weights become f32, bf16 or f16, not {other:?}"),
+        }
+    }
+}
+
+/// What the codes of [`crate::nn::EightBit`] stand for.
+pub(crate) fn widen(codes: &Tensor, scale: f32, dtype: DType) -> CandleResult<Tensor> {
+    codes.apply_op1_no_bwd(&Widen { scale, dtype })
+}
+
 /// Whether this is the way for these activations.
 fn suits(x: &Tensor, modulation: &Tensor, parts: usize, (heads, norm): (usize, &Tensor)) -> bool {
     let Ok((b, _, d)) = x.dims3() else {

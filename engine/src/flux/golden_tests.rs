@@ -402,6 +402,20 @@ fn a_cache_skips_when_nothing_changes_and_sees_the_control_change() {
 }
 
 #[test]
+fn blocks_in_eight_bits_give_nearly_the_same_velocity() {
+    let g = Golden::open("networks.safetensors");
+    let config: transformer::Config = config("networks.json", "transformer");
+    let vb = builder(g.all("transformer/weights"), DType::F32, 0);
+    let x = Case::new(&g, "transformer", 3, 5);
+    let exact = FluxTransformer::new(&config, vb.clone()).unwrap();
+    let exact = exact.forward(&x.inputs(None)).unwrap();
+    let eight = FluxTransformer::in_eight_bits(&config, vb).unwrap();
+    let eight = eight.forward(&x.inputs(None)).unwrap();
+    let off = gap(&eight, &exact) / largest(&exact);
+    assert!(off > 0.0 && off < 0.1, "{off}");
+}
+
+#[test]
 fn a_controlnets_cache_gives_the_same_residuals_until_its_inputs_change() {
     let g = Golden::open("networks.safetensors");
     for (case, modes) in [("union", Some(&[0u32, 3][..])), ("pro2", None)] {

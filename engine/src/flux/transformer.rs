@@ -585,6 +585,16 @@ impl Stream {
         })
     }
 
+    fn in_eight_bits(self) -> Result<Self> {
+        Ok(Self {
+            qkv: self.qkv.in_eight_bits()?,
+            proj: self.proj.in_eight_bits()?,
+            up: self.up.in_eight_bits()?,
+            down: self.down.in_eight_bits()?,
+            ..self
+        })
+    }
+
     fn parts(&self) -> cpu_blocks::Stream<'_> {
         cpu_blocks::Stream {
             qkv: &self.qkv,
@@ -758,6 +768,30 @@ impl Trunk {
             (0..config.num_layers).map(|i| DoubleBlock::new(config, &vb.pp("double_blocks").pp(i)));
         let single = (0..config.num_single_layers)
             .map(|i| SingleBlock::new(config, &vb.pp("single_blocks").pp(i)));
+        Ok(Self {
+            double: Blocks::Resident(double.collect::<Result<_>>()?),
+            single: Blocks::Resident(single.collect::<Result<_>>()?),
+        })
+    }
+
+    /// As [`Self::new`], the blocks' matrices kept in 8 bits ([`Linear::in_eight_bits`]).
+    pub(crate) fn in_eight_bits(config: &Config, vb: &VarBuilder) -> Result<Self> {
+        let double = (0..config.num_layers).map(|i| {
+            let block = DoubleBlock::new(config, &vb.pp("double_blocks").pp(i))?;
+            Ok(DoubleBlock {
+                image: block.image.in_eight_bits()?,
+                text: block.text.in_eight_bits()?,
+                heads: block.heads,
+            })
+        });
+        let single = (0..config.num_single_layers).map(|i| {
+            let block = SingleBlock::new(config, &vb.pp("single_blocks").pp(i))?;
+            Ok(SingleBlock {
+                first: block.first.in_eight_bits()?,
+                second: block.second.in_eight_bits()?,
+                ..block
+            })
+        });
         Ok(Self {
             double: Blocks::Resident(double.collect::<Result<_>>()?),
             single: Blocks::Resident(single.collect::<Result<_>>()?),
@@ -1066,6 +1100,12 @@ impl FluxTransformer {
     /// As [`Self::new`], but each block is read from `vb` when it is used and dropped after.
     pub fn streamed(config: &Config, vb: VarBuilder<'static>) -> Result<Self> {
         Self::with_trunk(config, Trunk::streamed(config, &vb), &vb)
+    }
+
+    /// As [`Self::new`], but the blocks' matrices are kept in 8 bits: half the memory, pictures
+    /// nearly the same.
+    pub fn in_eight_bits(config: &Config, vb: VarBuilder) -> Result<Self> {
+        Self::with_trunk(config, Trunk::in_eight_bits(config, &vb)?, &vb)
     }
 
     fn with_trunk(config: &Config, trunk: Trunk, vb: &VarBuilder) -> Result<Self> {

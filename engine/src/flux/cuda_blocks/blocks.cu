@@ -65,6 +65,17 @@ INLINE float held(float x, float most) {
   return x > most ? most : x < -most ? -most : x;
 }
 
+typedef struct ALIGNED(8) {
+  unsigned char v[8];
+} CODES;
+
+// The value of an 8-bit float (e4m3, NaN apart): its exponent and mantissa where a float's lowest
+// ones are, brought up by 2^120.
+INLINE float value_of(unsigned char code) {
+  float small = __uint_as_float((code & 0x7fu) << 20) * 1.329227995784916e36f;
+  return code & 0x80u ? -small : small;
+}
+
 // The kernels for each type, with its name at the end of theirs: norm_bf16.
 #define JOINED(name, type) name##_##type
 #define NAMED(name, type) JOINED(name, type)

@@ -40,6 +40,10 @@ static long n[12];
   static void call_gelu_##T(void *with) {                                                     \
     (void)with;                                                                               \
     gelu_##T(in[0], in[1], in[2], out, n[0] * (n[1] + n[2]) / 8, n[1], n[2], n[3], n[4]);     \
+  }                                                                                           \
+  static void call_widen_##T(void *with) {                                                    \
+    (void)with;                                                                               \
+    widen_##T(in[0], out, n[0] / 8, ldexpf(1.0f, (int)n[1] - 64));                            \
   }
 
 CALLS(f32)
@@ -70,6 +74,10 @@ int main(void) {
     call = half ? call_heads_bf16 : call_heads_f32;
     written = 3 * n[0] * n[5] * n[3] * n[4] * size;
     blocks = (n[0] * n[1] * 3 * n[3] * 32 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "widen") == 0) {
+    call = half ? call_widen_bf16 : call_widen_f32;
+    written = n[0] * size;
+    blocks = (n[0] / 8 + THREADS - 1) / THREADS;
   } else {
     call = half ? call_gelu_bf16 : call_gelu_f32;
     written = n[0] * (n[1] + n[2]) * size;

@@ -35,6 +35,12 @@ static float __shfl_xor_sync(unsigned all, float x, int lanes) {
   return other;
 }
 
+static float __uint_as_float(uint32_t bits) {
+  float x;
+  memcpy(&x, &bits, 4);
+  return x;
+}
+
 static float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 
 // bf16 is the upper half of a float, rounded to the nearest, ties to even.

@@ -43,6 +43,7 @@ fn bytes(x: &Tensor) -> Vec<u8> {
             let all = x.to_vec1::<bf16>().expect("its numbers");
             all.iter().flat_map(|v| v.to_le_bytes()).collect()
         }
+        DType::U8 => x.to_vec1::<u8>().expect("its numbers"),
         _ => {
             let all = x.to_vec1::<f32>().expect("its numbers");
             all.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -238,6 +239,23 @@ fn gelu_stands_beside_what_attention_gave() {
             _ => Tensor::cat(&[&f32_of(&beside), &inside], 1).expect("side by side"),
         };
         same("gelu", dtype, &kernel, &truth);
+    }
+}
+
+#[test]
+fn eight_bit_codes_become_their_values() {
+    let codes: Vec<u8> = (0..=255)
+        .filter(|c| c & 0x7f != 0x7f)
+        .chain([0, 0])
+        .collect();
+    let codes = Tensor::from_vec(codes, 256, &Device::Cpu).expect("codes");
+    for dtype in TYPES {
+        let kernel = run("widen", dtype, &[256, 64 - 5], &[&codes]);
+        let all = codes.to_vec1::<u8>().expect("codes");
+        for (value, code) in kernel.iter().zip(all) {
+            // Exact in either type.
+            assert_eq!(*value, crate::weights::f8e4m3(code) / 32.0, "{code:#x}");
+        }
     }
 }
 

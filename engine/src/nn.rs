@@ -358,7 +358,7 @@ impl Linear {
 
     /// With a second copy of the weight in [`Panels`], for a layer that is applied over and over,
     /// where this CPU and dtype have them.
-    pub fn with_panels(mut self) -> Result<Self> {
+    pub(crate) fn with_panels(mut self) -> Result<Self> {
         if let Some(bias) = &self.bias {
             self.panels = Panels::of(&self.weight, bias)?.map(Arc::new);
         }
@@ -366,7 +366,7 @@ impl Linear {
     }
 
     /// Weight and bias in panels, if [`Self::with_panels`] made them.
-    pub fn panels(&self) -> Option<&Panels> {
+    pub(crate) fn panels(&self) -> Option<&Panels> {
         self.panels.as_deref()
     }
 

@@ -461,7 +461,16 @@ mod simd {
             // SAFETY: the processor was just asked for what these are compiled for.
             return unsafe { avx2::dot(a, b) };
         }
-        a.iter().zip(b).map(|(a, b)| a * b).sum()
+        // Lanes that the compiler can keep in vectors of any width.
+        let mut lanes = [0f32; 32];
+        let (a, b) = (a.as_chunks::<32>(), b.as_chunks::<32>());
+        for (a, b) in a.0.iter().zip(b.0) {
+            for i in 0..32 {
+                lanes[i] += a[i] * b[i];
+            }
+        }
+        let tail: f32 = a.1.iter().zip(b.1).map(|(a, b)| a * b).sum();
+        lanes.iter().sum::<f32>() + tail
     }
 
     /// out = Σ softmax(q·kᵀ·scale)·v over the rows of k and v; `scores` is room to work in.

@@ -9,14 +9,13 @@
 //! is mostly that edits side by side keep all of them busy. With `pictures` the instructions are
 //! given and only pictures made.
 
+mod common;
+
 use candle_core::Device;
 use simpatico_engine::edit::{Edit, EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
-use simpatico_engine::vocabulary;
 use simpatico_schema::edit::EditSettings;
-use simpatico_schema::{Event, Polarity};
 use simpatico_storage::Store;
-use std::path::PathBuf;
 use std::time::Instant;
 
 /// How often everything is measured.
@@ -52,31 +51,11 @@ fn main() -> Result<()> {
     };
     let pictures = rest.get(1).is_some_and(|word| word == "pictures");
     let count = rest.first().map_or(Ok(16), |n| n.parse::<usize>())?;
-    let mut files: Vec<PathBuf> = std::fs::read_dir(cut_outs)?
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|e| e == "png"))
-        .collect();
-    files.sort();
+    let files = common::pngs(cut_outs.as_ref())?;
     let folder = tempfile::tempdir()?;
     let store = Store::open(folder.path(), Default::default())?;
-    let attributes: Vec<&str> = vocabulary::all()
-        .iter()
-        .filter(|a| a.look.is_some())
-        .map(|a| a.name)
-        .collect();
-    let mut events = Vec::new();
-    for user in 0..count {
-        for like in 0..5 {
-            let attribute = attributes[(user * 37 + like * 11) % attributes.len()];
-            events.push(Event::new(
-                &format!("user {user}"),
-                attribute,
-                Polarity::Like,
-            ));
-        }
-    }
-    store.append(&events)?;
+    store.append(&common::likes(count))?;
+    let attributes = common::drawn();
     let snapshot = store.snapshot();
     let requests = (0..count)
         .map(|i| {

@@ -17,6 +17,8 @@
 //! - `same DEVICE BUNDLE CUT_OUTS COUNT`: so many users' edits of a bundle in f32 on this device
 //!   and on the CPU, in one batch each.
 
+mod common;
+
 use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::de::DeserializeOwned;
@@ -24,6 +26,7 @@ use serde_json::{Value, json};
 use simpatico_engine::bundle::{Bundle, Location, models_folder};
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
+use simpatico_engine::eval_images::psnr_outside;
 use simpatico_engine::flux::controlnet::{Control, ControlNet};
 use simpatico_engine::flux::names::Kind;
 use simpatico_engine::flux::transformer::{FluxTransformer, Inputs, image_ids, text_ids};
@@ -32,7 +35,7 @@ use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::lora::LoraConfig;
 use simpatico_engine::lpips::{Lpips, Net};
 use simpatico_engine::params::save_tensors;
-use simpatico_engine::picture::Picture;
+use simpatico_engine::picture::{Mask, Picture};
 use simpatico_engine::soft_prompt::{SoftPrompt, SoftPromptConfig};
 use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_engine::train_flux::pairs::Pairs;
@@ -40,7 +43,6 @@ use simpatico_engine::train_flux::{Compute, Progress, Rhythm, autoencoder, flow}
 use simpatico_engine::train_policy::{
     Conditioning, DpoOptions, PairGroup, Policy, TokenPair, dpo_batch, dpo_optimizer,
 };
-use simpatico_engine::vocabulary;
 use simpatico_schema::edit::{Backend, EditSettings};
 use simpatico_schema::random::Philox;
 use simpatico_schema::{Event, Polarity};
@@ -134,6 +136,17 @@ fn request(side: u32, seed: u64, settings: EditSettings) -> EditRequest {
     }
 }
 
+/// The paper's way to edit, from edges alone.
+fn settings(steps: usize, cache_threshold: Option<f32>) -> EditSettings {
+    EditSettings {
+        steps: Some(steps),
+        backend: Some(Backend::Canny),
+        control_scale: Some(0.7),
+        cache_threshold,
+        ..EditSettings::default()
+    }
+}
+
 fn no_users() -> Result<(tempfile::TempDir, Store)> {
     let folder = tempfile::tempdir()?;
     let store = Store::open(folder.path(), Default::default())?;
@@ -150,16 +163,9 @@ fn edit(
 ) -> Result<Value> {
     let (_folder, store) = no_users()?;
     let engine = Engine::open(bundle, device)?;
-    let settings = |steps| EditSettings {
-        steps: Some(steps),
-        backend: Some(Backend::Canny),
-        control_scale: Some(0.7),
-        cache_threshold: cache,
-        ..EditSettings::default()
-    };
     let all = |steps| -> Vec<EditRequest> {
         (0..batch as u64)
-            .map(|seed| request(side, seed, settings(steps)))
+            .map(|seed| request(side, seed, settings(steps, cache)))
             .collect()
     };
     let begun = Instant::now();
@@ -180,14 +186,7 @@ fn cached(bundle: &str, device: &Device, side: u32, steps: usize, threshold: f32
     let (_folder, store) = no_users()?;
     let engine = Engine::open(bundle, device)?;
     let made = |cache_threshold| -> Result<(Picture, f64)> {
-        let settings = EditSettings {
-            steps: Some(steps),
-            backend: Some(Backend::Canny),
-            control_scale: Some(0.7),
-            cache_threshold,
-            ..EditSettings::default()
-        };
-        let asked = request(side, 0, settings);
+        let asked = request(side, 0, settings(steps, cache_threshold));
         let edit = engine.edit(&store.snapshot(), &asked, &mut Hooks::default())?;
         let seconds = edit.seconds.sample;
         let picture = edit.images.into_iter().next().ok_or("no picture")?;
@@ -196,13 +195,8 @@ fn cached(bundle: &str, device: &Device, side: u32, steps: usize, threshold: f32
     made(None)?; // loads, compiles and allocates
     let (exact, exact_s) = made(None)?;
     let (near, near_s) = made(Some(threshold))?;
-    let squares: f64 = exact
-        .rgb
-        .iter()
-        .zip(&near.rgb)
-        .map(|(a, b)| f64::from(a.abs_diff(*b)).powi(2))
-        .sum();
-    let psnr = 10.0 * (255f64.powi(2) / (squares / exact.rgb.len() as f64).max(1e-9)).log10();
+    let everywhere = Mask::from_picture(&Picture::filled(side, side, [0; 3]));
+    let psnr = psnr_outside(&exact, &near, &everywhere)?;
     let eyes = models_folder().join("lpips");
     let lpips = match eyes.exists() {
         true => Some(Lpips::open(&eyes, Net::AlexNet, &Device::Cpu)?.distance(&exact, &near)?),
@@ -221,19 +215,7 @@ fn community(bundle: &Bundle, count: usize) -> Result<(tempfile::TempDir, Store,
     store.set_encoder(&bundle.role("sage", roles.sage.as_ref())?)?;
     let path = bundle.role("text_encoder", roles.text_encoder.as_ref())?;
     let encoder = TextEncoder::open(&path, &Device::Cpu)?;
-    let names: Vec<&str> = vocabulary::all()
-        .iter()
-        .filter(|a| a.look.is_some())
-        .map(|a| a.name)
-        .collect();
-    let mut events = Vec::new();
-    for user in 0..count {
-        for like in 0..5 {
-            let name = names[(user * 37 + like * 11) % names.len()];
-            events.push(Event::new(&format!("user {user}"), name, Polarity::Like));
-        }
-    }
-    store.append(&events)?;
+    store.append(&common::likes(count))?;
     text_vectors::featurize(&store, &encoder, |_, _| {})?;
     Ok((folder, store, encoder))
 }
@@ -570,15 +552,7 @@ fn full(bundle: &str, device: &Device, side: u32) -> Result<Value> {
 
 fn same(bundle: &str, device: &Device, cut_outs: &Path, count: usize) -> Result<Value> {
     let (_folder, store, _) = community(&Bundle::find(bundle)?, count)?;
-    let mut files: Vec<_> = std::fs::read_dir(cut_outs)?
-        .flatten()
-        .map(|entry| entry.path())
-        .filter(|path| path.extension().is_some_and(|e| e == "png"))
-        .collect();
-    files.sort();
-    if files.is_empty() {
-        return Err(format!("no PNG in {}", cut_outs.display()).into());
-    }
+    let files = common::pngs(cut_outs)?;
     let requests = (0..count)
         .map(|i| {
             Ok(EditRequest {

@@ -9,6 +9,7 @@
 
 use std::path::{Component, Path, PathBuf};
 
+use candle_core::{DType, Device};
 use serde::{Deserialize, Serialize};
 use simpatico_schema::edit::ModelDigest;
 
@@ -251,6 +252,15 @@ impl Settings {
     pub fn side_for(&self, (width, height): (u32, u32)) -> u32 {
         let side = (f64::from(width) * f64::from(height)).sqrt().round() as u32;
         side.clamp(self.side_min, self.side_max.max(self.side_min))
+    }
+
+    /// What models compute in on a device.
+    pub fn dtype_on(&self, device: &Device) -> DType {
+        match (device, self.dtype.as_str()) {
+            (Device::Cpu, _) | (_, "f32") => DType::F32,
+            (_, "f16") => DType::F16,
+            _ => DType::BF16,
+        }
     }
 
     fn check(&self) -> std::result::Result<(), String> {

@@ -61,16 +61,33 @@ impl Conv2d {
             let exact = Self::new(wide(&self.weight)?, bias, self.config);
             return exact.forward(&wide(x)?);
         }
-        let all = [x, &self.weight].into_iter().chain(&self.bias);
-        if all.clone().all(|t| !t.track_op() && plain_on_cpu(&[t])) {
-            let bias = self.bias.as_ref();
-            return Ok(convolve(x, &self.weight, bias, padding, stride)?);
-        }
-        let y = x.conv2d(&self.weight, padding, stride, 1, 1)?;
-        Ok(match &self.bias {
-            Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?)?,
-            None => y,
-        })
+        Ok(convolved(
+            x,
+            &self.weight,
+            self.bias.as_ref(),
+            padding,
+            stride,
+        )?)
+    }
+}
+
+/// A convolution of inference: ours for f32 on a CPU, else candle's. Where a gradient is wanted
+/// it is candle's own, slow on a CPU ([`Conv2d`] has a quick one).
+pub fn convolved(
+    x: &Tensor,
+    weight: &Tensor,
+    bias: Option<&Tensor>,
+    padding: usize,
+    stride: usize,
+) -> CandleResult<Tensor> {
+    let mut all = [x, weight].into_iter().chain(bias);
+    if all.all(|t| !t.track_op() && plain_on_cpu(&[t])) {
+        return convolve(x, weight, bias, padding, stride);
+    }
+    let y = x.conv2d(weight, padding, stride, 1, 1)?;
+    match bias {
+        Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
+        None => Ok(y),
     }
 }
 
@@ -136,7 +153,7 @@ const COLUMNS: usize = 64 << 10;
 
 /// The convolution for inference, f32 on the CPU. What comes out does not depend on how many
 /// threads there are.
-pub fn convolve(
+fn convolve(
     x: &Tensor,
     weight: &Tensor,
     bias: Option<&Tensor>,
@@ -187,12 +204,12 @@ pub fn convolve(
         multiply((out, n, depth), weight, columns, &mut y, n, true);
         y
     };
-    let made: Vec<Vec<f32>> = match strips.len() {
+    let mut made: Vec<Vec<f32>> = match strips.len() {
         1 => strips.iter().map(|s| strip(&mut Vec::new(), s)).collect(),
         _ => strips.par_iter().map_init(Vec::new, strip).collect(),
     };
     let y = match made.len() {
-        1 => made.concat(),
+        1 => made.swap_remove(0),
         _ => {
             let mut y = vec![0f32; b * out * area];
             for ((item, first), part) in strips.iter().zip(&made) {

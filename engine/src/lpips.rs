@@ -8,7 +8,7 @@ use std::path::Path;
 
 use candle_core::{DType, Device, Tensor};
 
-use crate::conv::{convolve, plain_on_cpu};
+use crate::conv::convolved;
 use crate::picture::Picture;
 use crate::weights::Weights;
 use crate::{Error, Result};
@@ -126,10 +126,7 @@ impl Lpips {
             if let Some((window, stride)) = layer.pool {
                 x = x.max_pool2d_with_stride(window, stride)?;
             }
-            x = match plain_on_cpu(&[&x, kernel]) && !x.track_op() {
-                true => convolve(&x, kernel, None, layer.padding, layer.stride)?,
-                false => x.conv2d(kernel, layer.padding, layer.stride, 1, 1)?,
-            };
+            x = convolved(&x, kernel, None, layer.padding, layer.stride)?;
             x = x.broadcast_add(bias)?.relu()?;
             if layer.compared {
                 let length = (x.sqr()?.sum_keepdim(1)?.sqrt()? + 1e-10)?;

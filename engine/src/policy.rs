@@ -29,7 +29,7 @@ use crate::vocabulary::{self, Attribute, Cluster, EditType};
 use crate::weights::Weights;
 use crate::wishes::{self, Listener, Wish, Wisher, cue_words};
 use crate::{grammar, synth};
-use candle_core::{DType, Device, Tensor};
+use candle_core::{Device, Tensor};
 use sha2::{Digest, Sha256};
 use simpatico_schema::edit::{Fallback, InstructRequest, Instruction, WeightedNeighbor, Why};
 use simpatico_schema::random::Philox;
@@ -169,15 +169,10 @@ pub struct Policy {
 
 /// Quantised files and CPUs compute in f32; other models on a GPU in what the bundle says.
 fn precision_of(bundle: &Bundle, model: &Path, device: &Device) -> Result<Precision> {
-    let dtype = match bundle.manifest.settings.dtype.as_str() {
-        "bf16" | "fp8" => DType::BF16,
-        "f16" => DType::F16,
-        _ => DType::F32,
-    };
     let quantised = device.is_cpu() || Weights::open(model)?.gguf().is_some();
     Ok(match quantised {
         true => Precision::Quantised,
-        false => Precision::Dense(dtype),
+        false => Precision::Dense(bundle.manifest.settings.dtype_on(device)),
     })
 }
 

@@ -218,11 +218,7 @@ impl Pictures {
                 "the bundle {name} has no picture model; choose another"
             ))
         })?;
-        let dtype = match (device, bundle.manifest.settings.dtype.as_str()) {
-            (Device::Cpu, _) | (_, "f32") => DType::F32,
-            (_, "f16") => DType::F16,
-            _ => DType::BF16,
-        };
+        let dtype = bundle.manifest.settings.dtype_on(device);
         let schedule = match &roles.scheduler {
             Some(folder) => read_json(&bundle.path(folder)?.join("scheduler_config.json"))?,
             None => ScheduleConfig::dev(),

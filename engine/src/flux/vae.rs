@@ -588,13 +588,7 @@ impl PatchCoder {
     fn decode(&self, latents: &Tensor) -> Result<Tensor> {
         let (b, _, h, w) = latents.dims4()?;
         let p = self.patch;
-        let all = [latents, &self.decode, &self.bias];
-        let pixels = match conv::plain_on_cpu(&all) && !all.iter().any(|t| t.track_op()) {
-            true => conv::convolve(latents, &self.decode, Some(&self.bias), 1, 1)?,
-            false => latents
-                .conv2d(&self.decode, 1, 1, 1, 1)?
-                .broadcast_add(&self.bias.reshape((1, (), 1, 1))?)?,
-        };
+        let pixels = conv::convolved(latents, &self.decode, Some(&self.bias), 1, 1)?;
         let c = pixels.dim(1)? / (p * p);
         Ok(pixels
             .reshape((b, c, p, p, h, w))?

@@ -2,7 +2,7 @@
 
 fn main() {
     println!("cargo::rerun-if-changed=build.rs");
-    println!("cargo::rerun-if-changed=src/flux/cuda_blocks");
+    println!("cargo::rerun-if-changed=src/kernels");
     #[cfg(feature = "cuda")]
     compile();
 }
@@ -11,8 +11,8 @@ fn main() {
 fn compile() {
     let folder = std::env::var_os("OUT_DIR").expect("cargo names a folder for what is built");
     let built = cudaforge::KernelBuilder::new()
-        .source_files(["src/flux/cuda_blocks/blocks.cu"])
-        .watch(["src/flux/cuda_blocks"])
+        .source_files(["src/kernels/kernels.cu"])
+        .watch(["src/kernels"])
         .arg("-O3")
         .build_ptx()
         .and_then(|kernels| kernels.write(std::path::Path::new(&folder).join("kernels.rs")));

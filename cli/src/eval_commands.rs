@@ -169,7 +169,8 @@ pub struct PromptsArgs {
     /// bundle
     #[arg(long)]
     only: bool,
-    /// Let every system write anew where it takes up nothing that is liked, as `instruct` does;
+    /// Let every system write as `instruct` does: anew where it takes up nothing that is liked, and
+    /// otherwise as the bundle's settings say;
     /// without this what is judged is what training did, not what the store mends afterwards
     #[arg(long)]
     insist: bool,
@@ -446,11 +447,19 @@ fn prompts(args: &PromptsArgs, common: &Common, output: &Output) -> Result<()> {
         let path = |t: &str| (!t.is_empty()).then(|| PathBuf::from(t));
         systems.push((name.into(), path(adapter), path(soft)));
     }
-    let policy_options = PolicyOptions {
-        insist: args.insist,
-        emphasis: args.emphasis.unwrap_or(bundle.manifest.settings.emphasis),
-        ..PolicyOptions::default()
+    let as_trained = PolicyOptions {
+        insist: false,
+        drawn_only: false,
+        one_change: false,
+        ..PolicyOptions::of_bundle(&bundle)
     };
+    let mut policy_options = match args.insist {
+        true => PolicyOptions::of_bundle(&bundle),
+        false => as_trained,
+    };
+    if let Some(emphasis) = args.emphasis {
+        policy_options.emphasis = emphasis;
+    }
     let mut loaded = Vec::new();
     for (name, adapter, soft) in &systems {
         let model = LanguageModel::open(&path, Precision::Quantised, &device)?;

@@ -361,6 +361,7 @@ fn decode(bundle: &str, device: &Device, prompt: usize, new: usize, batch: usize
     let mut model = language_model(bundle, device)?;
     // Every answer has the length asked for.
     model.stop.clear();
+    model.decoder.join()?;
     let prompts: Vec<generate::Prompt> = (0..batch as u64)
         .map(|i| generate::Prompt::tokens(tokens(&model, prompt, i)))
         .collect();
@@ -379,7 +380,38 @@ fn decode(bundle: &str, device: &Device, prompt: usize, new: usize, batch: usize
         "prompt": prompt, "new": new, "batch": batch,
         "prefill_tokens_per_s": (batch * prompt) as f64 / prefill,
         "decode_tokens_per_s": (batch * (new - 1)) as f64 / (whole - prefill),
+        "steps_off_by": steps_off_by(&model)?,
     }))
+}
+
+/// By how much tokens read one by one behind others differ from the same read at once, as a share
+/// of the largest number: two ways to compute one thing, on a GPU by other kernels.
+fn steps_off_by(model: &LanguageModel) -> Result<f64> {
+    let (together, apart) = (24, 8);
+    let decoder = &model.decoder;
+    let x = model.embed_tokens(&tokens(model, together + apart, 0))?;
+    let causal = simpatico_engine::lm::Placement::Causal;
+    let wide = |t: &Tensor| t.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>();
+    let at_once = wide(&decoder.hidden(&x, &causal, None, None, None)?)?;
+    let mut cache = simpatico_engine::lm::Cache::new(&decoder.config, together + apart);
+    let mut one_by_one = Vec::new();
+    for (first, count) in [(0, together)]
+        .into_iter()
+        .chain((together..together + apart).map(|i| (i, 1)))
+    {
+        let part = x.narrow(1, first, count)?;
+        one_by_one.extend(wide(&decoder.hidden(
+            &part,
+            &causal,
+            None,
+            None,
+            Some(&mut cache),
+        )?)?);
+    }
+    let most = at_once.iter().fold(0f32, |most, v| most.max(v.abs()));
+    let off = at_once.iter().zip(&one_by_one);
+    let off = off.fold(0f32, |off, (a, b)| off.max((a - b).abs()));
+    Ok(f64::from(off / most))
 }
 
 fn logits(bundle: &str, device: &Device, length: usize, out: &Path) -> Result<Value> {

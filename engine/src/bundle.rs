@@ -191,6 +191,9 @@ pub struct Settings {
     /// Whether the picture model draws nothing but what the vocabulary has a look for: an
     /// instruction that takes up none of it is then written anew.
     pub drawn_only: bool,
+    /// Whether the picture model draws one change well and two badly: an instruction then asks for
+    /// its first only, unless more was wished for.
+    pub one_change: bool,
     /// The weights' type in memory on a GPU: "f32", "bf16", "f16", or "fp8", in which the picture
     /// model's blocks have 8 bits a weight and compute in bf16. On a CPU always f32.
     pub dtype: String,
@@ -218,6 +221,7 @@ impl Default for Settings {
             max_tokens: 48,
             emphasis: 1.0,
             drawn_only: false,
+            one_change: false,
             dtype: "bf16".into(),
         }
     }

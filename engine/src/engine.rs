@@ -99,18 +99,27 @@ pub fn device(word: Option<&str>) -> Result<Device> {
             .map_err(|_| Error::BadRequest(format!("device: expected a number, got {n:?}")))
     };
     match word {
-        None if cfg!(feature = "cuda") => Device::cuda_if_available(0).map_err(absent),
+        None if cfg!(feature = "cuda") => cuda(0).map_err(absent),
         None if cfg!(feature = "metal") => Device::metal_if_available(0).map_err(absent),
         None | Some("cpu") => Ok(Device::Cpu),
-        Some("cuda") => Device::new_cuda(0).map_err(absent),
+        Some("cuda") => cuda(0).map_err(absent),
         Some("metal") => Device::new_metal(0).map_err(absent),
         Some(other) => match other.strip_prefix("cuda:") {
-            Some(n) => Device::new_cuda(number(n)?).map_err(absent),
+            Some(n) => cuda(number(n)?).map_err(absent),
             None => Err(Error::BadRequest(format!(
                 "device: expected cpu, cuda, cuda:N or metal, got {other:?}"
             ))),
         },
     }
+}
+
+#[cfg(feature = "cuda")]
+use crate::card::open as cuda;
+
+/// An error that says what is missing.
+#[cfg(not(feature = "cuda"))]
+fn cuda(n: usize) -> candle_core::Result<Device> {
+    Device::new_cuda(n)
 }
 
 /// The word for a device, as in provenance.

@@ -46,7 +46,4 @@ pub mod transformer;
 pub mod vae;
 
 #[cfg(test)]
-#[path = "flux/cuda_blocks/tests.rs"]
-mod cuda_kernel_tests;
-#[cfg(test)]
 pub(crate) mod golden_tests;

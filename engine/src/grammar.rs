@@ -13,8 +13,10 @@
 //! assert!(vocabulary::mentioned(&words).iter().any(|a| a.name == "falling snow"), "{words}");
 //! ```
 
-use crate::vocabulary::{Attribute, Category, Cluster, LightKind, Look, OverlayKind};
+use crate::vocabulary::{self, Attribute, Category, Cluster, LightKind, Look, OverlayKind};
 use simpatico_schema::random::Philox;
+use std::collections::BTreeSet;
+use std::sync::OnceLock;
 
 /// How a wording of a style goes into a sentence.
 enum Manner {
@@ -363,11 +365,46 @@ pub fn instruction(
         text += &fill(clause, thing, &wording);
     }
     if let Some(tone) = tone {
-        let tail = pick(random, TAILS).replace("{t}", tone);
+        let tail = with_tone(pick(random, TAILS), tone);
         text += if random.uniform() < 0.3 { ", " } else { " " };
-        text += &with_article(&tail, tone);
+        text += &tail;
     }
     text + "."
+}
+
+/// The instruction without what it asks for besides: of "Make the mug out of jade and add a lantern
+/// beside it for a calm mood." there stays "Make the mug out of jade for a calm mood." A second
+/// change begins with "and" and a verb of this grammar; "black and gold" is one thing.
+pub fn first_change(instruction: &str) -> String {
+    let verb = |text: &str| verbs().contains(text.split(' ').next().unwrap_or_default());
+    let and = " and ";
+    let second = instruction.match_indices(and).map(|(at, _)| at);
+    let Some(at) = second
+        .into_iter()
+        .find(|at| verb(&instruction[at + and.len()..]))
+    else {
+        return instruction.to_string();
+    };
+    let (first, rest) = instruction.split_at(at);
+    let rest = rest.trim_end_matches('.');
+    let feelings = Cluster::ALL.into_iter().flat_map(tones);
+    let mut tails = feelings.flat_map(|tone| TAILS.iter().map(|tail| with_tone(tail, tone)));
+    let tail = tails.find(|tail| rest.ends_with(&format!(" {tail}")));
+    let tail = tail.map_or(String::new(), |tail| format!(" {tail}"));
+    format!("{}{tail}.", first.trim_end_matches([',', ' ']))
+}
+
+/// What a change can begin with, in small letters.
+fn verbs() -> &'static BTreeSet<String> {
+    static VERBS: OnceLock<BTreeSet<String>> = OnceLock::new();
+    VERBS.get_or_init(|| {
+        let wordings = vocabulary::all().iter();
+        let wordings = wordings.flat_map(|a| a.wordings().map(move |w| (a, w)));
+        let changes = wordings.flat_map(|(a, w)| [clauses(a, w), second_clauses(a, w)].concat());
+        changes
+            .filter_map(|clause| Some(clause.split(' ').next()?.to_lowercase()))
+            .collect()
+    })
 }
 
 fn pick<'a>(random: &mut Philox, from: &[&'a str]) -> &'a str {
@@ -452,20 +489,19 @@ fn fill(clause: &str, object: &str, wording: &str) -> String {
     clause.replace("{o}", object).replace("{a}", wording)
 }
 
-/// "a elegant" becomes "an elegant".
-fn with_article(tail: &str, tone: &str) -> String {
+/// A tail that names the feeling; "a elegant" becomes "an elegant".
+fn with_tone(tail: &str, tone: &str) -> String {
+    let tail = tail.replace("{t}", tone);
     let vowel = tone.starts_with(['a', 'e', 'i', 'o', 'u']);
     match vowel {
         true => tail.replace(&format!("a {tone}"), &format!("an {tone}")),
-        false => tail.to_string(),
+        false => tail,
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::vocabulary;
-    use std::collections::BTreeSet;
 
     #[test]
     fn every_attribute_is_recognised_in_its_own_instructions() {
@@ -546,6 +582,35 @@ mod tests {
             let text = instruction(random, "the skis", &[snow, coral], None);
             assert!(!text.contains(" it "), "{text}");
         }
+    }
+
+    #[test]
+    fn of_two_changes_the_first_stays_and_of_one_everything() {
+        let (mut random, all) = (Philox::new(6, 0), vocabulary::all());
+        let named = |text: &str| -> Vec<&str> {
+            vocabulary::mentioned(text).iter().map(|a| a.name).collect()
+        };
+        for (i, a) in all.iter().enumerate() {
+            let b = &all[(i * 7 + 11) % all.len()];
+            let tone = (i % 2 == 0).then_some("elegant");
+            // The same draws but for the second change.
+            let (mut one, mut two) = (random.clone(), random.clone());
+            let first = instruction(&mut one, "the mug", &[a], None);
+            let both = instruction(&mut two, "the mug", &[a, b], tone);
+            let cut = first_change(&both);
+            let stays = first.trim_end_matches('.');
+            assert!(cut.starts_with(stays), "{both}: {cut}");
+            assert_eq!(named(&cut), named(&first), "{both}: {cut}");
+            let felt = cut[stays.len()..].contains("elegant");
+            assert_eq!(felt, tone.is_some(), "{both}: {cut}");
+            assert!(cut.ends_with('.') && !cut.contains(".."), "{cut}");
+            let alone = instruction(&mut random, "the salt and pepper", &[a], tone);
+            assert_eq!(first_change(&alone), alone);
+        }
+        let said = "Recolor the cat in black and gold, and put a hat on it.";
+        assert_eq!(first_change(said), "Recolor the cat in black and gold.");
+        assert_eq!(first_change("and"), "and");
+        assert_eq!(first_change(""), "");
     }
 
     #[test]

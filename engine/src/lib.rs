@@ -3,6 +3,8 @@
 pub mod attributes;
 pub mod bundle;
 pub mod canny;
+#[cfg(feature = "cuda")]
+mod card;
 pub mod chat;
 pub mod clip;
 pub mod conv;
@@ -20,6 +22,11 @@ pub mod generate;
 pub mod gguf;
 pub mod grammar;
 mod host;
+#[cfg(test)]
+#[path = "kernels/tests.rs"]
+mod kernel_tests;
+#[cfg(feature = "cuda")]
+mod kernels;
 pub mod lm;
 pub mod lora;
 pub mod lpips;

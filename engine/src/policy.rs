@@ -132,6 +132,9 @@ pub struct PolicyOptions {
     pub insist: bool,
     /// Whether one that takes up nothing which can be drawn ([`Attribute::look`]) is, too.
     pub drawn_only: bool,
+    /// Whether an instruction asks for one change only ([`grammar::first_change`]), unless more was
+    /// wished for.
+    pub one_change: bool,
     /// How much more than by itself the user's embedding counts for the words
     /// ([`Options::emphasis`]).
     pub emphasis: f32,
@@ -148,7 +151,23 @@ impl Default for PolicyOptions {
             fill_up_to: 4,
             insist: true,
             drawn_only: false,
+            one_change: false,
             emphasis: 1.0,
+        }
+    }
+}
+
+impl PolicyOptions {
+    /// What a bundle says.
+    pub fn of_bundle(bundle: &Bundle) -> Self {
+        let settings = &bundle.manifest.settings;
+        Self {
+            neighbors: settings.neighbors,
+            max_tokens: settings.max_tokens,
+            emphasis: settings.emphasis,
+            drawn_only: settings.drawn_only,
+            one_change: settings.one_change,
+            ..Self::default()
         }
     }
 }
@@ -189,23 +208,17 @@ impl Policy {
         };
         // Apart from the weights an adapter is six small launches for each of them, twice a
         // large model's time for a token.
-        if precision != Precision::Quantised
-            && let Some(adapter) = adapter.take()
-        {
-            model.decoder.merge(&adapter)?;
+        if precision != Precision::Quantised {
+            if let Some(adapter) = adapter.take() {
+                model.decoder.merge(&adapter)?;
+            }
+            model.decoder.join()?;
         }
         let soft = match optional(bundle, roles.soft_prompt.as_ref())? {
             Some(file) => Some(SoftPrompt::load(&file, device)?.0),
             None => None,
         };
-        let options = PolicyOptions {
-            neighbors: bundle.manifest.settings.neighbors,
-            max_tokens: bundle.manifest.settings.max_tokens,
-            emphasis: bundle.manifest.settings.emphasis,
-            drawn_only: bundle.manifest.settings.drawn_only,
-            ..PolicyOptions::default()
-        };
-        let mut policy = Self::new(model, adapter, soft, options)?;
+        let mut policy = Self::new(model, adapter, soft, PolicyOptions::of_bundle(bundle))?;
         if let Some(vectors) = optional(bundle, roles.wishes.as_ref())? {
             policy.listener = Some(Listener::open(bundle, &vectors, device)?);
         }
@@ -384,9 +397,16 @@ impl Policy {
                 let which: Vec<(usize, u64)> = group.iter().map(stream).collect();
                 let answers = read.answer(&which, &own, go_on)?;
                 for (at, answer) in group.into_iter().zip(answers) {
-                    let words = clean(&answer.text);
+                    let asked = &asked[open[at]];
+                    let several = asked.wish.as_ref().is_some_and(|wish| wish.several);
+                    let words = match clean(&answer.text) {
+                        words if self.options.one_change && !several => {
+                            grammar::first_change(&words)
+                        }
+                        words => words,
+                    };
                     let insist = self.options.insist.then_some(&self.options);
-                    let faults = Faults::of(&words, &asked[open[at]], insist);
+                    let faults = Faults::of(&words, asked, insist);
                     let draft = &mut drafts[open[at]];
                     let better = draft.as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
@@ -554,6 +574,7 @@ fn turn(options: &PolicyOptions, taste: &Asked, explore: f32, random: &mut Philo
     (!likes.is_empty()).then(|| Wish {
         any_of: taste.likes.clone(),
         words: likes,
+        several: false,
     })
 }
 
@@ -1210,6 +1231,7 @@ mod tests {
             wish: Some(Wish {
                 words: names(&["a pine forest"]),
                 any_of: names(&["a pine forest", "a brick wall"]),
+                several: false,
             }),
             ..Asked::default()
         };

@@ -47,6 +47,8 @@ pub struct Wish {
     /// The attributes of which an instruction that follows it takes up one. None: we do not know
     /// what it asks for.
     pub any_of: Vec<String>,
+    /// Whether more than one thing was wished for, so that one is not enough.
+    pub several: bool,
 }
 
 /// What a phrase stands for.
@@ -198,7 +200,11 @@ impl Listener {
         });
         let told = meant.iter().take(TOLD).map(|(a, _)| a.name.to_string());
         let words: Vec<String> = told.collect();
-        (!words.is_empty()).then_some(Wish { words, any_of })
+        (!words.is_empty()).then_some(Wish {
+            words,
+            any_of,
+            several: false,
+        })
     }
 
     /// How far an attribute's names are from the wish, in thousandths.
@@ -242,8 +248,12 @@ pub fn understand(
     listener: Option<&Listener>,
     random: &mut Philox,
 ) -> Result<Wish> {
-    let as_it_is = |any_of| Wish {
+    let as_it_is = |any_of: Vec<String>| Wish {
         words: vec![words.to_string()],
+        several: match any_of.len() {
+            0 => words.contains(" and "),
+            n => n > 1,
+        },
         any_of,
     };
     if denies(words) {
@@ -475,6 +485,10 @@ mod tests {
             (names(&["with grandma's quilt"]), likes)
         );
         assert!(understood("as Grandma would").any_of.is_empty());
+        // Of several wishes one is not enough.
+        assert!(understood("rustic wood in falling snow").several);
+        assert!(understood("as Grandma and Grandpa would").several);
+        assert!(!understood("black and gold").several && !named.several);
     }
 
     #[test]

@@ -1007,9 +1007,7 @@ fn strength_of(plan: &Plan) -> f32 {
 pub(super) fn free_bytes(device: &Device) -> Option<u64> {
     #[cfg(feature = "cuda")]
     if let Device::Cuda(cuda) = device {
-        use candle_core::cuda_backend::cudarc::driver::result::mem_get_info;
-        cuda.cuda_stream().context().bind_to_thread().ok()?;
-        return mem_get_info().ok().map(|(free, _)| free as u64);
+        return crate::card::free_bytes(cuda).ok();
     }
     if !device.is_cpu() {
         return None;

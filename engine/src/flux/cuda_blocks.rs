@@ -2,7 +2,7 @@
 //!
 //! Products and attention stay cuBLAS's and flash attention's. What lies between them (norm and
 //! modulation; bias, norm and rotation of query and key; bias and GELU; bias, gate and sum) is
-//! one kernel each, from `cuda_blocks/blocks.cu`: a single block goes over its activations five
+//! one kernel each, from `kernels/flux.inc`: a single block goes over its activations five
 //! times between its products where tensor operations take some twenty. tests/gpu/NOTES.md says
 //! what that should win.
 //!
@@ -11,35 +11,21 @@
 //! The kernels compute in f32, so that half precision rounds less often than these do.
 
 use super::cpu_blocks::{Single, Stream};
+use crate::kernels::{self, Held, Number, THREADS, launch_of};
 use crate::nn::{self, Linear, Mask};
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::{
-    CudaView, DeviceRepr, LaunchConfig, PushKernelArg,
-};
+use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Storage,
-    Tensor, bail,
+    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor, bail,
 };
 use half::{bf16, f16};
-use std::ops::{Deref, Range};
-use std::sync::LazyLock;
 
-mod compiled {
-    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
-}
-
-/// Threads of a block, as in `blocks.cu`.
-const THREADS: usize = 128;
 /// Added to variances and mean squares.
 const EPS: f32 = 1e-6;
 /// The widest head that a warp keeps in registers.
 const HEAD_MAX: usize = 256;
-
-/// Whether anybody wants to see how it would go without.
-static WANTED: LazyLock<bool> =
-    LazyLock::new(|| !std::env::var("SIMPATICO_FUSED").is_ok_and(|wish| wish == "0"));
 
 /// What a kernel is to do; each has its own tensors.
 enum Pass {
@@ -77,59 +63,10 @@ struct Side {
     norm_k: Tensor,
 }
 
-/// A number of a tensor's storage.
-trait Number: CudaDType + DeviceRepr {
-    /// How the kernels' names end.
-    const NAME: &'static str;
-}
-impl Number for f32 {
-    const NAME: &'static str = "f32";
-}
-impl Number for bf16 {
-    const NAME: &'static str = "bf16";
-}
-impl Number for f16 {
-    const NAME: &'static str = "f16";
-}
-
-/// The storage of a contiguous tensor, held while a kernel is launched on it.
-struct Held<'a> {
-    storage: Box<dyn Deref<Target = Storage> + 'a>,
-    range: Range<usize>,
-}
-
-impl<'a> Held<'a> {
-    fn of(x: &'a Tensor) -> CandleResult<Self> {
-        let (storage, layout) = x.storage_and_layout();
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            bail!("a fused block needs contiguous tensors")
-        };
-        Ok(Self {
-            storage: Box::new(storage),
-            range: from..to,
-        })
-    }
-
-    fn numbers<T: Number>(&self) -> CandleResult<CudaView<'_, T>> {
-        match &**self.storage {
-            Storage::Cuda(storage) => Ok(T::as_cuda_slice(storage)?.slice(self.range.clone())),
-            _ => bail!("a fused block needs all of its tensors on one CUDA device"),
-        }
-    }
-}
-
 /// From one picture's modulation to the next's: 0 where all share one.
 fn stride(modulation: &Tensor) -> CandleResult<i32> {
     let (pictures, width) = modulation.dims2()?;
     Ok(if pictures == 1 { 0 } else { width as i32 })
-}
-
-fn launch_of(threads: usize) -> LaunchConfig {
-    LaunchConfig {
-        grid_dim: (threads.div_ceil(THREADS) as u32, 1, 1),
-        block_dim: (THREADS as u32, 1, 1),
-        shared_mem_bytes: 0,
-    }
 }
 
 impl Pass {
@@ -178,7 +115,7 @@ impl Pass {
         #[allow(unsafe_code)]
         let out = unsafe { device.alloc::<T>(shape.elem_count())? };
         let name = format!("{}_{}", self.kernel(), T::NAME);
-        let function = device.get_or_load_custom_func(&name, "flux-blocks", compiled::BLOCKS)?;
+        let function = device.get_or_load_custom_func(&name, kernels::MODULE, kernels::PTX)?;
         let (b, tokens, width) = layout.shape().dims3()?;
         let count = shape.elem_count() / 8;
         let (eights, rows, wide) = (count as i64, tokens as i32, width as i32);
@@ -190,7 +127,7 @@ impl Pass {
                 let stride = stride(modulation)?;
                 call.arg(&x).arg(&at).arg(&out);
                 call.arg(&rows).arg(&wide).arg(&stride).arg(&part).arg(&EPS);
-                // SAFETY: the arguments are those of `norm` in blocks.cu. x and out are b·tokens
+                // SAFETY: the arguments are those of `norm` in flux.inc. x and out are b·tokens
                 // rows of `wide` numbers, a multiple of 8, and the modulation has these parts
                 // (`suits`); the tensors are held until the launch is in the stream's queue,
                 // and their memory is freed in its order.
@@ -326,11 +263,11 @@ impl Widen {
         #[allow(unsafe_code)]
         let out = unsafe { device.alloc::<T>(count * 8)? };
         let name = format!("widen_{}", T::NAME);
-        let function = device.get_or_load_custom_func(&name, "flux-blocks", compiled::BLOCKS)?;
+        let function = device.get_or_load_custom_func(&name, kernels::MODULE, kernels::PTX)?;
         let eights = count as i64;
         let mut call = function.builder();
         call.arg(&codes).arg(&out).arg(&eights).arg(&self.scale);
-        // SAFETY: the arguments are those of `widen` in blocks.cu; both have 8·count numbers.
+        // SAFETY: the arguments are those of `widen` in flux.inc; both have 8·count numbers.
         #[allow(unsafe_code)]
         unsafe { call.launch(launch_of(count)) }.w()?;
         let out = CudaStorage::wrap_cuda_slice(out, device.clone());
@@ -370,7 +307,7 @@ fn suits(x: &Tensor, modulation: &Tensor, parts: usize, (heads, norm): (usize, &
     let known = matches!(x.dtype(), DType::F32 | DType::BF16 | DType::F16);
     let modulated = matches!(modulation.dims(), [n, w] if (*n == 1 || *n == b) && *w == parts * d);
     let head = d / heads.max(1);
-    *WANTED
+    *kernels::WANTED
         && x.device().is_cuda()
         && known
         && modulated

@@ -74,6 +74,52 @@ fn an_adapter_gives_the_logits_of_peft_merged_or_not_and_unmerging_is_exact() {
 }
 
 #[test]
+fn joined_matrices_are_the_same_matrices() {
+    for name in ["qwen2", "llama"] {
+        let mut model = tiny(name, Precision::Dense(DType::F32));
+        let plain = logits(&model, None);
+        model.join().unwrap();
+        assert_eq!(largest_gap(&logits(&model, None), &plain), 0.0);
+        let x = Tensor::from_vec(
+            Philox::new(1, 0).normals(model.config.hidden),
+            (1, 1, model.config.hidden),
+            &Device::Cpu,
+        );
+        let x = x.unwrap();
+        let layer = &model.layers[1];
+        let [qkv, gate_up] = layer.joined.as_ref().unwrap();
+        for (together, modules) in [(qkv, &[0, 1, 2][..]), (gate_up, &[4, 5])] {
+            let run = model
+                .run(&Placement::Causal, (1, 1), 0, None, None)
+                .unwrap();
+            let apart: Vec<Tensor> = modules
+                .iter()
+                .map(|m| layer.projections[*m].forward(&x, 1, *m, &run).unwrap())
+                .collect();
+            let gap = largest_gap(
+                &together.forward(&x).unwrap(),
+                &Tensor::cat(&apart, 2).unwrap(),
+            );
+            assert!(gap < 1e-6, "{name}: {gap}");
+        }
+        // Merging takes them apart: one of them alone may change.
+        if name == "qwen2" {
+            let adapter = Adapter::load(&golden("sft_adapter"), &model.config, &Device::Cpu);
+            model.merge(&adapter.unwrap()).unwrap();
+            assert!(model.layers.iter().all(|layer| layer.joined.is_none()));
+            model.unmerge();
+            assert_eq!(largest_gap(&logits(&model, None), &plain), 0.0);
+        }
+    }
+    // Where only one of them has a bias they stay apart.
+    let mut uneven = tiny("llama", Precision::Dense(DType::F32));
+    uneven.layers[0].projections[1].bias =
+        Some(Tensor::zeros(1, DType::F32, &Device::Cpu).unwrap());
+    uneven.join().unwrap();
+    assert!(uneven.layers[0].joined.is_none() && uneven.layers[1].joined.is_some());
+}
+
+#[test]
 fn tokens_one_by_one_through_the_cache_equal_all_at_once() {
     for name in ["qwen2", "llama"] {
         let model = tiny(name, Precision::Dense(DType::F32));

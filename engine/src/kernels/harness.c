@@ -1,10 +1,10 @@
-// Runs one kernel of blocks.cu on the CPU: a line `KERNEL TYPE numbers..` on standard input, then
+// Runs one kernel of kernels.cu on the CPU: a line `KERNEL TYPE numbers..` on standard input, then
 // the kernel's tensors, as they lie in memory; what it wrote goes to standard output. tests.rs
 // compiles and calls it.
 
 #include <stdio.h>
 
-#include "blocks.cu"
+#include "kernels.cu"
 
 // A tensor from standard input; `bytes` of it, 16 bytes aligned as a device's memory is.
 static void *tensor(size_t bytes) {
@@ -41,6 +41,25 @@ static long n[12];
     (void)with;                                                                               \
     gelu_##T(in[0], in[1], in[2], out, n[0] * (n[1] + n[2]) / 8, n[1], n[2], n[3], n[4]);     \
   }                                                                                           \
+  static void call_sum_norm_##T(void *with) {                                                 \
+    (void)with;                                                                               \
+    sum_norm_##T(in[0], in[1], in[2], out, n[0], n[1], n[2], eps);                            \
+  }                                                                                           \
+  static void call_place_##T(void *with) {                                                    \
+    (void)with;                                                                               \
+    T *to = out, *keys = to + n[0] * n[1] * n[3], *values = keys + n[0] * n[2] * n[4] * n[3]; \
+    place_##T(in[0], in[1], in[2], in[3], to, keys, values,                                   \
+              n[0] * (n[1] + 2 * n[2]) * n[3] / 2, n[1], n[2], n[3], n[4], n[5], n[6], n[7]); \
+  }                                                                                           \
+  static void call_attend_##T(void *with) {                                                   \
+    (void)with;                                                                               \
+    attend_##T(in[0], in[1], in[2], in[3], out, n[1], n[2], n[3], n[4], n[5], n[6],           \
+               1.0f / sqrtf(n[3]));                                                           \
+  }                                                                                           \
+  static void call_swiglu_##T(void *with) {                                                   \
+    (void)with;                                                                               \
+    swiglu_##T(in[0], out, n[0] * n[1] / 8, n[1]);                                            \
+  }                                                                                           \
   static void call_widen_##T(void *with) {                                                    \
     (void)with;                                                                               \
     widen_##T(in[0], out, n[0] / 8, ldexpf(1.0f, (int)n[1] - 64));                            \
@@ -74,6 +93,23 @@ int main(void) {
     call = half ? call_heads_bf16 : call_heads_f32;
     written = 3 * n[0] * n[5] * n[3] * n[4] * size;
     blocks = (n[0] * n[1] * 3 * n[3] * 32 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "sum_norm") == 0) {
+    call = half ? call_sum_norm_bf16 : call_sum_norm_f32;
+    written = 2 * n[0] * n[1] * size;
+    blocks = n[0];
+  } else if (strcmp(kernel, "place") == 0) {
+    // The query, then the caches' keys and values.
+    call = half ? call_place_bf16 : call_place_f32;
+    written = n[0] * (n[1] + 2 * n[2] * n[4]) * n[3] * size;
+    blocks = (n[0] * (n[1] + 2 * n[2]) * n[3] / 2 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "attend") == 0) {
+    call = half ? call_attend_bf16 : call_attend_f32;
+    written = n[0] * n[1] * n[3] * size;
+    blocks = n[0] * n[1];
+  } else if (strcmp(kernel, "swiglu") == 0) {
+    call = half ? call_swiglu_bf16 : call_swiglu_f32;
+    written = n[0] * n[1] * size;
+    blocks = (n[0] * n[1] / 8 + THREADS - 1) / THREADS;
   } else if (strcmp(kernel, "widen") == 0) {
     call = half ? call_widen_bf16 : call_widen_f32;
     written = n[0] * size;

@@ -1,4 +1,4 @@
-//! The CUDA kernels of Flux's blocks, compiled as C for this processor (`on_host.h` plays a
+//! The CUDA kernels of Flux's blocks and of a decoder's step, compiled as C for this processor (`on_host.h` plays a
 //! device's threads), against the tensor operations that they stand for. What a device adds, its
 //! memory's speed and its own rounding, is for tests/gpu/run to see.
 
@@ -13,7 +13,7 @@ use std::sync::LazyLock;
 
 /// The kernels as a program; the C compiler is the one that links Rust's programs.
 static HARNESS: LazyLock<(tempfile::TempDir, PathBuf)> = LazyLock::new(|| {
-    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/flux/cuda_blocks/harness.c");
+    let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/kernels/harness.c");
     let folder = tempfile::tempdir().expect("a folder");
     let program = folder.path().join("harness");
     let compiler = std::env::var("CC").unwrap_or_else(|_| "cc".into());
@@ -44,6 +44,10 @@ fn bytes(x: &Tensor) -> Vec<u8> {
             all.iter().flat_map(|v| v.to_le_bytes()).collect()
         }
         DType::U8 => x.to_vec1::<u8>().expect("its numbers"),
+        DType::U32 => {
+            let all = x.to_vec1::<u32>().expect("its numbers");
+            all.iter().flat_map(|v| v.to_le_bytes()).collect()
+        }
         _ => {
             let all = x.to_vec1::<f32>().expect("its numbers");
             all.iter().flat_map(|v| v.to_le_bytes()).collect()
@@ -239,6 +243,136 @@ fn gelu_stands_beside_what_attention_gave() {
             _ => Tensor::cat(&[&f32_of(&beside), &inside], 1).expect("side by side"),
         };
         same("gelu", dtype, &kernel, &truth);
+    }
+}
+
+#[test]
+fn a_sum_and_its_norm_are_what_operations_say() {
+    for (dtype, d, adds) in [(TYPES[0], 1040, 1), (TYPES[0], 48, 0), (TYPES[1], 136, 1)] {
+        let (rows, eps) = (3, 1e-6);
+        let (x, more) = (random(&[rows, d], 1, dtype), random(&[rows, d], 2, dtype));
+        let weight = random(&[d], 3, dtype);
+        let kernel = run("sum_norm", dtype, &[rows, d, adds], &[&x, &more, &weight]);
+        let sum = match adds {
+            1 => (&x + &more).expect("a sum"),
+            _ => x.clone(),
+        };
+        let normed = nn::rms_norm(&f32_of(&sum), &f32_of(&weight), eps).expect("a norm");
+        same("sum", dtype, &kernel[..rows * d], &f32_of(&sum));
+        same("norm", dtype, &kernel[rows * d..], &normed);
+    }
+}
+
+#[test]
+fn a_token_is_placed_as_operations_do() {
+    for (dtype, rows, head, angles, biased) in [
+        (TYPES[0], 2, 64, 2, 1),
+        (TYPES[0], 1, 128, 1, 0),
+        (TYPES[1], 3, 128, 1, 1),
+    ] {
+        let (heads, kv, room, at) = (4, 2, 5, 3);
+        let slots = heads + 2 * kv;
+        let product = random(&[rows, slots * head], 1, dtype);
+        let bias = random(&[slots * head], 2, dtype);
+        let frequencies = nn::rope_frequencies(head, 1e4);
+        // One position for all rows, or one for each.
+        let places: Vec<f64> = (0..angles).map(|i| (3 + 4 * i) as f64).collect();
+        let (cos, sin) = nn::rope_tables(&places, &frequencies, &Device::Cpu).expect("tables");
+        let turn = if angles == 1 { 0 } else { head / 2 };
+        let numbers = [rows, heads, kv, head, room, at, turn, biased];
+        let kernel = run("place", dtype, &numbers, &[&product, &bias, &cos, &sin]);
+        let mut all = f32_of(&product);
+        if biased == 1 {
+            all = all.broadcast_add(&f32_of(&bias)).expect("a sum");
+        }
+        let all = all.reshape((rows, slots, 1, head)).expect("heads");
+        let of = |first, count| {
+            let part = all.narrow(1, first, count).expect("some heads");
+            part.contiguous().expect("in a row")
+        };
+        let table = |t: &Tensor| match angles {
+            1 => t.clone(),
+            _ => t.reshape((rows, 1, head / 2)).expect("a row each"),
+        };
+        let turned = |x: Tensor| {
+            let (cos, sin) = (table(&cos), table(&sin));
+            nn::rope(&x, &cos, &sin, RopeLayout::Halves).expect("rotated")
+        };
+        let query = rows * heads * head;
+        same("query", dtype, &kernel[..query], &turned(of(0, heads)));
+        let cached = rows * kv * room * head;
+        for (which, truth) in [turned(of(heads, kv)), of(heads + kv, kv)]
+            .iter()
+            .enumerate()
+        {
+            let cache = &kernel[query + which * cached..][..cached];
+            let tokens = cache.chunks_exact(head).enumerate();
+            // What belongs to other tokens is left alone: the harness filled it with NaN.
+            let (here, others): (Vec<_>, Vec<_>) = tokens.partition(|(i, _)| i % room == at);
+            let here: Vec<f32> = here.iter().flat_map(|(_, t)| t.to_vec()).collect();
+            same("cache", dtype, &here, truth);
+            assert!(others.iter().all(|(_, t)| t.iter().all(|x| x.is_nan())));
+        }
+    }
+}
+
+#[test]
+fn a_token_attends_as_operations_do() {
+    // Fewer keys than lanes, a few rounds of them, exactly a round; all heads' sizes.
+    for (dtype, head, seen, pads) in [
+        (TYPES[0], 64, 1, None),
+        (TYPES[0], 128, 37, Some([0u32, 11])),
+        (TYPES[0], 192, 16, None),
+        (TYPES[0], 256, 40, Some([39, 3])),
+        (TYPES[1], 128, 50, None),
+    ] {
+        let (rows, heads, kv, room) = (2, 4, 2, seen + 3);
+        let query = (random(&[rows, heads, 1, head], 1, DType::F32) * 2.0).expect("sharp");
+        let query = query.to_dtype(dtype).expect("that type");
+        // Beyond what was seen the caches hold nothing that could be read.
+        let cache = |seed| {
+            let seen = random(&[rows, kv, seen, head], seed, DType::F32);
+            let rest = Tensor::full(
+                f32::NAN,
+                (rows, kv, room - seen.dims()[2], head),
+                &Device::Cpu,
+            );
+            let all = Tensor::cat(&[&seen, &rest.expect("rest")], 2).expect("a cache");
+            all.to_dtype(dtype).expect("that type")
+        };
+        let (keys, values) = (cache(2), cache(3));
+        let first = Tensor::new(&pads.unwrap_or_default(), &Device::Cpu).expect("pads");
+        let padded = usize::from(pads.is_some());
+        let numbers = [rows, heads, kv, head, room, seen, padded];
+        let kernel = run("attend", dtype, &numbers, &[&query, &keys, &values, &first]);
+        let mut mask = vec![0f32; rows * seen];
+        for (row, mask) in mask.chunks_exact_mut(seen).enumerate() {
+            let pad = pads.unwrap_or_default()[row] as usize;
+            mask[..pad].fill(-1e30);
+        }
+        let mask = Tensor::from_vec(mask, (rows, 1, 1, seen), &Device::Cpu).expect("a mask");
+        let part = |x: &Tensor| f32_of(&x.narrow(2, 0, seen).expect("what was seen"));
+        let truth = nn::attention(
+            &f32_of(&query),
+            &part(&keys),
+            &part(&values),
+            1.0 / (head as f64).sqrt(),
+            &nn::Mask::Additive(mask),
+        );
+        same("attend", dtype, &kernel, &truth.expect("attention"));
+    }
+}
+
+#[test]
+fn gate_and_up_are_what_operations_say() {
+    for dtype in TYPES {
+        let (rows, inner) = (3, 136);
+        let product = (random(&[rows, 2 * inner], 1, DType::F32) * 4.0).expect("wide");
+        let product = product.to_dtype(dtype).expect("that type");
+        let kernel = run("swiglu", dtype, &[rows, inner], &[&product]);
+        let part = |i| f32_of(&product.narrow(1, i * inner, inner).expect("a half"));
+        let truth = nn::swiglu(&part(0), &part(1)).expect("gated");
+        same("swiglu", dtype, &kernel, &truth);
     }
 }
 

@@ -1,15 +1,10 @@
-// What lies between the products of a Flux block, each in one pass over memory.
+// Our CUDA kernels: what lies between the products of a Flux block (flux.inc) and of a step of a
+// language model (decoder.inc), each in one pass over memory. All of it is computed in f32,
+// whatever the storage.
 //
-// Written as tensor operations a block at 1024 pixels reads and writes its activations some
-// thirty times between its products; here it is once a kernel. All of it is computed in f32,
-// whatever the storage. Rows are tokens: row r belongs to picture r / tokens.
-//
-// A modulation has `parts` vectors of `d` numbers for each picture, `stride` numbers from a
-// picture's to the next's (0: all pictures have the same). Widths are multiples of 8, so that a
-// thread reads and writes 16 bytes of half precision at a time.
-//
-// The same file is C: a test compiles it for the CPU (on_host.h plays the threads) and compares
-// with the tensor operations. Called from cuda_blocks.rs.
+// Widths are multiples of 8, so that a thread reads and writes 16 bytes of half precision at a
+// time. The same file is C: a test compiles it for the CPU (on_host.h plays the threads) and
+// compares with the tensor operations. Called from kernels.rs.
 
 #ifdef __CUDACC__
 #include <cuda_bf16.h>
@@ -85,16 +80,19 @@ INLINE float value_of(unsigned char code) {
 
 #define T f32
 #define MOST INFINITY
-#include "blocks.inc"
+#include "flux.inc"
+#include "decoder.inc"
 #undef T
 
 #define T bf16
-#include "blocks.inc"
+#include "flux.inc"
+#include "decoder.inc"
 #undef T
 #undef MOST
 
 #ifdef __CUDACC__
 #define T f16
 #define MOST 65504.0f
-#include "blocks.inc"
+#include "flux.inc"
+#include "decoder.inc"
 #endif

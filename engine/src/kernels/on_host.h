@@ -1,4 +1,4 @@
-// Enough of CUDA for blocks.cu to run on a CPU, a block after the other and each of a block's
+// Enough of CUDA for kernels.cu to run on a CPU, a block after the other and each of a block's
 // threads as a thread. For tests: it shows what the kernels compute, not how fast.
 
 #include <math.h>

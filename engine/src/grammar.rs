@@ -365,45 +365,24 @@ pub fn instruction(
         text += &fill(clause, thing, &wording);
     }
     if let Some(tone) = tone {
-        let tail = with_tone(pick(random, TAILS), tone);
+        let tail = pick(random, TAILS).replace("{t}", tone);
         text += if random.uniform() < 0.3 { ", " } else { " " };
-        text += &tail;
+        text += &with_article(&tail, tone);
     }
     text + "."
 }
 
-/// The instruction without what it asks for besides: of "Make the mug out of jade and add a lantern
-/// beside it for a calm mood." there stays "Make the mug out of jade for a calm mood." A second
-/// change begins with "and" and a verb of this grammar; "black and gold" is one thing.
-pub fn first_change(instruction: &str) -> String {
-    let verb = |text: &str| verbs().contains(text.split(' ').next().unwrap_or_default());
-    let and = " and ";
-    let second = instruction.match_indices(and).map(|(at, _)| at);
-    let Some(at) = second
-        .into_iter()
-        .find(|at| verb(&instruction[at + and.len()..]))
-    else {
-        return instruction.to_string();
-    };
-    let (first, rest) = instruction.split_at(at);
-    let rest = rest.trim_end_matches('.');
-    let feelings = Cluster::ALL.into_iter().flat_map(tones);
-    let mut tails = feelings.flat_map(|tone| TAILS.iter().map(|tail| with_tone(tail, tone)));
-    let tail = tails.find(|tail| rest.ends_with(&format!(" {tail}")));
-    let tail = tail.map_or(String::new(), |tail| format!(" {tail}"));
-    format!("{}{tail}.", first.trim_end_matches([',', ' ']))
-}
-
-/// What a change can begin with, in small letters.
-fn verbs() -> &'static BTreeSet<String> {
-    static VERBS: OnceLock<BTreeSet<String>> = OnceLock::new();
-    VERBS.get_or_init(|| {
+/// What the second change of an instruction begins with: " and add ", " and recolor " and so on.
+/// "Black and gold" is one thing.
+pub fn second_changes() -> &'static [String] {
+    static BEGINNINGS: OnceLock<Vec<String>> = OnceLock::new();
+    BEGINNINGS.get_or_init(|| {
         let wordings = vocabulary::all().iter();
         let wordings = wordings.flat_map(|a| a.wordings().map(move |w| (a, w)));
         let changes = wordings.flat_map(|(a, w)| [clauses(a, w), second_clauses(a, w)].concat());
-        changes
-            .filter_map(|clause| Some(clause.split(' ').next()?.to_lowercase()))
-            .collect()
+        let verbs = changes.filter_map(|clause| Some(clause.split(' ').next()?.to_lowercase()));
+        let verbs: BTreeSet<String> = verbs.collect();
+        verbs.iter().map(|verb| format!(" and {verb} ")).collect()
     })
 }
 
@@ -489,13 +468,12 @@ fn fill(clause: &str, object: &str, wording: &str) -> String {
     clause.replace("{o}", object).replace("{a}", wording)
 }
 
-/// A tail that names the feeling; "a elegant" becomes "an elegant".
-fn with_tone(tail: &str, tone: &str) -> String {
-    let tail = tail.replace("{t}", tone);
+/// "a elegant" becomes "an elegant".
+fn with_article(tail: &str, tone: &str) -> String {
     let vowel = tone.starts_with(['a', 'e', 'i', 'o', 'u']);
     match vowel {
         true => tail.replace(&format!("a {tone}"), &format!("an {tone}")),
-        false => tail,
+        false => tail.to_string(),
     }
 }
 
@@ -585,32 +563,22 @@ mod tests {
     }
 
     #[test]
-    fn of_two_changes_the_first_stays_and_of_one_everything() {
+    fn second_changes_begin_so_and_first_ones_hold_no_such_words() {
         let (mut random, all) = (Philox::new(6, 0), vocabulary::all());
-        let named = |text: &str| -> Vec<&str> {
-            vocabulary::mentioned(text).iter().map(|a| a.name).collect()
+        let cut = |text: &str| -> String {
+            let ends = second_changes().iter().filter_map(|and| text.find(and));
+            text[..ends.min().unwrap_or(text.len())].to_string()
         };
         for (i, a) in all.iter().enumerate() {
             let b = &all[(i * 7 + 11) % all.len()];
-            let tone = (i % 2 == 0).then_some("elegant");
             // The same draws but for the second change.
             let (mut one, mut two) = (random.clone(), random.clone());
-            let first = instruction(&mut one, "the mug", &[a], None);
-            let both = instruction(&mut two, "the mug", &[a, b], tone);
-            let cut = first_change(&both);
-            let stays = first.trim_end_matches('.');
-            assert!(cut.starts_with(stays), "{both}: {cut}");
-            assert_eq!(named(&cut), named(&first), "{both}: {cut}");
-            let felt = cut[stays.len()..].contains("elegant");
-            assert_eq!(felt, tone.is_some(), "{both}: {cut}");
-            assert!(cut.ends_with('.') && !cut.contains(".."), "{cut}");
-            let alone = instruction(&mut random, "the salt and pepper", &[a], tone);
-            assert_eq!(first_change(&alone), alone);
+            let first = instruction(&mut one, "the salt and pepper", &[a], None);
+            let both = instruction(&mut two, "the salt and pepper", &[a, b], Some("elegant"));
+            assert_eq!(cut(&both) + ".", first, "{both}");
+            let alone = instruction(&mut random, "the salt and pepper", &[a], Some("calm"));
+            assert_eq!(cut(&alone), alone);
         }
-        let said = "Recolor the cat in black and gold, and put a hat on it.";
-        assert_eq!(first_change(said), "Recolor the cat in black and gold.");
-        assert_eq!(first_change("and"), "and");
-        assert_eq!(first_change(""), "");
     }
 
     #[test]

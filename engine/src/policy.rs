@@ -132,8 +132,8 @@ pub struct PolicyOptions {
     pub insist: bool,
     /// Whether one that takes up nothing which can be drawn ([`Attribute::look`]) is, too.
     pub drawn_only: bool,
-    /// Whether an instruction asks for one change only ([`grammar::first_change`]), unless more was
-    /// wished for.
+    /// Whether an instruction ends where a second change would begin
+    /// ([`grammar::second_changes`]), unless more than one was wished for.
     pub one_change: bool,
     /// How much more than by itself the user's embedding counts for the words
     /// ([`Options::emphasis`]).
@@ -372,7 +372,9 @@ impl Policy {
         drafts: &mut [Option<Draft>],
         go_on: &mut dyn FnMut() -> ControlFlow<()>,
     ) -> Result<()> {
-        let longest = open.iter().map(|i| self.sampling(&requests[*i], 0));
+        let longest = open
+            .iter()
+            .map(|i| self.sampling(&requests[*i], &asked[*i], 0));
         let most = Options {
             emphasis: self.options.emphasis,
             ..Options::greedy(longest.map(|o| o.max_tokens).max().unwrap_or(0))
@@ -380,7 +382,7 @@ impl Policy {
         let adapter = self.adapter.as_ref();
         let mut read = Read::new(&self.model, prompts, adapter, &most, go_on)?;
         for attempt in 0..ATTEMPTS {
-            let options = |at: usize| self.sampling(&requests[open[at]], attempt);
+            let options = |at: usize| self.sampling(&requests[open[at]], &asked[open[at]], attempt);
             let mut todo: Vec<usize> = (0..open.len())
                 .filter(|at| {
                     let draft = drafts[open[*at]].as_ref();
@@ -397,16 +399,9 @@ impl Policy {
                 let which: Vec<(usize, u64)> = group.iter().map(stream).collect();
                 let answers = read.answer(&which, &own, go_on)?;
                 for (at, answer) in group.into_iter().zip(answers) {
-                    let asked = &asked[open[at]];
-                    let several = asked.wish.as_ref().is_some_and(|wish| wish.several);
-                    let words = match clean(&answer.text) {
-                        words if self.options.one_change && !several => {
-                            grammar::first_change(&words)
-                        }
-                        words => words,
-                    };
+                    let words = clean(&answer.text);
                     let insist = self.options.insist.then_some(&self.options);
-                    let faults = Faults::of(&words, asked, insist);
+                    let faults = Faults::of(&words, &asked[open[at]], insist);
                     let draft = &mut drafts[open[at]];
                     let better = draft.as_ref().is_none_or(|(least, _)| faults < *least);
                     if !words.is_empty() && better {
@@ -418,7 +413,7 @@ impl Policy {
         Ok(())
     }
 
-    fn sampling(&self, request: &InstructRequest, attempt: u64) -> Options {
+    fn sampling(&self, request: &InstructRequest, taste: &Asked, attempt: u64) -> Options {
         let most = request.max_tokens.unwrap_or(self.options.max_tokens);
         let temperature = match attempt {
             0 => request.temperature,
@@ -432,7 +427,7 @@ impl Policy {
                 seed: request.seed,
                 ..Sampling::greedy()
             },
-            stop: vec!["\n".into()],
+            stop: ends_of(taste, self.options.one_change),
             emphasis: self.options.emphasis,
         }
     }
@@ -701,6 +696,19 @@ impl Asked {
 
 fn store_error(e: StoreError) -> Error {
     Error::BadRequest(format!("reading the store: {e}"))
+}
+
+/// What an instruction ends before.
+fn ends_of(taste: &Asked, one_change: bool) -> Vec<String> {
+    let several = taste.wish.as_ref().is_some_and(|wish| wish.several);
+    let seconds = match one_change && !several {
+        true => grammar::second_changes(),
+        false => &[],
+    };
+    let line = "\n".to_string();
+    std::iter::once(line)
+        .chain(seconds.iter().cloned())
+        .collect()
 }
 
 /// The cue, unless it says nothing.
@@ -1141,6 +1149,34 @@ mod tests {
         assert_eq!(clean("Add snow. And then th"), "Add snow.");
         assert_eq!(clean("Paint it,"), "Paint it.");
         assert_eq!(clean("\u{7}\n\n"), "");
+    }
+
+    #[test]
+    fn one_change_is_asked_for_unless_more_was_wished_for() {
+        let of = |several: Option<bool>, one_change| {
+            let wish = several.map(|several| Wish {
+                several,
+                ..Wish::default()
+            });
+            let taste = Asked {
+                wish,
+                ..Asked::default()
+            };
+            let ends = ends_of(&taste, one_change);
+            (
+                ends.contains(&"\n".into()),
+                ends.contains(&" and add ".into()),
+            )
+        };
+        assert_eq!(of(None, false), (true, false));
+        assert_eq!(of(None, true), (true, true));
+        assert_eq!(of(Some(false), true), (true, true));
+        assert_eq!(of(Some(true), true), (true, false));
+        // What is left is a sentence.
+        assert_eq!(
+            clean("Make the mug out of jade"),
+            "Make the mug out of jade."
+        );
     }
 
     #[test]

@@ -325,6 +325,10 @@ impl Policy {
                 Some(wishes::understand(cue, &of, listener, &mut random)?)
             }
             None => {
+                // Where one change is all that is asked for, what was said would often have to give
+                // way to what is guessed.
+                let said = self.options.one_change && random.uniform() < SAID;
+                taste.said = said && random.uniform() >= request.explore;
                 let wish = turn(&self.options, &taste, request.explore, &mut random);
                 taste.turn = wish.as_ref().and_then(|wish| wish.words.first().cloned());
                 wish
@@ -585,7 +589,7 @@ struct Faults {
     unheeded: bool,
     /// 2: that it takes up nothing which the user or the neighbours like; 1: nothing which the
     /// user likes, who has said so little that it is missed, or who likes something of what was
-    /// wished for.
+    /// wished for, or where that is wanted of this picture.
     impersonal: u8,
     /// That it takes up nothing which can be drawn, where that matters and what was wished for can
     /// be.
@@ -618,7 +622,7 @@ impl Faults {
             }
             (Some(_), None) if !could || takes_up(&taste.likes) => 0,
             (Some(options), None) if near.into_iter().any(takes_up) => {
-                u8::from(taste.is_new(options))
+                u8::from(taste.is_new(options) || taste.said)
             }
             (Some(_), None) => 2,
         };
@@ -672,6 +676,8 @@ struct Asked {
     wish: Option<Wish>,
     /// The like whose turn it is.
     turn: Option<String>,
+    /// Whether something that the user said is wanted, and not what the neighbours would add.
+    said: bool,
 }
 
 impl Asked {
@@ -715,6 +721,10 @@ fn ends_of(taste: &Asked, one_change: bool) -> Vec<String> {
 fn wish_of(request: &InstructRequest) -> Option<&str> {
     request.cue.as_deref().filter(|c| !c.trim().is_empty())
 }
+
+/// In what share of pictures an instruction that asks for one change shall take up something that
+/// the user said. The others may show what is guessed.
+const SAID: f32 = 0.5;
 
 /// How often a sentence is written at most of one prompt, half as often of several. A prompt is read
 /// once, so that another try costs some ten tokens.
@@ -1225,6 +1235,17 @@ mod tests {
         assert!(new("Make it out of rustic wood.") == none);
         assert!(new("Add exposed beams above it.") > none);
         assert!(new("Add exposed beams above it.") < new("Paint it blue."));
+        // Of others it is wanted of some pictures.
+        let wanted = Asked {
+            said: true,
+            likes: taste.likes.clone(),
+            suggestions: taste.suggestions.clone(),
+            ..Asked::default()
+        };
+        let of = |words: &str| Faults::of(words, &wanted, Some(&new_up_to(0)));
+        assert!(of("Make it out of rustic wood.") == none);
+        assert!(of("Add exposed beams above it.") > none);
+        assert!(of("Add exposed beams above it.") < of("Paint it blue."));
         // Not where nobody insists, or nothing is known that could be taken up.
         assert!(Faults::of("Paint it blue.", &taste, None) == none);
         assert!(Faults::of("Paint it blue.", &Asked::default(), Some(&four)) == none);

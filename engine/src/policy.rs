@@ -328,7 +328,8 @@ impl Policy {
                 // Where one change is all that is asked for, what was said would often have to give
                 // way to what is guessed.
                 let said = self.options.one_change && random.uniform() < SAID;
-                taste.said = said && random.uniform() >= request.explore;
+                let explores = said && random.uniform() < request.explore;
+                taste.said = said && !explores && !taste.likes.is_empty();
                 let wish = turn(&self.options, &taste, request.explore, &mut random);
                 taste.turn = wish.as_ref().and_then(|wish| wish.words.first().cloned());
                 wish

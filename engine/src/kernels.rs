@@ -3,12 +3,17 @@
 //! Who uses them: Flux's blocks (`flux/cuda_blocks.rs`) and a language model's decoder
 //! (`lm/cuda_step.rs`).
 
+use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::cuda_backend::cudarc::driver::{CudaView, DeviceRepr, LaunchConfig};
-use candle_core::{Result, Storage, Tensor, bail};
+use candle_core::cuda_backend::cudarc::driver::{
+    CudaFunction, CudaSlice, CudaStream, CudaView, DeviceRepr, LaunchArgs, LaunchConfig,
+};
+use candle_core::{
+    CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result, Shape, Storage, Tensor, bail,
+};
 use half::{bf16, f16};
 use std::ops::{Deref, Range};
-use std::sync::LazyLock;
+use std::sync::{Arc, LazyLock};
 
 mod compiled {
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
@@ -74,5 +79,91 @@ pub(crate) fn launch_of(threads: usize) -> LaunchConfig {
         grid_dim: (threads.div_ceil(THREADS) as u32, 1, 1),
         block_dim: (THREADS as u32, 1, 1),
         shared_mem_bytes: 0,
+    }
+}
+
+/// A kernel of one number type, and the stream that it is launched in.
+pub(crate) struct Kernel {
+    function: CudaFunction,
+    stream: Arc<CudaStream>,
+}
+
+impl Kernel {
+    /// A launch, which wants the kernel's arguments in their order.
+    pub(crate) fn call(&self) -> LaunchArgs<'_> {
+        self.stream.launch_builder(&self.function)
+    }
+}
+
+/// What a kernel computes of a tensor and of others that it holds.
+pub(crate) trait Pass {
+    /// The kernel, without the type at the end of its name.
+    fn kernel(&self) -> &'static str;
+
+    /// The shape of what comes out.
+    fn shape(&self, x: &Shape) -> Result<Shape>;
+
+    /// Puts it into the stream's queue: from x, contiguous and of the shape that stands beside it,
+    /// into `out`, every number of which it writes.
+    fn launch<T: Number>(
+        &self,
+        kernel: &Kernel,
+        x: (&CudaView<T>, &Shape),
+        out: &CudaSlice<T>,
+    ) -> Result<()>;
+}
+
+/// x after the pass. It has no gradient.
+pub(crate) fn through(x: &Tensor, pass: &impl Pass) -> Result<Tensor> {
+    x.apply_op1_no_bwd(&Through(pass))
+}
+
+struct Through<'a, P>(&'a P);
+
+impl<P: Pass> Through<'_, P> {
+    fn run<T: Number>(
+        &self,
+        storage: &CudaStorage,
+        layout: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let device = storage.device();
+        let Some((from, to)) = layout.contiguous_offsets() else {
+            bail!("a kernel needs contiguous tensors")
+        };
+        let x = T::as_cuda_slice(storage)?.slice(from..to);
+        let shape = self.0.shape(layout.shape())?;
+        // SAFETY: the pass writes every number of it.
+        #[allow(unsafe_code)]
+        let out = unsafe { device.alloc::<T>(shape.elem_count())? };
+        let name = format!("{}_{}", self.0.kernel(), T::NAME);
+        let function = device.get_or_load_custom_func(&name, MODULE, PTX)?;
+        let kernel = Kernel {
+            function: function.into_cuda_function(),
+            stream: device.cuda_stream(),
+        };
+        self.0.launch(&kernel, (&x, layout.shape()), &out)?;
+        Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), shape))
+    }
+}
+
+impl<P: Pass> CustomOp1 for Through<'_, P> {
+    fn name(&self) -> &'static str {
+        self.0.kernel()
+    }
+
+    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> Result<(CpuStorage, Shape)> {
+        bail!("{} is for CUDA devices", self.0.kernel())
+    }
+
+    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> Result<(CudaStorage, Shape)> {
+        match x.dtype() {
+            DType::F32 => self.run::<f32>(x, layout),
+            DType::BF16 => self.run::<bf16>(x, layout),
+            DType::F16 => self.run::<f16>(x, layout),
+            other => bail!(
+                "{} computes in f32, bf16 or f16, not in {other:?}",
+                self.0.kernel()
+            ),
+        }
     }
 }

@@ -11,11 +11,11 @@
 //! The kernels compute in f32, so that half precision rounds less often than these do.
 
 use super::cpu_blocks::{Single, Stream};
-use crate::kernels::{self, Held, Number, THREADS, launch_of};
+use crate::kernels::{self, Held, Kernel, Number, THREADS, launch_of, through};
 use crate::nn::{self, Linear, Mask};
 use crate::{Error, Result};
 use candle_core::backend::BackendStorage;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
 use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::{
     CpuStorage, CudaStorage, CustomOp1, DType, Layout, Result as CandleResult, Shape, Tensor, bail,
@@ -69,7 +69,7 @@ fn stride(modulation: &Tensor) -> CandleResult<i32> {
     Ok(if pictures == 1 { 0 } else { width as i32 })
 }
 
-impl Pass {
+impl kernels::Pass for Pass {
     fn kernel(&self) -> &'static str {
         match self {
             Self::Norm { .. } => "norm",
@@ -79,7 +79,6 @@ impl Pass {
         }
     }
 
-    /// The shape of what comes out.
     fn shape(&self, x: &Shape) -> CandleResult<Shape> {
         Ok(match self {
             Self::Norm { .. } | Self::Gate { .. } => x.clone(),
@@ -100,32 +99,22 @@ impl Pass {
         })
     }
 
-    fn run<T: Number>(
+    fn launch<T: Number>(
         &self,
-        storage: &CudaStorage,
-        layout: &Layout,
-    ) -> CandleResult<(CudaStorage, Shape)> {
-        let device = storage.device();
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            bail!("a fused block needs contiguous tensors")
-        };
-        let x = T::as_cuda_slice(storage)?.slice(from..to);
-        let shape = self.shape(layout.shape())?;
-        // SAFETY: the kernels below write every number of it.
-        #[allow(unsafe_code)]
-        let out = unsafe { device.alloc::<T>(shape.elem_count())? };
-        let name = format!("{}_{}", self.kernel(), T::NAME);
-        let function = device.get_or_load_custom_func(&name, kernels::MODULE, kernels::PTX)?;
-        let (b, tokens, width) = layout.shape().dims3()?;
-        let count = shape.elem_count() / 8;
+        kernel: &Kernel,
+        (x, shape): (&CudaView<T>, &Shape),
+        out: &CudaSlice<T>,
+    ) -> CandleResult<()> {
+        let (b, tokens, width) = shape.dims3()?;
+        let count = out.len() / 8;
         let (eights, rows, wide) = (count as i64, tokens as i32, width as i32);
-        let mut call = function.builder();
+        let mut call = kernel.call();
         match self {
             Self::Norm { modulation, part } => {
                 let held = Held::of(modulation)?;
                 let (at, part) = (held.numbers::<T>()?, *part as i32);
                 let stride = stride(modulation)?;
-                call.arg(&x).arg(&at).arg(&out);
+                call.arg(x).arg(&at).arg(out);
                 call.arg(&rows).arg(&wide).arg(&stride).arg(&part).arg(&EPS);
                 // SAFETY: the arguments are those of `norm` in flux.inc. x and out are b·tokens
                 // rows of `wide` numbers, a multiple of 8, and the modulation has these parts
@@ -144,7 +133,7 @@ impl Pass {
                 let (at, y) = (held.0.numbers::<T>()?, held.1.numbers::<T>()?);
                 let (bias, part) = (held.2.numbers::<T>()?, *part as i32);
                 let stride = stride(modulation)?;
-                call.arg(&x).arg(&at).arg(&y).arg(&bias).arg(&out);
+                call.arg(x).arg(&at).arg(&y).arg(&bias).arg(out);
                 call.arg(&eights).arg(&rows).arg(&wide);
                 call.arg(&stride).arg(&part);
                 // SAFETY: as above, for `gate`; y is a product of x's rows and as wide, and the
@@ -166,8 +155,8 @@ impl Pass {
                 // Without an attended part nothing of the first argument is read.
                 let beside = held.0.as_ref().map(Held::numbers::<T>).transpose()?;
                 let bias = held.1.numbers::<T>()?;
-                call.arg(beside.as_ref().unwrap_or(&x)).arg(&x);
-                call.arg(&bias).arg(&out);
+                call.arg(beside.as_ref().unwrap_or(x)).arg(x);
+                call.arg(&bias).arg(out);
                 call.arg(&eights).arg(&joined).arg(&inner);
                 call.arg(&wide).arg(&from);
                 // SAFETY: as above, for `gelu`; the bias has one row's numbers, and what stands
@@ -199,9 +188,9 @@ impl Pass {
                     );
                     let (h, bias) = (held.0.numbers::<T>()?, held.1.numbers::<T>()?);
                     let (norm_q, norm_k) = (held.2.numbers::<T>()?, held.3.numbers::<T>()?);
-                    let mut call = function.builder();
+                    let mut call = kernel.call();
                     call.arg(&h).arg(&bias).arg(&norm_q).arg(&norm_k);
-                    call.arg(&cosine).arg(&sine).arg(&out);
+                    call.arg(&cosine).arg(&sine).arg(out);
                     call.arg(&count).arg(&pictures).arg(&rows).arg(&wide);
                     call.arg(&heads).arg(&head).arg(&total);
                     call.arg(&first).arg(&EPS);
@@ -214,26 +203,7 @@ impl Pass {
                 }
             }
         }
-        Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), shape))
-    }
-}
-
-impl CustomOp1 for Pass {
-    fn name(&self) -> &'static str {
-        self.kernel()
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        bail!("a fused block is for CUDA devices")
-    }
-
-    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> CandleResult<(CudaStorage, Shape)> {
-        match x.dtype() {
-            DType::F32 => self.run::<f32>(x, layout),
-            DType::BF16 => self.run::<bf16>(x, layout),
-            DType::F16 => self.run::<f16>(x, layout),
-            other => bail!("a fused block computes in f32, bf16 or f16, not in {other:?}"),
-        }
+        Ok(())
     }
 }
 
@@ -330,19 +300,18 @@ fn bias_of(layer: &Linear, inputs: usize, outputs: usize) -> Option<Tensor> {
 }
 
 fn norm(x: &Tensor, modulation: &Tensor, part: usize) -> Result<Tensor> {
-    Ok(x.apply_op1_no_bwd(&Pass::Norm {
-        modulation: modulation.clone(),
-        part,
-    })?)
+    let modulation = modulation.clone();
+    Ok(through(x, &Pass::Norm { modulation, part })?)
 }
 
 fn gate(x: &Tensor, modulation: &Tensor, part: usize, y: Tensor, bias: Tensor) -> Result<Tensor> {
-    Ok(x.apply_op1_no_bwd(&Pass::Gate {
+    let pass = Pass::Gate {
         modulation: modulation.clone(),
         y,
         bias,
         part,
-    })?)
+    };
+    Ok(through(x, &pass)?)
 }
 
 /// softmax(q·kᵀ)·v of all streams' tokens, one stream after the other: (b, tokens, d).
@@ -362,12 +331,13 @@ fn attend(sides: Vec<Side>, heads: usize, (cos, sin): (&Tensor, &Tensor)) -> Res
         )));
     }
     let b = h.dim(0)?;
-    let all = h.apply_op1_no_bwd(&Pass::Heads {
+    let pass = Pass::Heads {
         sides,
         cos: cos.contiguous()?,
         sin: sin.contiguous()?,
         heads,
-    })?; // (3, b, tokens, heads, head)
+    };
+    let all = through(&h, &pass)?; // (3, b, tokens, heads, head)
     // As attention takes them; flash attention turns them back, which then moves nothing.
     let part = |i: usize| -> Result<Tensor> { Ok(all.get(i)?.transpose(1, 2)?) };
     let scale = 1.0 / (head as f64).sqrt();
@@ -402,11 +372,12 @@ impl Single<'_> {
             norm_k: self.norm_k.clone(),
         };
         let attended = attend(vec![side], self.heads, angles)?;
-        let wide = h.apply_op1_no_bwd(&Pass::Gelu {
+        let pass = Pass::Gelu {
             attended: Some(attended),
             bias: first,
             inner: 4 * d,
-        })?; // (b, tokens, 5d)
+        };
+        let wide = through(&h, &pass)?; // (b, tokens, 5d)
         let y = self.second.product(&wide)?;
         Ok(Some(gate(&x, &modulation, 2, y, second)?))
     }
@@ -452,11 +423,12 @@ impl Stream<'_> {
         let x = gate(x, modulation, 2, y, biases.proj)?;
         let h = self.up.product(&norm(&x, modulation, 3)?)?;
         let inner = h.dim(2)?;
-        let h = h.apply_op1_no_bwd(&Pass::Gelu {
+        let pass = Pass::Gelu {
             attended: None,
             bias: biases.up,
             inner,
-        })?;
+        };
+        let h = through(&h, &pass)?;
         gate(&x, modulation, 5, self.down.product(&h)?, biases.down)
     }
 }

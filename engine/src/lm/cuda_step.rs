@@ -9,15 +9,10 @@
 
 use super::{Cache, Decoder, Placement, Run};
 use crate::Result;
-use crate::kernels::{self, Held, Number, launch_of};
-use candle_core::backend::BackendStorage;
+use crate::kernels::{self, Held, Kernel, Number, launch_of, through};
 use candle_core::cuda_backend::WrapErr;
-use candle_core::cuda_backend::cudarc::driver::PushKernelArg;
-use candle_core::{
-    CpuStorage, CudaStorage, CustomOp1, DType, Device, Layout, Result as CandleResult, Shape,
-    Tensor, bail,
-};
-use half::{bf16, f16};
+use candle_core::cuda_backend::cudarc::driver::{CudaSlice, CudaView, PushKernelArg};
+use candle_core::{DType, Device, Result as CandleResult, Shape, Tensor};
 
 /// What a kernel is to do; each has its own tensors.
 enum Pass<'a> {
@@ -46,7 +41,7 @@ enum Pass<'a> {
     Swiglu,
 }
 
-impl Pass<'_> {
+impl kernels::Pass for Pass<'_> {
     fn kernel(&self) -> &'static str {
         match self {
             Self::SumNorm { .. } => "sum_norm",
@@ -56,30 +51,24 @@ impl Pass<'_> {
         }
     }
 
-    fn run<T: Number>(
-        &self,
-        storage: &CudaStorage,
-        layout: &Layout,
-    ) -> CandleResult<(CudaStorage, Shape)> {
-        let device = storage.device();
-        let Some((from, to)) = layout.contiguous_offsets() else {
-            bail!("a kernel needs contiguous tensors")
-        };
-        let x = T::as_cuda_slice(storage)?.slice(from..to);
-        // (b, 1, width)
-        let (b, _, width) = layout.shape().dims3()?;
-        let shape: Shape = match self {
+    fn shape(&self, x: &Shape) -> CandleResult<Shape> {
+        let (b, _, width) = x.dims3()?;
+        Ok(match self {
             Self::SumNorm { .. } => (2, b, 1, width).into(),
             Self::Place { cache, heads, .. } => (b, 1, heads * cache.0.dim(3)?).into(),
             Self::Attend { .. } => (b, 1, width).into(),
             Self::Swiglu => (b, 1, width / 2).into(),
-        };
-        // SAFETY: the kernels below write every number of it.
-        #[allow(unsafe_code)]
-        let out = unsafe { device.alloc::<T>(shape.elem_count())? };
-        let name = format!("{}_{}", self.kernel(), T::NAME);
-        let function = device.get_or_load_custom_func(&name, kernels::MODULE, kernels::PTX)?;
-        let mut call = function.builder();
+        })
+    }
+
+    fn launch<T: Number>(
+        &self,
+        kernel: &Kernel,
+        (x, shape): (&CudaView<T>, &Shape),
+        out: &CudaSlice<T>,
+    ) -> CandleResult<()> {
+        let (b, _, width) = shape.dims3()?;
+        let mut call = kernel.call();
         let (rows, wide) = (b as i32, width as i32);
         match self {
             Self::SumNorm { more, weight, eps } => {
@@ -87,8 +76,8 @@ impl Pass<'_> {
                 // Without something to add nothing of the second argument is read.
                 let more = held.0.as_ref().map(Held::numbers::<T>).transpose()?;
                 let (weight, adds) = (held.1.numbers::<T>()?, i32::from(more.is_some()));
-                call.arg(&x).arg(more.as_ref().unwrap_or(&x)).arg(&weight);
-                call.arg(&out).arg(&rows).arg(&wide).arg(&adds).arg(eps);
+                call.arg(x).arg(more.as_ref().unwrap_or(x)).arg(&weight);
+                call.arg(out).arg(&rows).arg(&wide).arg(&adds).arg(eps);
                 // SAFETY: the arguments are those of `sum_norm` in decoder.inc. x and what is
                 // added have b rows of `wide` numbers, a multiple of 8 (`hidden`), the weight has
                 // one row's, out twice x's; the tensors are held until the launch is in the
@@ -123,8 +112,8 @@ impl Pass<'_> {
                 let (biased, count) = (i32::from(bias.is_some()), pairs as i64);
                 let (heads, kv, head) = (*heads as i32, kv as i32, head as i32);
                 let (room, at) = (room as i32, *at as i32);
-                call.arg(&x).arg(bias.as_ref().unwrap_or(&x));
-                call.arg(&cosine).arg(&sine).arg(&out);
+                call.arg(x).arg(bias.as_ref().unwrap_or(x));
+                call.arg(&cosine).arg(&sine).arg(out);
                 call.arg(&keys).arg(&values).arg(&count);
                 call.arg(&heads).arg(&kv).arg(&head);
                 call.arg(&room).arg(&at).arg(&turn).arg(&biased);
@@ -153,13 +142,13 @@ impl Pass<'_> {
                 let (blocks, padded) = (b * heads, i32::from(pads.is_some()));
                 let (heads, kv, head) = (*heads as i32, kv as i32, head as i32);
                 let (room, seen) = (room as i32, *seen as i32);
-                call.arg(&x).arg(&keys).arg(&values);
+                call.arg(x).arg(&keys).arg(&values);
                 // Where no row is padded nothing of this argument is read.
                 match &pads {
                     Some(pads) => call.arg(pads),
-                    None => call.arg(&x),
+                    None => call.arg(x),
                 };
-                call.arg(&out).arg(&heads).arg(&kv).arg(&head);
+                call.arg(out).arg(&heads).arg(&kv).arg(&head);
                 call.arg(&room).arg(&seen).arg(&padded).arg(&scale);
                 // SAFETY: as above, for `attend`; x has b rows of `heads` heads of 64 to 256
                 // numbers (`hidden`), the caches room for `seen` tokens or more, and pads a number
@@ -168,34 +157,15 @@ impl Pass<'_> {
                 unsafe { call.launch(launch_of(blocks * kernels::THREADS)) }.w()?;
             }
             Self::Swiglu => {
-                let count = shape.elem_count() / 8;
+                let count = out.len() / 8;
                 let (eights, inner) = (count as i64, wide / 2);
-                call.arg(&x).arg(&out).arg(&eights).arg(&inner);
+                call.arg(x).arg(out).arg(&eights).arg(&inner);
                 // SAFETY: as above, for `swiglu`; rows have twice `inner` numbers, a multiple of 8.
                 #[allow(unsafe_code)]
                 unsafe { call.launch(launch_of(count)) }.w()?;
             }
         }
-        Ok((CudaStorage::wrap_cuda_slice(out, device.clone()), shape))
-    }
-}
-
-impl CustomOp1 for Pass<'_> {
-    fn name(&self) -> &'static str {
-        self.kernel()
-    }
-
-    fn cpu_fwd(&self, _: &CpuStorage, _: &Layout) -> CandleResult<(CpuStorage, Shape)> {
-        bail!("a fused step is for CUDA devices")
-    }
-
-    fn cuda_fwd(&self, x: &CudaStorage, layout: &Layout) -> CandleResult<(CudaStorage, Shape)> {
-        match x.dtype() {
-            DType::F32 => self.run::<f32>(x, layout),
-            DType::BF16 => self.run::<bf16>(x, layout),
-            DType::F16 => self.run::<f16>(x, layout),
-            other => bail!("a fused step computes in f32, bf16 or f16, not in {other:?}"),
-        }
+        Ok(())
     }
 }
 
@@ -207,7 +177,7 @@ fn sum_norm(
     eps: f64,
 ) -> Result<(Tensor, Tensor)> {
     let eps = eps as f32;
-    let both = x.apply_op1_no_bwd(&Pass::SumNorm { more, weight, eps })?;
+    let both = through(x, &Pass::SumNorm { more, weight, eps })?;
     Ok((both.get(0)?, both.get(1)?))
 }
 
@@ -275,22 +245,24 @@ pub(super) fn hidden(
         };
         let kept = (keys, values);
         let (sum, normed) = sum_norm(&x, more.as_ref(), &layer.attention_norm, c.eps)?;
-        let query = qkv.product(&normed)?.apply_op1_no_bwd(&Pass::Place {
+        let place = Pass::Place {
             bias: qkv.bias(),
             angles: (&cos, &sin),
             cache: kept,
             heads: c.heads,
             at: cache.len,
-        })?;
-        let y = query.apply_op1_no_bwd(&Pass::Attend {
+        };
+        let attend = Pass::Attend {
             cache: kept,
             pads: pads.as_ref(),
             heads: c.heads,
             seen: cache.len + 1,
-        })?;
+        };
+        let query = through(&qkv.product(&normed)?, &place)?;
+        let y = through(&query, &attend)?;
         let y = layer.projections[3].matrix.forward(&y)?;
         let (sum, normed) = sum_norm(&sum, Some(&y), &layer.mlp_norm, c.eps)?;
-        let inner = gate_up.product(&normed)?.apply_op1_no_bwd(&Pass::Swiglu)?;
+        let inner = through(&gate_up.product(&normed)?, &Pass::Swiglu)?;
         more = Some(layer.projections[6].matrix.forward(&inner)?);
         x = sum;
     }

@@ -22,6 +22,9 @@ pub(crate) fn open(n: usize) -> Result<Device> {
         // made, used and freed on its one stream, which keeps order by itself: its kernels, its
         // products and those of flash attention are all given this stream.
         unsafe { cuda.disable_event_tracking() };
+        // Else a quantised matrix's product rounds what it is multiplied with to 8 bits, which
+        // moves a logit of a small model by a tenth, and other words are written than on a CPU.
+        candle_core::quantized::cuda::set_force_dmmv(true);
         // A card without such a pool does without.
         let _ = pool_of(cuda).map(|pool| {
             let mut everything = u64::MAX;

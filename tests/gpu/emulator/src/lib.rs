@@ -1,0 +1,622 @@
+//! A CUDA card that is none: the driver's functions, cuBLAS's products and the kernels of any
+//! program that brings its own as PTX, on a CPU. `tests/gpu/rehearse` preloads it (`LD_PRELOAD`) in
+//! front of a CUDA build on a machine without a GPU.
+//!
+//! What it shows is whether a program's use of a card is right, not how fast it is: results, every
+//! access of a kernel to the byte, launches the driver would refuse, memory that runs out and how
+//! much was in use, and how many launches, copies and allocations something takes.
+//!
+//! * `CARD_MIB`: the card's memory (8192).
+//! * `CARD_REPORT`: a file that gets counts as JSON when the process ends.
+//! * `CARD_REVERSED=1`: a block's later warps go first.
+//!
+//! Everything is done at once and in order, so that what only goes wrong between streams does not
+//! show; products are summed in f32 whatever they are asked for in; and functions of the runtime
+//! library, which flash attention and candle's quantised products are launched by, find no card.
+
+#![allow(unsafe_code)] // The driver's interface is pointers; each use says what makes it sound.
+
+mod alu;
+pub mod blas;
+mod memory;
+mod ptx;
+mod run;
+#[cfg(test)]
+mod tests;
+
+use memory::Memory;
+use ptx::{Kernel, Module};
+use run::{FaultKind, Launch};
+use std::collections::{BTreeMap, HashMap};
+use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_void};
+use std::sync::{LazyLock, Mutex};
+
+/// `CUresult`, `cublasStatus_t`, `curandStatus_t`.
+pub type Code = c_int;
+
+const SUCCESS: Code = 0;
+const INVALID_VALUE: Code = 1;
+const OUT_OF_MEMORY: Code = 2;
+const INVALID_DEVICE: Code = 101;
+const INVALID_PTX: Code = 218;
+const NOT_FOUND: Code = 500;
+const ILLEGAL_ADDRESS: Code = 700;
+const ASSERT: Code = 710;
+const MISALIGNED_ADDRESS: Code = 716;
+const LAUNCH_FAILED: Code = 719;
+
+/// What stands for a context, a stream, an event, a pool or a handle: there is one of each.
+const TOKEN: *mut c_void = std::ptr::without_provenance_mut(0x100);
+
+#[derive(Debug, Default)]
+struct Counts {
+    /// By kernel: launches and threads.
+    launches: BTreeMap<String, (u64, u64)>,
+    products: u64,
+    flop: u64,
+    /// Times and bytes.
+    up: (u64, u64),
+    down: (u64, u64),
+    across: (u64, u64),
+    waits: u64,
+}
+
+struct Loaded {
+    text: Module,
+    variables: HashMap<String, u64>,
+    kernels: HashMap<String, &'static Kernel>,
+}
+
+struct Card {
+    memory: Memory,
+    modules: Vec<Loaded>,
+    counts: Counts,
+    /// Every call after a fault ends with its code, as on a card.
+    failed: Option<Code>,
+}
+
+static CARD: LazyLock<Mutex<Card>> = LazyLock::new(|| {
+    let mib = std::env::var("CARD_MIB").ok().and_then(|v| v.parse().ok());
+    Mutex::new(Card {
+        memory: Memory::new(mib.unwrap_or(8192u64) << 20),
+        modules: Vec::new(),
+        counts: Counts::default(),
+        failed: None,
+    })
+});
+static REVERSED: LazyLock<bool> =
+    LazyLock::new(|| std::env::var("CARD_REVERSED").is_ok_and(|v| v == "1"));
+
+/// With the card, unless it has failed.
+fn with(f: impl FnOnce(&mut Card) -> Result<(), Code>) -> Code {
+    let mut card = CARD.lock().unwrap_or_else(|e| e.into_inner());
+    match card.failed.map_or_else(|| f(&mut card), Err) {
+        Ok(()) => SUCCESS,
+        Err(code) => code,
+    }
+}
+
+/// Writes what was counted.
+extern "C" fn report() {
+    let Ok(file) = std::env::var("CARD_REPORT") else {
+        return;
+    };
+    let card = CARD.lock().unwrap_or_else(|e| e.into_inner());
+    let counts = &card.counts;
+    let kernels: Vec<String> = counts
+        .launches
+        .iter()
+        .map(|(name, (times, threads))| format!("  {name:?}: [{times}, {threads}]"))
+        .collect();
+    let launches: u64 = counts.launches.values().map(|(times, _)| times).sum();
+    let (up, down, across) = (counts.up, counts.down, counts.across);
+    let text = format!(
+        "{{\n \"launches\": {launches},\n \"products\": {},\n \"gflop\": {:.3},\n \"allocations\": {},\n \
+         \"waits\": {},\n \"copies_up\": [{}, {}],\n \"copies_down\": [{}, {}],\n \"copies_across\": [{}, {}],\n \
+         \"memory_mib\": {:.1},\n \"kernels\": {{\n{}\n }}\n}}\n",
+        counts.products,
+        counts.flop as f64 / 1e9,
+        card.memory.allocations,
+        counts.waits,
+        up.0,
+        up.1,
+        down.0,
+        down.1,
+        across.0,
+        across.1,
+        card.memory.most as f64 / (1 << 20) as f64,
+        kernels.join(",\n")
+    );
+    if let Err(e) = std::fs::write(&file, text) {
+        eprintln!("emulated card: {file}: {e}");
+    }
+}
+
+/// Has the report written when the process ends.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuInit(_flags: c_uint) -> Code {
+    static ONCE: std::sync::Once = std::sync::Once::new();
+    ONCE.call_once(|| {
+        // SAFETY: `report` takes nothing and lives as long as the process.
+        unsafe { libc::atexit(report) };
+    });
+    SUCCESS
+}
+
+/// Writes what a function gives back.
+///
+/// # Safety
+/// `to` can be written.
+unsafe fn give<T>(to: *mut T, value: T) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { to.write(value) };
+    SUCCESS
+}
+
+macro_rules! gives {
+    ($($name:ident($to:ident: $of:ty $(, $argument:ident: $kind:ty)*) = $value:expr;)*) => {$(
+        /// Gives what there is one of.
+        ///
+        /// # Safety
+        /// The first pointer can be written.
+        #[unsafe(no_mangle)]
+        pub unsafe extern "C" fn $name($to: *mut $of $(, $argument: $kind)*) -> Code {
+            // SAFETY: the caller's promise.
+            unsafe { give($to, $value) }
+        }
+    )*};
+}
+gives! {
+    cuDeviceGetCount(count: c_int) = 1;
+    cuDeviceGetDefaultMemPool(pool: *mut c_void, _device: c_int) = TOKEN;
+    cuDevicePrimaryCtxRetain(context: *mut c_void, _device: c_int) = TOKEN;
+    cuCtxGetCurrent(context: *mut c_void) = TOKEN;
+    cuEventCreate(event: *mut c_void, _flags: c_uint) = TOKEN;
+    cuStreamCreate(stream: *mut c_void, _flags: c_uint) = TOKEN;
+}
+
+macro_rules! agree {
+    ($($name:ident($($argument:ident: $of:ty),*);)*) => {$(
+        /// There is nothing to do.
+        #[unsafe(no_mangle)]
+        pub extern "C" fn $name($($argument: $of),*) -> Code {
+            SUCCESS
+        }
+    )*};
+}
+agree! {
+    cuDevicePrimaryCtxRelease_v2(_device: c_int);
+    cuCtxSetCurrent(_context: *mut c_void);
+    cuCtxDestroy_v2(_context: *mut c_void);
+    cuEventDestroy_v2(_event: *mut c_void);
+    cuEventRecord(_event: *mut c_void, _stream: *mut c_void);
+    cuStreamDestroy_v2(_stream: *mut c_void);
+    cuStreamWaitEvent(_stream: *mut c_void, _event: *mut c_void, _flags: c_uint);
+    cuModuleUnload(_module: *mut c_void);
+    cuMemPoolSetAttribute(_pool: *mut c_void, _attribute: c_int, _value: *mut c_void);
+}
+
+/// Device 0.
+///
+/// # Safety
+/// `device` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGet(device: *mut c_int, ordinal: c_int) -> Code {
+    match ordinal {
+        // SAFETY: the caller's promise.
+        0 => unsafe { give(device, 0) },
+        _ => INVALID_DEVICE,
+    }
+}
+
+/// As an H200 answers, where anybody asks.
+///
+/// # Safety
+/// `value` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuDeviceGetAttribute(
+    value: *mut c_int,
+    attribute: c_int,
+    _device: c_int,
+) -> Code {
+    let found = match attribute {
+        1 | 2 | 3 => 1024, // threads of a block
+        4 => 64,           // its depth
+        5 => i32::MAX,     // blocks of a grid
+        6 | 7 => 65535,    // its height and depth
+        8 => 48 << 10,     // shared memory of a block
+        10 => 32,          // a warp
+        16 => 132,         // multiprocessors
+        75 => 9,           // compute capability
+        97 => 227 << 10,   // shared memory of a block that asks for it
+        115 => 1,          // memory pools
+        _ => 0,
+    };
+    // SAFETY: the caller's promise.
+    unsafe { give(value, found) }
+}
+
+/// Waits for nothing, since everything is done at once.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuCtxSynchronize() -> Code {
+    with(|card| {
+        card.counts.waits += 1;
+        Ok(())
+    })
+}
+
+/// The same.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuStreamSynchronize(_stream: *mut c_void) -> Code {
+    cuCtxSynchronize()
+}
+
+/// Nothing is recorded.
+///
+/// # Safety
+/// `status` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuStreamIsCapturing(_stream: *mut c_void, status: *mut c_int) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { give(status, 0) }
+}
+
+fn words(code: Code) -> &'static CStr {
+    match code {
+        SUCCESS => c"no error",
+        INVALID_VALUE => c"invalid argument",
+        OUT_OF_MEMORY => c"out of memory",
+        INVALID_DEVICE => c"invalid device ordinal",
+        INVALID_PTX => c"a PTX JIT compilation failed",
+        NOT_FOUND => c"named symbol not found",
+        ILLEGAL_ADDRESS => c"an illegal memory access was encountered",
+        ASSERT => c"device-side assert triggered",
+        MISALIGNED_ADDRESS => c"misaligned address",
+        LAUNCH_FAILED => c"unspecified launch failure",
+        _ => c"unknown error",
+    }
+}
+
+/// A code in words.
+///
+/// # Safety
+/// `text` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorString(code: Code, text: *mut *const c_char) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { give(text, words(code).as_ptr()) }
+}
+
+/// The same.
+///
+/// # Safety
+/// As [`cuGetErrorString`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuGetErrorName(code: Code, text: *mut *const c_char) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { give(text, words(code).as_ptr()) }
+}
+
+/// So many bytes.
+///
+/// # Safety
+/// `to` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAlloc_v2(to: *mut u64, bytes: usize) -> Code {
+    with(|card| {
+        // A driver refuses this.
+        if bytes == 0 {
+            return Err(INVALID_VALUE);
+        }
+        let start = card.memory.allocate(bytes).ok_or(OUT_OF_MEMORY)?;
+        // SAFETY: the caller's promise.
+        unsafe { give(to, start) };
+        Ok(())
+    })
+}
+
+/// The same.
+///
+/// # Safety
+/// As [`cuMemAlloc_v2`].
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemAllocAsync(to: *mut u64, bytes: usize, _stream: *mut c_void) -> Code {
+    // SAFETY: the caller's promise.
+    unsafe { cuMemAlloc_v2(to, bytes) }
+}
+
+/// Gives an allocation back.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFree_v2(start: u64) -> Code {
+    with(|card| match card.memory.free(start) {
+        true => Ok(()),
+        false => Err(INVALID_VALUE),
+    })
+}
+
+/// The same.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemFreeAsync(start: u64, _stream: *mut c_void) -> Code {
+    cuMemFree_v2(start)
+}
+
+/// What is left, where freed memory stays with the process (`engine/src/card.rs` asks for that).
+///
+/// # Safety
+/// Both can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) -> Code {
+    with(|card| {
+        // SAFETY: the caller's promise.
+        unsafe {
+            give(free, (card.memory.size - card.memory.most) as usize);
+            give(total, card.memory.size as usize);
+        }
+        Ok(())
+    })
+}
+
+/// Bytes that the pool has and that are in use, now and at most.
+///
+/// # Safety
+/// `value` points to 64 bits, as these attributes have.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemPoolGetAttribute(
+    _pool: *mut c_void,
+    attribute: c_int,
+    value: *mut c_void,
+) -> Code {
+    with(|card| {
+        let found = match attribute {
+            5 | 6 | 8 => card.memory.most,
+            7 => card.memory.used,
+            _ => return Err(INVALID_VALUE),
+        };
+        // SAFETY: the caller's promise.
+        unsafe { give(value.cast(), found) };
+        Ok(())
+    })
+}
+
+/// Copies bytes where everything on the card that is touched is allocated.
+fn copied(
+    card: &mut Card,
+    what: &str,
+    on_card: &[u64],
+    bytes: usize,
+    copy: impl FnOnce(),
+) -> Result<(), Code> {
+    for at in on_card {
+        if !card.memory.blocks.hold(*at, bytes) {
+            let around = card.memory.blocks.around(*at);
+            eprintln!("emulated card: {what} of {bytes} bytes at {at:#x}, {around}");
+            return Err(INVALID_VALUE);
+        }
+    }
+    copy();
+    Ok(())
+}
+
+/// From the host.
+///
+/// # Safety
+/// As many bytes at `from` can be read.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
+    to: u64,
+    from: *const c_void,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> Code {
+    with(|card| {
+        card.counts.up.0 += 1;
+        card.counts.up.1 += bytes as u64;
+        copied(card, "a copy to the card", &[to], bytes, || {
+            // SAFETY: the one from the caller's promise, the other was looked up.
+            unsafe { std::ptr::copy(from.cast::<u8>(), to as *mut u8, bytes) }
+        })
+    })
+}
+
+/// To the host.
+///
+/// # Safety
+/// As many bytes at `to` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
+    to: *mut c_void,
+    from: u64,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> Code {
+    with(|card| {
+        card.counts.down.0 += 1;
+        card.counts.down.1 += bytes as u64;
+        copied(card, "a copy from the card", &[from], bytes, || {
+            // SAFETY: the one from the caller's promise, the other was looked up.
+            unsafe { std::ptr::copy(from as *const u8, to.cast::<u8>(), bytes) }
+        })
+    })
+}
+
+/// On the card.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemcpyDtoDAsync_v2(
+    to: u64,
+    from: u64,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> Code {
+    with(|card| {
+        card.counts.across.0 += 1;
+        card.counts.across.1 += bytes as u64;
+        copied(card, "a copy on the card", &[to, from], bytes, || {
+            // SAFETY: both were looked up.
+            unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) }
+        })
+    })
+}
+
+/// Sets each byte.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemsetD8Async(
+    to: u64,
+    value: c_uchar,
+    bytes: usize,
+    _stream: *mut c_void,
+) -> Code {
+    with(|card| {
+        copied(card, "setting", &[to], bytes, || {
+            // SAFETY: it was looked up.
+            unsafe { (to as *mut u8).write_bytes(value, bytes) }
+        })
+    })
+}
+
+/// Takes a module's PTX.
+///
+/// # Safety
+/// `module` can be written, and `image` points to text that ends with a zero.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *const c_void) -> Code {
+    // SAFETY: the caller's promise.
+    let text = unsafe { CStr::from_ptr(image.cast()) };
+    with(|card| {
+        let refused = |e: &dyn std::fmt::Display| {
+            eprintln!("emulated card: a module was refused: {e}");
+            INVALID_PTX
+        };
+        let text = text.to_str().map_err(|e| refused(&e))?;
+        let text = Module::read(text).map_err(|e| refused(&e))?;
+        let mut variables = HashMap::new();
+        for variable in &text.variables {
+            let bytes = &variable.bytes;
+            let at = card.memory.allocate(bytes.len()).ok_or(OUT_OF_MEMORY)?;
+            // SAFETY: as many bytes were allocated there.
+            unsafe { std::ptr::copy(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+            variables.insert(variable.name.clone(), at);
+        }
+        card.modules.push(Loaded {
+            text,
+            variables,
+            kernels: HashMap::new(),
+        });
+        let number = std::ptr::without_provenance_mut(card.modules.len());
+        // SAFETY: the caller's promise.
+        unsafe { give(module, number) };
+        Ok(())
+    })
+}
+
+/// Looks a kernel up.
+///
+/// # Safety
+/// `function` can be written, and `name` is text that ends with a zero.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuModuleGetFunction(
+    function: *mut *mut c_void,
+    module: *mut c_void,
+    name: *const c_char,
+) -> Code {
+    // SAFETY: the caller's promise.
+    let name = unsafe { CStr::from_ptr(name) }.to_string_lossy();
+    with(|card| {
+        let loaded = card.modules.get_mut((module as usize).wrapping_sub(1));
+        let loaded = loaded.ok_or(INVALID_VALUE)?;
+        let kernel = match loaded.kernels.get(name.as_ref()) {
+            Some(kernel) => *kernel,
+            None => {
+                let read = loaded.text.kernel(&name, &loaded.variables);
+                let kernel = read.map_err(|e| {
+                    eprintln!("emulated card: {e}");
+                    INVALID_PTX
+                })?;
+                // Functions are never given back.
+                let kernel: &'static Kernel = Box::leak(Box::new(kernel.ok_or(NOT_FOUND)?));
+                loaded.kernels.insert(name.to_string(), kernel);
+                kernel
+            }
+        };
+        let handle: *const Kernel = kernel;
+        // SAFETY: the caller's promise.
+        unsafe { give(function, handle.cast_mut().cast()) };
+        Ok(())
+    })
+}
+
+/// Runs a kernel.
+///
+/// # Safety
+/// `function` is one that was looked up, and `parameters` points to as many pointers as it has
+/// parameters, each to one.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuLaunchKernel(
+    function: *mut c_void,
+    grid_x: c_uint,
+    grid_y: c_uint,
+    grid_z: c_uint,
+    block_x: c_uint,
+    block_y: c_uint,
+    block_z: c_uint,
+    shared: c_uint,
+    _stream: *mut c_void,
+    parameters: *mut *mut c_void,
+    _extra: *mut *mut c_void,
+) -> Code {
+    // SAFETY: the caller's promise; kernels live as long as the process.
+    let kernel = unsafe { &*function.cast::<Kernel>() };
+    let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+    let size = kernel.parameters.last().map_or(0, |(at, bytes)| at + bytes);
+    let mut given = vec![0u8; size];
+    for (i, (at, bytes)) in kernel.parameters.iter().enumerate() {
+        // SAFETY: the caller's promise.
+        unsafe {
+            let from = (*parameters.add(i)).cast::<u8>();
+            std::ptr::copy(from, given[*at..].as_mut_ptr(), *bytes);
+        }
+    }
+    let threads: u64 = block.iter().map(|n| u64::from(*n)).product();
+    let blocks: u64 = grid.iter().map(|n| u64::from(*n)).product();
+    with(|card| {
+        let most = kernel.most_threads.unwrap_or(1024) as u64;
+        let refused = blocks == 0
+            || threads == 0
+            || threads > most
+            || block[2] > 64
+            || grid[0] > i32::MAX as u32
+            || grid[1] > 65535
+            || grid[2] > 65535
+            || kernel.shared + shared as usize > 48 << 10;
+        if refused {
+            eprintln!(
+                "emulated card: a launch of {} is refused: grid {grid:?}, {block:?} threads of at most {most}, \
+                 {} bytes of shared memory",
+                kernel.name,
+                kernel.shared + shared as usize
+            );
+            return Err(INVALID_VALUE);
+        }
+        let counted = card.counts.launches.entry(kernel.name.clone()).or_default();
+        counted.0 += 1;
+        counted.1 += threads * blocks;
+        let launch = Launch {
+            kernel,
+            grid,
+            block,
+            shared: shared as usize,
+            parameters: &given,
+            reversed: *REVERSED,
+        };
+        run::run(&launch, &card.memory.blocks).map_err(|fault| {
+            eprintln!("emulated card: {}", fault.text);
+            let code = match fault.kind {
+                FaultKind::IllegalAddress => ILLEGAL_ADDRESS,
+                FaultKind::Misaligned => MISALIGNED_ADDRESS,
+                FaultKind::Assertion => ASSERT,
+                FaultKind::Launch => LAUNCH_FAILED,
+            };
+            card.failed = Some(code);
+            code
+        })
+    })
+}

@@ -1,0 +1,693 @@
+//! Runs a kernel: blocks beside each other, a block's warps one after another from barrier to
+//! barrier, a warp's 32 lanes together for as long as they go the same way.
+//!
+//! Where lanes part, those furthest behind go on until they meet the others. Every access is
+//! checked as a sanitizer would: to the byte, and for alignment.
+
+use crate::alu::Lanes;
+use crate::memory::Blocks;
+use crate::ptx::{
+    Action, Address, Atomic, Instruction, Kernel, LOCAL, SHARED, Shuffle, Space, Special, Value,
+};
+use rayon::prelude::*;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+/// Why a kernel was ended.
+#[derive(Clone, Debug)]
+pub(crate) struct Fault {
+    pub(crate) kind: FaultKind,
+    pub(crate) text: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum FaultKind {
+    IllegalAddress,
+    Misaligned,
+    Assertion,
+    Launch,
+}
+
+/// A kernel's launch.
+pub(crate) struct Launch<'a> {
+    pub(crate) kernel: &'a Kernel,
+    pub(crate) grid: [u32; 3],
+    pub(crate) block: [u32; 3],
+    /// Bytes of shared memory behind the kernel's own.
+    pub(crate) shared: usize,
+    /// The parameters' bytes, as they lie.
+    pub(crate) parameters: &'a [u8],
+    /// Whether later warps go first: what a missing barrier leaves to chance then shows.
+    pub(crate) reversed: bool,
+}
+
+/// Instructions a warp may take between barriers: no kernel of ours comes near.
+const MOST_STEPS: u64 = 1 << 33;
+
+/// One atomic operation at a time.
+static ATOMIC: Mutex<()> = Mutex::new(());
+
+/// Runs it to its end; `blocks` is what may be read and written.
+pub(crate) fn run(launch: &Launch, blocks: &Blocks) -> Result<(), Fault> {
+    let count: usize = launch.grid.iter().map(|n| *n as usize).product();
+    let failed = AtomicBool::new(false);
+    let one = |workspace: &mut Workspace, at: usize| {
+        if failed.load(Ordering::Relaxed) {
+            return Ok(());
+        }
+        let done = workspace.block(at, blocks);
+        if done.is_err() {
+            failed.store(true, Ordering::Relaxed);
+        }
+        done
+    };
+    // Few threads are not worth waking others for.
+    let threads: usize = launch.block.iter().map(|n| *n as usize).product();
+    if count < 2 || count * threads < 2048 {
+        let mut workspace = Workspace::new(launch);
+        (0..count).try_for_each(|at| one(&mut workspace, at))
+    } else {
+        (0..count)
+            .into_par_iter()
+            .map_init(|| Workspace::new(launch), one)
+            .collect()
+    }
+}
+
+/// What the threads of one block need.
+struct Workspace<'a> {
+    launch: &'a Launch<'a>,
+    warps: Vec<Warp>,
+    shared: Vec<u8>,
+}
+
+struct Warp {
+    registers: Vec<Lanes>,
+    /// Each thread's own memory, lane by lane.
+    local: Vec<u8>,
+    at: [usize; 32],
+    /// Lanes that have not ended, and those of them at a barrier.
+    alive: u32,
+    waiting: u32,
+    /// Lanes that want to exchange with some that have not come yet.
+    early: u32,
+    /// The block of memory that the last access was in.
+    last: (u64, u64),
+}
+
+impl<'a> Workspace<'a> {
+    fn new(launch: &'a Launch<'a>) -> Self {
+        let threads: usize = launch.block.iter().map(|n| *n as usize).product();
+        // Without barriers, one warp ends before the next begins.
+        let warps = match launch.kernel.waits {
+            true => threads.div_ceil(32),
+            false => 1,
+        };
+        let behind = launch.kernel.shared.next_multiple_of(16);
+        Self {
+            launch,
+            warps: (0..warps).map(|_| Warp::new(launch.kernel)).collect(),
+            shared: vec![0; behind + launch.shared],
+        }
+    }
+
+    fn block(&mut self, at: usize, blocks: &Blocks) -> Result<(), Fault> {
+        let launch = self.launch;
+        let threads: usize = launch.block.iter().map(|n| *n as usize).product();
+        let count = threads.div_ceil(32);
+        let [across, down, _] = launch.grid.map(|n| n as usize);
+        let block = [at % across, at / across % down, at / across / down];
+        // What a block before left must not look like this one's.
+        self.shared.fill(0xff);
+        let order = |i: usize| if launch.reversed { count - 1 - i } else { i };
+        if self.warps.len() < count {
+            for number in (0..count).map(order) {
+                let warp = &mut self.warps[0];
+                warp.begin(launch, block, number, threads);
+                warp.run(launch, &mut self.shared, blocks)
+                    .map_err(|fault| told(launch, block, fault))?;
+            }
+            return Ok(());
+        }
+        for (number, warp) in self.warps.iter_mut().enumerate() {
+            warp.begin(launch, block, number, threads);
+        }
+        loop {
+            for number in (0..count).map(order) {
+                self.warps[number]
+                    .run(launch, &mut self.shared, blocks)
+                    .map_err(|fault| told(launch, block, fault))?;
+            }
+            // All that live have come to the barrier.
+            if self.warps.iter().all(|warp| warp.alive == 0) {
+                return Ok(());
+            }
+            self.warps.iter_mut().for_each(|warp| warp.waiting = 0);
+        }
+    }
+}
+
+fn told(launch: &Launch, block: [usize; 3], fault: Fault) -> Fault {
+    Fault {
+        text: format!(
+            "{} (kernel {}, block {block:?} of {:?}, {:?} threads each)",
+            fault.text, launch.kernel.name, launch.grid, launch.block
+        ),
+        ..fault
+    }
+}
+
+impl Warp {
+    fn new(kernel: &Kernel) -> Self {
+        let mut registers = vec![[0; 32]; kernel.registers];
+        for (slot, value) in &kernel.constants {
+            registers[*slot] = [*value; 32];
+        }
+        Self {
+            registers,
+            local: vec![0; 32 * kernel.local],
+            at: [0; 32],
+            alive: 0,
+            waiting: 0,
+            early: 0,
+            last: (0, 0),
+        }
+    }
+
+    fn begin(&mut self, launch: &Launch, block: [usize; 3], number: usize, threads: usize) {
+        let first = number * 32;
+        self.at = [0; 32];
+        self.waiting = 0;
+        self.early = 0;
+        self.alive = match threads - first {
+            n if n >= 32 => u32::MAX,
+            n => (1 << n) - 1,
+        };
+        self.last = (0, 0);
+        let [wide, high, _] = launch.block.map(|n| n as usize);
+        for (slot, special) in &launch.kernel.specials {
+            for (lane, value) in self.registers[*slot].iter_mut().enumerate() {
+                let thread = first + lane;
+                *value = match *special {
+                    Special::Thread(0) => thread % wide,
+                    Special::Thread(1) => thread / wide % high,
+                    Special::Thread(_) => thread / wide / high,
+                    Special::Threads(axis) => launch.block[axis] as usize,
+                    Special::Block(axis) => block[axis],
+                    Special::Blocks(axis) => launch.grid[axis] as usize,
+                    Special::Lane => lane,
+                    Special::LanesBelow => (1 << lane) - 1,
+                } as u64;
+            }
+        }
+    }
+
+    /// Goes on until every lane has ended or stands at a barrier.
+    fn run(&mut self, launch: &Launch, shared: &mut [u8], blocks: &Blocks) -> Result<(), Fault> {
+        let code = launch.kernel.code.as_slice();
+        let mut steps = 0;
+        let mut none_comes = false;
+        loop {
+            let mut able = self.alive & !self.waiting & !self.early;
+            if able == 0 {
+                // Whoever was to come is here, or never will be.
+                none_comes = true;
+                able = std::mem::take(&mut self.early) & self.alive;
+            }
+            if able == 0 {
+                return Ok(());
+            }
+            // Those furthest behind, and where the next ones stand.
+            let lanes = || (0..32).filter(|i| able >> i & 1 == 1);
+            let here = lanes().map(|i| self.at[i]).min().unwrap_or_default();
+            let mask = lanes()
+                .filter(|i| self.at[*i] == here)
+                .fold(0u32, |mask, i| mask | 1 << i);
+            let next = lanes()
+                .map(|i| self.at[i])
+                .filter(|at| *at > here)
+                .min()
+                .unwrap_or(usize::MAX);
+            self.together(launch, code, here, mask, next, shared, blocks, &mut steps)?;
+            if none_comes && self.early != 0 {
+                return Err(Fault {
+                    kind: FaultKind::Launch,
+                    text: format!(
+                        "lanes {:#x} exchange with others that do not come, PTX line {}",
+                        self.early, code[here].line
+                    ),
+                });
+            }
+            none_comes = false;
+            if steps > MOST_STEPS {
+                return Err(Fault {
+                    kind: FaultKind::Launch,
+                    text: "a warp does not come to an end".into(),
+                });
+            }
+        }
+    }
+
+    /// The lanes of `mask`, all at `here`, until they part, meet others at `next`, wait or end.
+    fn together(
+        &mut self,
+        launch: &Launch,
+        code: &[Instruction],
+        mut here: usize,
+        mask: u32,
+        next: usize,
+        shared: &mut [u8],
+        blocks: &Blocks,
+        steps: &mut u64,
+    ) -> Result<(), Fault> {
+        loop {
+            *steps += 1;
+            let instruction = &code[here];
+            let chosen = match instruction.guard {
+                None => mask,
+                Some((slot, wanted)) => {
+                    let truth = &self.registers[slot];
+                    let holds = (0..32).fold(0u32, |m, i| m | ((truth[i] & 1) as u32) << i);
+                    mask & if wanted { holds } else { !holds }
+                }
+            };
+            let mut to = here + 1;
+            match instruction.action {
+                _ if chosen == 0 => {}
+                Action::Alu { f, into, from } => {
+                    let [a, b, c] = from;
+                    if into != a && into != b && into != c {
+                        // SAFETY: `into` is another register than those read, and all are below
+                        // the count that the kernel was read with.
+                        unsafe {
+                            let all = self.registers.as_mut_ptr();
+                            f(
+                                chosen,
+                                &*all.add(a),
+                                &*all.add(b),
+                                &*all.add(c),
+                                &mut *all.add(into),
+                            );
+                        }
+                    } else {
+                        let (a, b, c) = (self.registers[a], self.registers[b], self.registers[c]);
+                        f(chosen, &a, &b, &c, &mut self.registers[into]);
+                    }
+                }
+                Action::Load { value, at } => self
+                    .load(launch, chosen, value, at, shared, blocks)
+                    .map_err(|fault| lined(fault, instruction))?,
+                Action::Store { value, at } => self
+                    .store(chosen, value, at, shared, blocks)
+                    .map_err(|fault| lined(fault, instruction))?,
+                Action::Atomic {
+                    kind,
+                    f,
+                    value,
+                    at,
+                    with,
+                } => self
+                    .atomic(chosen, kind, f, value, at, with, shared, blocks)
+                    .map_err(|fault| lined(fault, instruction))?,
+                Action::Shuffle {
+                    kind,
+                    into,
+                    valid,
+                    from,
+                } => {
+                    if !self.shuffle(chosen, kind, into, valid, from) {
+                        self.place(mask, here);
+                        self.early |= chosen;
+                        return Ok(());
+                    }
+                }
+                Action::Vote { kind, into, of } => {
+                    let truth = &self.registers[of];
+                    let ballot = (0..32)
+                        .filter(|i| chosen >> i & 1 == 1 && truth[*i] & 1 == 1)
+                        .fold(0u32, |m, i| m | 1 << i);
+                    let value = match kind {
+                        0 => u64::from(ballot == chosen),
+                        1 => u64::from(ballot != 0),
+                        _ => u64::from(ballot),
+                    };
+                    self.set(chosen, into, value);
+                }
+                Action::ActiveMask { into } => self.set(chosen, into, u64::from(chosen)),
+                Action::Branch { to: target } if chosen == mask => to = target,
+                Action::Branch { to: target } => {
+                    self.place(mask & !chosen, here + 1);
+                    self.place(chosen, target);
+                    return Ok(());
+                }
+                Action::Barrier => {
+                    self.place(mask, here + 1);
+                    self.waiting |= chosen;
+                    return Ok(());
+                }
+                Action::Exit => {
+                    self.place(mask, here + 1);
+                    self.alive &= !chosen;
+                    return Ok(());
+                }
+                Action::Stop => {
+                    return Err(lined(
+                        Fault {
+                            kind: FaultKind::Assertion,
+                            text: "an assertion of the kernel failed".into(),
+                        },
+                        instruction,
+                    ));
+                }
+            }
+            here = to;
+            if here >= next || *steps > MOST_STEPS {
+                self.place(mask, here);
+                return Ok(());
+            }
+        }
+    }
+
+    fn place(&mut self, mask: u32, at: usize) {
+        for (lane, place) in self.at.iter_mut().enumerate() {
+            if mask >> lane & 1 == 1 {
+                *place = at;
+            }
+        }
+    }
+
+    fn set(&mut self, mask: u32, into: usize, value: u64) {
+        for (lane, register) in self.registers[into].iter_mut().enumerate() {
+            if mask >> lane & 1 == 1 {
+                *register = value;
+            }
+        }
+    }
+
+    /// Whether all came that were to.
+    fn shuffle(
+        &mut self,
+        mask: u32,
+        kind: Shuffle,
+        into: usize,
+        valid: Option<usize>,
+        from: [usize; 4],
+    ) -> bool {
+        let [values, by, clamp, members] = from.map(|slot| self.registers[slot]);
+        let lanes = || (0..32usize).filter(|i| mask >> i & 1 == 1);
+        if lanes().any(|lane| members[lane] as u32 & self.alive & !mask != 0) {
+            return false;
+        }
+        for lane in lanes() {
+            // PTX ISA 9.0, section 9.7.9.6.
+            let (b, c) = (by[lane] & 31, clamp[lane]);
+            let (segment, most) = (c >> 8 & 31, c & 31);
+            let l = lane as u64;
+            let first = l & segment;
+            let last = first | (most & !segment);
+            let (source, reached) = match kind {
+                Shuffle::Up => (l as i64 - b as i64, l as i64 - b as i64 >= last as i64),
+                Shuffle::Down => ((l + b) as i64, l + b <= last),
+                Shuffle::Butterfly => ((l ^ b) as i64, l ^ b <= last),
+                Shuffle::Index => {
+                    let j = first | (b & !segment);
+                    (j as i64, j <= last)
+                }
+            };
+            let source = if reached { source as usize } else { lane };
+            self.registers[into][lane] = values[source];
+            if let Some(valid) = valid {
+                self.registers[valid][lane] = u64::from(reached);
+            }
+        }
+        true
+    }
+
+    /// The addresses of all lanes, where all want the allocation that the access before was in, as
+    /// is the rule; else each is to be looked up.
+    #[inline(always)]
+    fn reach_all(
+        &mut self,
+        mask: u32,
+        at: Address,
+        bytes: usize,
+        blocks: &Blocks,
+    ) -> Option<Lanes> {
+        if mask != u32::MAX || !matches!(at.space, Space::Global | Space::Generic) {
+            return None;
+        }
+        let addresses = self.registers[at.base].map(|base| base.wrapping_add(at.offset as u64));
+        let (mut least, mut most, mut bits) = (u64::MAX, 0, 0);
+        for address in addresses {
+            least = least.min(address);
+            most = most.max(address);
+            bits |= address;
+        }
+        if most >= SHARED || bits & (bytes as u64 - 1) != 0 {
+            return None;
+        }
+        let within = |block: (u64, u64)| least >= block.0 && most + bytes as u64 <= block.1;
+        if !within(self.last) {
+            self.last = blocks.holding(least)?;
+        }
+        within(self.last).then_some(addresses)
+    }
+
+    /// Where an access of a lane goes, checked.
+    #[inline(always)]
+    fn reach(
+        &mut self,
+        lane: usize,
+        at: Address,
+        bytes: usize,
+        wants: &'static str,
+        shared: &mut [u8],
+        blocks: &Blocks,
+    ) -> Result<*mut u8, Fault> {
+        let address = self.registers[at.base][lane].wrapping_add(at.offset as u64);
+        if address % bytes as u64 != 0 {
+            return Err(Fault {
+                kind: FaultKind::Misaligned,
+                text: format!("{wants} {bytes} bytes at {address:#x}, which they do not divide"),
+            });
+        }
+        let (space, offset) = match at.space {
+            Space::Generic if address >= LOCAL => (Space::Local, address - LOCAL),
+            Space::Generic if address >= SHARED => (Space::Shared, address - SHARED),
+            Space::Generic => (Space::Global, address),
+            space => (space, address),
+        };
+        let within = |all: &mut [u8], from: usize, size: usize| {
+            let end = offset.checked_add(bytes as u64);
+            match end.is_some_and(|end| end <= size as u64) {
+                // SAFETY: the offset lies inside, as was asked just now.
+                true => Ok(unsafe { all.as_mut_ptr().add(from + offset as usize) }),
+                false => Err(Fault {
+                    kind: FaultKind::IllegalAddress,
+                    text: format!("{wants} {bytes} bytes at {offset} of {size} of its memory"),
+                }),
+            }
+        };
+        match space {
+            Space::Shared => {
+                let size = shared.len();
+                within(shared, 0, size)
+            }
+            Space::Local => {
+                let size = self.local.len() / 32;
+                within(&mut self.local, lane * size, size)
+            }
+            _ => {
+                let end = address.saturating_add(bytes as u64);
+                if address < self.last.0 || end > self.last.1 {
+                    match blocks.holding(address) {
+                        Some(block) if end <= block.1 => self.last = block,
+                        near => {
+                            return Err(Fault {
+                                kind: FaultKind::IllegalAddress,
+                                text: format!(
+                                    "lane {lane} {wants} {bytes} bytes at {address:#x}, {}",
+                                    match near {
+                                        Some(block) => format!(
+                                            "past the end of an allocation of {} bytes",
+                                            block.1 - block.0
+                                        ),
+                                        None => blocks.around(address),
+                                    }
+                                ),
+                            });
+                        }
+                    }
+                }
+                Ok(address as *mut u8)
+            }
+        }
+    }
+
+    fn load(
+        &mut self,
+        launch: &Launch,
+        mask: u32,
+        value: Value,
+        at: Address,
+        shared: &mut [u8],
+        blocks: &Blocks,
+    ) -> Result<(), Fault> {
+        if at.space == Space::Param {
+            for part in 0..value.count {
+                let from = self.registers[at.base][0] as usize + at.offset as usize;
+                let from = from + part * value.size;
+                let mut bytes = [0u8; 8];
+                let given = launch.parameters.get(from..from + value.size);
+                let given = given.ok_or_else(|| Fault {
+                    kind: FaultKind::Launch,
+                    text: format!("no parameter at byte {from}"),
+                })?;
+                bytes[..value.size].copy_from_slice(given);
+                let bits = widened(u64::from_le_bytes(bytes), value);
+                self.set(mask, value.slots[part], bits);
+            }
+            return Ok(());
+        }
+        let bytes = value.size * value.count;
+        if let Some(addresses) = self.reach_all(mask, at, bytes, blocks) {
+            for part in 0..value.count {
+                let by = (part * value.size) as u64;
+                let into = &mut self.registers[value.slots[part]];
+                for (into, address) in into.iter_mut().zip(addresses) {
+                    // SAFETY: as below.
+                    let bits = unsafe { read((address + by) as *const u8, value.size) };
+                    *into = widened(bits, value);
+                }
+            }
+            return Ok(());
+        }
+        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
+            let from = self.reach(lane, at, bytes, "reads", shared, blocks)?;
+            for part in 0..value.count {
+                // SAFETY: `reach` has found all of the bytes in memory that is live while the
+                // kernel runs, at an address that their count divides. Another thread may write
+                // them meanwhile, as on a card: a whole number of these sizes is read at once.
+                let bits = unsafe { read(from.add(part * value.size), value.size) };
+                self.registers[value.slots[part]][lane] = widened(bits, value);
+            }
+        }
+        Ok(())
+    }
+
+    fn store(
+        &mut self,
+        mask: u32,
+        value: Value,
+        at: Address,
+        shared: &mut [u8],
+        blocks: &Blocks,
+    ) -> Result<(), Fault> {
+        let bytes = value.size * value.count;
+        if let Some(addresses) = self.reach_all(mask, at, bytes, blocks) {
+            for part in 0..value.count {
+                let by = (part * value.size) as u64;
+                let from = &self.registers[value.slots[part]];
+                for (bits, address) in from.iter().zip(addresses) {
+                    // SAFETY: as in `load`.
+                    unsafe { write((address + by) as *mut u8, value.size, *bits) };
+                }
+            }
+            return Ok(());
+        }
+        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
+            let to = self.reach(lane, at, bytes, "writes", shared, blocks)?;
+            for part in 0..value.count {
+                let bits = self.registers[value.slots[part]][lane];
+                // SAFETY: as in `load`.
+                unsafe { write(to.add(part * value.size), value.size, bits) };
+            }
+        }
+        Ok(())
+    }
+
+    fn atomic(
+        &mut self,
+        mask: u32,
+        kind: Atomic,
+        f: crate::alu::Alu,
+        value: Value,
+        at: Address,
+        with: [usize; 2],
+        shared: &mut [u8],
+        blocks: &Blocks,
+    ) -> Result<(), Fault> {
+        let _one_at_a_time = ATOMIC.lock().unwrap_or_else(|e| e.into_inner());
+        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
+            let place = self.reach(lane, at, value.size, "changes", shared, blocks)?;
+            // SAFETY: as in `load`.
+            let old = unsafe { read(place, value.size) };
+            let [first, second] = with.map(|slot| self.registers[slot][lane]);
+            let new = match kind {
+                Atomic::CompareAndSwap if old == first => second,
+                Atomic::CompareAndSwap => old,
+                Atomic::Exchange => first,
+                Atomic::With => {
+                    let mut out = [0; 32];
+                    f(1, &[old; 32], &[first; 32], &[0; 32], &mut out);
+                    out[0]
+                }
+            };
+            // SAFETY: as in `load`.
+            unsafe { write(place, value.size, new) };
+            self.registers[value.slots[0]][lane] = old;
+        }
+        Ok(())
+    }
+}
+
+fn lined(fault: Fault, instruction: &Instruction) -> Fault {
+    Fault {
+        text: format!("{}, PTX line {}", fault.text, instruction.line),
+        ..fault
+    }
+}
+
+/// A number as a register holds it.
+#[inline(always)]
+fn widened(bits: u64, value: Value) -> u64 {
+    if !value.signed {
+        return bits;
+    }
+    match value.size {
+        1 => bits as i8 as u64,
+        2 => bits as i16 as u64,
+        4 => bits as i32 as u64,
+        _ => bits,
+    }
+}
+
+/// # Safety
+/// `size` is 1, 2, 4 or 8, and as many bytes at `from`, which it divides, are live.
+#[inline(always)]
+unsafe fn read(from: *const u8, size: usize) -> u64 {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match size {
+            1 => u64::from(from.read_volatile()),
+            2 => u64::from(from.cast::<u16>().read_volatile()),
+            4 => u64::from(from.cast::<u32>().read_volatile()),
+            _ => from.cast::<u64>().read_volatile(),
+        }
+    }
+}
+
+/// # Safety
+/// As for `read`.
+#[inline(always)]
+unsafe fn write(to: *mut u8, size: usize, bits: u64) {
+    // SAFETY: the caller's promise.
+    unsafe {
+        match size {
+            1 => to.write_volatile(bits as u8),
+            2 => to.cast::<u16>().write_volatile(bits as u16),
+            4 => to.cast::<u32>().write_volatile(bits as u32),
+            _ => to.cast::<u64>().write_volatile(bits),
+        }
+    }
+}

@@ -11,9 +11,12 @@
 //! - `decode DEVICE BUNDLE PROMPT NEW BATCH`: tokens a second of prefill and decoding.
 //! - `logits DEVICE BUNDLE LENGTH OUT`: a prompt's tokens and the logits after each.
 //! - `dpo DEVICE BUNDLE GROUPS STEPS`: collaborative DPO, tokens a second.
+//! - `gradients DEVICE BUNDLE PAIRS FOLDER`: a DPO loss and every adapter weight's slope, with the
+//!   adapter and the pairs' tokens, for another program or device to compare with.
 //! - `train DEVICE BUNDLE flow|vae STEPS BATCH`: training the small Flux as shipped, on random
 //!   pairs, or an autoencoder, in the device's usual dtype and in f32; the bundle is not looked at.
-//! - `full DEVICE BUNDLE SIDE`: a request that cannot fit, then one that can.
+//! - `full DEVICE BUNDLE SIDE`: pictures, words and training that cannot fit, each followed by some
+//!   that can.
 //! - `same DEVICE BUNDLE CUT_OUTS COUNT`: so many users' edits of a bundle in f32 on this device
 //!   and on the CPU, in one batch each.
 
@@ -26,6 +29,7 @@ use serde_json::{Value, json};
 use simpatico_engine::bundle::{Bundle, Location, models_folder};
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
+use simpatico_engine::error::Error;
 use simpatico_engine::eval_images::psnr_outside;
 use simpatico_engine::flux::controlnet::{Control, ControlNet};
 use simpatico_engine::flux::names::Kind;
@@ -41,7 +45,8 @@ use simpatico_engine::text_vectors::{self, TextEncoder};
 use simpatico_engine::train_flux::pairs::Pairs;
 use simpatico_engine::train_flux::{Compute, Progress, Rhythm, autoencoder, flow};
 use simpatico_engine::train_policy::{
-    Conditioning, DpoOptions, PairGroup, Policy, TokenPair, dpo_batch, dpo_optimizer,
+    Conditioning, DpoOptions, Loss, LossOptions, PairGroup, Policy, Row, TokenPair, dpo_batch,
+    dpo_optimizer, pair_losses, score,
 };
 use simpatico_schema::edit::{Backend, EditSettings};
 use simpatico_schema::random::Philox;
@@ -82,6 +87,7 @@ fn main() -> Result<()> {
         "decode" => decode(bundle, &device, number(0)?, number(1)?, number(2)?)?,
         "logits" => logits(bundle, &device, number(0)?, file(1)?)?,
         "dpo" => dpo(bundle, &device, number(0)?, number(1)?)?,
+        "gradients" => gradients(bundle, &device, number(0)?, file(1)?)?,
         "train" => train(
             &device,
             rest.first().ok_or("flow or vae")?,
@@ -502,6 +508,66 @@ fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Valu
     }))
 }
 
+fn gradients(bundle: &str, device: &Device, count: usize, folder: &Path) -> Result<Value> {
+    let model = language_model(bundle, device)?;
+    let mut config = LoraConfig::paper();
+    config.dropout = 0.0;
+    let adapter = model.trainable(config, 1)?;
+    // A fresh adapter does nothing, and only half of its weights have a slope.
+    for (stream, (name, var)) in (0..).zip(adapter.vars()) {
+        if name.contains("lora_B") {
+            let values = Philox::new(17, stream).normals(var.elem_count());
+            let values = Tensor::from_vec(values, var.shape(), &Device::Cpu)?;
+            var.set(&(values * 0.02)?.to_device(device)?)?;
+        }
+    }
+    adapter.save(folder, None)?;
+    let (prompt, answer) = (48, 16);
+    let all = |i: u64| tokens(&model, prompt + answer, i);
+    let pairs: Vec<(Vec<u32>, Vec<u32>)> = (0..count as u64)
+        .map(|i| {
+            let (chosen, mut rejected) = (all(2 * i), all(2 * i + 1));
+            rejected[..prompt].copy_from_slice(&chosen[..prompt]);
+            (chosen, rejected)
+        })
+        .collect();
+    let rows: Vec<Row> = pairs
+        .iter()
+        .map(|(chosen, rejected)| Row {
+            prompt: &chosen[..prompt],
+            completions: vec![&chosen[prompt..], &rejected[prompt..]],
+        })
+        .collect();
+    let logps = |adapter| score(&model.decoder, adapter, None, None, &rows, false);
+    let before = logps(None)?.logps.detach();
+    let ratios = (logps(Some(&adapter))?.logps - before)?.reshape((count, 2))?;
+    let side = |i| ratios.narrow(1, i, 1)?.squeeze(1);
+    let lengths = vec![answer; count];
+    let options = LossOptions {
+        loss: Loss::Sigmoid,
+        beta: 0.1,
+        label_smoothing: 0.0,
+    };
+    let loss = pair_losses(&options, &side(0)?, &side(1)?, (&lengths, &lengths))?.mean_all()?;
+    let slopes = loss.backward()?;
+    let ids: Vec<u32> = pairs
+        .into_iter()
+        .flat_map(|(a, b)| [a, b])
+        .flatten()
+        .collect();
+    let ids = Tensor::from_vec(ids, (2 * count, prompt + answer), &Device::Cpu)?;
+    let mut named = vec![("ids".to_string(), ids)];
+    for (name, var) in adapter.vars() {
+        let slope = slopes
+            .get(var)
+            .ok_or_else(|| format!("{name} has no slope"))?;
+        let slope = slope.to_dtype(DType::F32)?.to_device(&Device::Cpu)?;
+        named.push((name.clone(), slope));
+    }
+    save_tensors(&folder.join("slopes.safetensors"), &named, &[])?;
+    Ok(json!({"pairs": count, "answer": answer, "loss": loss.to_scalar::<f32>()?}))
+}
+
 fn train(device: &Device, network: &str, steps: usize, batch: usize) -> Result<Value> {
     let shipped = flow::Options::shipped();
     let config = &shipped.config;
@@ -567,6 +633,12 @@ fn train(device: &Device, network: &str, steps: usize, batch: usize) -> Result<V
 }
 
 fn full(bundle: &str, device: &Device, side: u32) -> Result<Value> {
+    // What is too large must be told by name, and leave the device as it was.
+    let told = |error: Option<Error>, what: &str| match error {
+        Some(e @ (Error::NotEnoughMemory { .. } | Error::OutOfMemory { .. })) => Ok(e.to_string()),
+        Some(e) => Err(format!("{what}: {e}")),
+        None => Err(format!("{what}: all of it fitted")),
+    };
     let (_folder, store) = no_users()?;
     let engine = Engine::open(bundle, device)?;
     let settings = || EditSettings {
@@ -577,9 +649,41 @@ fn full(bundle: &str, device: &Device, side: u32) -> Result<Value> {
         .map(|seed| request(side, seed, settings()))
         .collect();
     let refused = engine.edit_batch(&store.snapshot(), &many, &mut Hooks::default());
-    let said = refused.err().map(|e| e.to_string());
+    let pictures = told(refused.err(), "pictures")?;
     engine.edit(&store.snapshot(), &many[0], &mut Hooks::default())?;
-    Ok(json!({"asked": many.len(), "side": side, "refused_with": said, "then_one_worked": true}))
+    drop(engine);
+
+    let model = language_model(bundle, device)?;
+    let write = |count: u64, length: usize| {
+        let prompts: Vec<generate::Prompt> = (0..count)
+            .map(|i| generate::Prompt::tokens(tokens(&model, length, i)))
+            .collect();
+        let options = generate::Options::greedy(2);
+        let go_on = || ControlFlow::Continue(());
+        generate_batch(&model, &prompts, None, &options, go_on)
+    };
+    let words = told(write(4096, 2000).err(), "words")?;
+    write(1, 20)?;
+
+    let adapter = model.trainable(LoraConfig::paper(), 1)?;
+    let learn = |count: u64, length: usize| {
+        let ids: Vec<Vec<u32>> = (0..count).map(|i| tokens(&model, length, i)).collect();
+        let rows: Vec<Row> = ids
+            .iter()
+            .map(|ids| Row {
+                prompt: &ids[..length - 8],
+                completions: vec![&ids[length - 8..]],
+            })
+            .collect();
+        let scores = score(&model.decoder, Some(&adapter), None, None, &rows, false)?;
+        Ok(scores.logps.sum_all()?.backward().map(|_| ())?)
+    };
+    let training = told(learn(1024, 2000).err(), "training")?;
+    learn(1, 20)?;
+    Ok(json!({
+        "side": side, "pictures": pictures, "words": words, "training": training,
+        "then_smaller_ones_worked": true,
+    }))
 }
 
 fn same(bundle: &str, device: &Device, cut_outs: &Path, count: usize) -> Result<Value> {

@@ -57,6 +57,18 @@ pub(crate) fn free_bytes(cuda: &CudaDevice) -> Result<u64> {
     Ok(free as u64 + kept.unwrap_or(0))
 }
 
+/// Gives the system what the process keeps unused, for those that take memory from elsewhere: cuBLAS
+/// and the driver itself.
+#[allow(unsafe_code)]
+pub(crate) fn give_back(cuda: &CudaDevice) -> Result<()> {
+    let stream = cuda.cuda_stream();
+    stream.context().bind_to_thread().w()?;
+    stream.synchronize().w()?;
+    let pool = pool_of(cuda).w()?;
+    // SAFETY: the pool is the device's own; nothing in use is taken from it.
+    unsafe { result::mem_pool::trim_to(pool, 0) }.w()
+}
+
 /// The pool that tensors' memory comes from.
 #[allow(unsafe_code)]
 fn pool_of(cuda: &CudaDevice) -> std::result::Result<CUmemoryPool, DriverError> {

@@ -225,12 +225,24 @@ impl Engine {
         requests: &[InstructRequest],
     ) -> Result<Vec<Instruction>> {
         let go_on = || ControlFlow::Continue(());
-        self.policy()?.instruct_batch(snapshot, requests, go_on)
+        let all = self.policy()?.instruct_batch(snapshot, requests, go_on);
+        all.map_err(|e| self.recovered(e))
+    }
+
+    /// An error after which a device whose memory was used up is ready for something smaller.
+    fn recovered(&self, error: Error) -> Error {
+        #[cfg(feature = "cuda")]
+        if let (Error::OutOfMemory { .. }, Device::Cuda(cuda)) = (&error, &self.device) {
+            // What happened first is what is told.
+            let _ = crate::card::give_back(cuda);
+        }
+        error
     }
 
     /// The policy, loaded if it was not.
     pub fn policy(&self) -> Result<Arc<Policy>> {
-        self.policy.get(|| Policy::open(&self.bundle, &self.device))
+        let policy = self.policy.get(|| Policy::open(&self.bundle, &self.device));
+        policy.map_err(|e| self.recovered(e))
     }
 
     fn pictures(&self) -> Result<Arc<Pictures>> {
@@ -342,7 +354,11 @@ impl Engine {
             None => pictures::free_bytes(&self.device).map(|free| free + pictures.loaded(&need)),
         };
         let residency = need.residency(free, &device_word(&self.device))?;
-        pictures.run(plan, jobs, residency, hooks)
+        let made = pictures.run(plan, jobs, residency, hooks);
+        made.map_err(|e| {
+            let instead = "ask for a smaller --size, fewer pictures at once, or a smaller bundle";
+            self.recovered(e.during("making the pictures", instead))
+        })
     }
 
     /// Makes the picture of a provenance record again, with the record: the same bytes on the

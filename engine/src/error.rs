@@ -52,6 +52,15 @@ pub enum Error {
         /// What to do.
         help: String,
     },
+    /// A device whose memory was used up in the middle of the work. What the work had taken is given
+    /// back: something smaller can follow.
+    #[error("{stage} used up the memory of the device; {help}")]
+    OutOfMemory {
+        /// What was being done.
+        stage: String,
+        /// What to do.
+        help: String,
+    },
     /// The caller cancelled the work.
     #[error("cancelled")]
     Cancelled,
@@ -75,8 +84,23 @@ impl From<candle_core::Error> for Error {
         while let candle_core::Error::WithBacktrace { inner, .. } = error {
             error = *inner;
         }
-        Self::Tensor(error)
+        match used_up(&error) {
+            true => Self::OutOfMemory {
+                stage: "a tensor operation".into(),
+                help: "ask for less at once, or for a smaller bundle".into(),
+            },
+            false => Self::Tensor(error),
+        }
     }
+}
+
+/// Whether a device had no memory left. candle passes its drivers' errors on as they come; these two
+/// are CUDA's own and cuBLAS's.
+fn used_up(error: &candle_core::Error) -> bool {
+    let said = error.to_string();
+    ["CUDA_ERROR_OUT_OF_MEMORY", "CUBLAS_STATUS_ALLOC_FAILED"]
+        .iter()
+        .any(|code| said.contains(code))
 }
 
 impl Error {
@@ -84,6 +108,17 @@ impl Error {
     pub fn io(path: impl Into<PathBuf>) -> impl FnOnce(std::io::Error) -> Self {
         let path = path.into();
         move |source| Self::Io { path, source }
+    }
+
+    /// With what was being done and what to do about it, where a device's memory was used up.
+    pub(crate) fn during(self, doing: &str, instead: &str) -> Self {
+        match self {
+            Self::OutOfMemory { .. } => Self::OutOfMemory {
+                stage: doing.into(),
+                help: instead.into(),
+            },
+            other => other,
+        }
     }
 
     /// A damaged or unsuitable model file.
@@ -106,5 +141,18 @@ mod tests {
             backtrace: Box::new(std::backtrace::Backtrace::force_capture()),
         };
         assert_eq!(Error::from(error).to_string(), "holds a NaN");
+    }
+
+    #[test]
+    fn a_full_device_is_named_with_what_was_being_done() {
+        let said = "DriverError(CUDA_ERROR_OUT_OF_MEMORY, \"out of memory\")";
+        let error = Error::from(candle_core::Error::Cuda(said.into()));
+        assert!(matches!(error, Error::OutOfMemory { .. }));
+        assert_eq!(
+            error.during("training", "take fewer").to_string(),
+            "training used up the memory of the device; take fewer"
+        );
+        let other = Error::from(candle_core::Error::Cuda("CUDA_ERROR_NO_DEVICE".into()));
+        assert!(matches!(other.during("a", "b"), Error::Tensor(_)));
     }
 }

@@ -214,9 +214,17 @@ pub fn generate_batch(
     options: &Options,
     mut go_on: impl FnMut() -> ControlFlow<()>,
 ) -> Result<Vec<Answer>> {
-    let mut read = Read::new(model, prompts, adapter, options, &mut go_on)?;
-    let all: Vec<(usize, u64)> = prompts.iter().map(|p| p.stream).enumerate().collect();
-    read.answer(&all, options, &mut go_on)
+    let mut written = || {
+        let mut read = Read::new(model, prompts, adapter, options, &mut go_on)?;
+        let all: Vec<(usize, u64)> = prompts.iter().map(|p| p.stream).enumerate().collect();
+        read.answer(&all, options, &mut go_on)
+    };
+    written().map_err(|e| {
+        e.during(
+            "writing the answers",
+            "ask for fewer or shorter ones at once",
+        )
+    })
 }
 
 /// Prompts that were read and can be answered, again and again: on a CPU reading a prompt takes

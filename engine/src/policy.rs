@@ -198,7 +198,11 @@ fn precision_of(bundle: &Bundle, model: &Path, device: &Device) -> Result<Precis
     }
     let dtype = bundle.manifest.settings.dtype_on(device);
     let weights = Weights::open(model)?;
-    let numbers = |name| weights.shape(name).map_or(0, |shape| shape.iter().product());
+    let numbers = |name| {
+        weights
+            .shape(name)
+            .map_or(0, |shape| shape.iter().product())
+    };
     let count: usize = weights.names().map(numbers).sum();
     let widened = count.saturating_mul(dtype.size_in_bytes());
     Ok(match weights.gguf() {
@@ -307,7 +311,8 @@ impl Policy {
                     .iter()
                     .map(|i| self.prompt(snapshot, &requests[*i], &asked[*i], telling))
                     .collect::<Result<Vec<_>>>()?;
-                self.write(requests, &asked, &open, &prompts, &mut drafts, &mut go_on)?;
+                self.write(requests, &asked, &open, &prompts, &mut drafts, &mut go_on)
+                    .map_err(|e| e.during("writing the instructions", "ask for fewer at once"))?;
             }
             for ((request, taste), draft) in requests.iter().zip(&asked).zip(drafts) {
                 let (_, words) = draft.ok_or_else(no_sentence)?;

@@ -4,6 +4,7 @@
 - edit SIDE STEPS BATCH [compile]: FluxControlNetPipeline's transformer and ControlNet loop.
 - logits FILE: our logits against transformers'.
 - decode PROMPT NEW BATCH: transformers' generate.
+- gradients FOLDER: our DPO loss and slopes against PEFT's, of the same adapter on the same pairs.
 - dpo GROUPS STEPS: TRL's DPO loss on a PEFT model, forward, backward and optimiser.
 One JSON object a line, as gpu_checks.
 """
@@ -128,6 +129,29 @@ def decode():
             "decode_tokens_per_s": batch * (new - 1) / (whole - prefill)}
 
 
+def gradients():
+    from peft import PeftModel
+    folder, answer, loss = rest[0], int(rest[1]), float(rest[2])
+    saved = load_file(pathlib.Path(folder) / "slopes.safetensors")
+    ids = saved.pop("ids").long().to(device)
+    model = PeftModel.from_pretrained(language_model(), folder, is_trainable=True)
+
+    def logps():
+        out = model(ids, logits_to_keep=answer + 1).logits[:, :-1].float().log_softmax(-1)
+        return out.gather(-1, ids[:, -answer:, None]).sum((1, 2))
+    with torch.no_grad(), model.disable_adapter():
+        before = logps()
+    ratios = (logps() - before).reshape(-1, 2)
+    theirs = -torch.nn.functional.logsigmoid(0.1 * (ratios[:, 0] - ratios[:, 1])).mean()
+    theirs.backward()
+    slopes = {name.replace(".default", ""): p.grad for name, p in model.named_parameters()
+              if p.requires_grad}
+    names = sorted(saved)
+    flat = [torch.cat([t[n].float().cpu().flatten() for n in names]) for t in (saved, slopes)]
+    return {"loss_off_by": abs(loss - theirs.item()), "loss": theirs.item(),
+            "weights": len(flat[0]), **difference(*flat)}
+
+
 def dpo():
     """TRL's work for the same pairs: prompt and answer in one row, chosen and rejected apart."""
     from peft import LoraConfig, get_peft_model
@@ -160,5 +184,6 @@ def dpo():
             "note": "one pass a pair; the neighbours' term is K further passes"}
 
 
-found = {"velocity": velocity, "edit": edit, "logits": logits, "decode": decode, "dpo": dpo}[stage]()
+found = {"velocity": velocity, "edit": edit, "logits": logits, "decode": decode, "gradients": gradients,
+         "dpo": dpo}[stage]()
 print(json.dumps({"stage": stage, "by": "reference", "device": device, "arguments": rest, **found}))

@@ -68,8 +68,10 @@ impl LanguageModel {
         stop.extend(ENDS.iter().filter_map(|t| tokenizer.specials().get(*t)));
         stop.sort_unstable();
         stop.dedup();
+        let decoder = Decoder::load(&weights, &config, precision, device);
+        let instead = "use a bundle with a smaller language model, or --device cpu";
         Ok(Self {
-            decoder: Decoder::load(&weights, &config, precision, device)?,
+            decoder: decoder.map_err(|e| e.during("loading the language model", instead))?,
             tokenizer,
             template,
             stop,

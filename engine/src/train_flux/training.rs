@@ -89,8 +89,11 @@ pub(crate) fn run<M, B: Send>(
     let mut adam = AdamW::new(vec![group], settings)?;
     let mut run = Run::open(training.stage, rhythm, training.steps, params, &mut adam)?;
     let learn = |batch: &B| -> Result<(Tensor, GradStore)> {
-        let loss = loss(&build(params.builder(compute.dtype))?, batch)?;
-        Ok((loss.detach(), loss.backward()?))
+        let worked_out = || -> Result<(Tensor, GradStore)> {
+            let loss = loss(&build(params.builder(compute.dtype))?, batch)?;
+            Ok((loss.detach(), loss.backward()?))
+        };
+        worked_out().map_err(|e| e.during("training", "train with a smaller batch"))
     };
     let parts = training.parts.max(1);
     let pools = match parts {

@@ -155,10 +155,11 @@ pub fn run(
         Some(folder) => Some(model.load_adapter(folder)?),
         None => None,
     };
-    match options.method {
+    let metrics = match options.method {
         Method::Sft => sft(model, synth, options, start, journal),
         method => dpo(model, synth, snapshots, options, (method, start), journal),
-    }
+    };
+    metrics.map_err(|e| e.during("training the policy", "train with a smaller --batch"))
 }
 
 /// The settings of a fine-tuning run.

@@ -171,8 +171,15 @@ fn cvt(parts: &[&str]) -> Option<Alu> {
             let half = |v| f16::from_f32(single(v)).to_bits() as u64;
             half(a) << 16 | half(b)
         }),
-        ["sat", "f32", "f32"] => alu!(|a, _b, _c| bits(single(a).max(0.0).min(1.0))),
-        ["sat", "f64", "f64"] => alu!(|a, _b, _c| double(a).max(0.0).min(1.0).to_bits()),
+        ["sat", "f32", "f32"] => alu!(|a, _b, _c| match single(a) {
+            // What is no number becomes 0.
+            v if v > 0.0 => bits(v.min(1.0)),
+            _ => 0,
+        }),
+        ["sat", "f64", "f64"] => alu!(|a, _b, _c| match double(a) {
+            v if v > 0.0 => v.min(1.0).to_bits(),
+            _ => 0,
+        }),
         [way @ ("rni" | "rzi" | "rmi" | "rpi"), to, from] => {
             return convert!(*to, *from, whole_number, way);
         }
@@ -332,12 +339,12 @@ macro_rules! compare {
         // With a u at its end a comparison also holds where one side is no number.
         match $mods {
             ["eq"] => rule!(|p, q| p == q),
-            ["ne"] => rule!(|p, q| p < q || p > q),
+            ["ne"] => rule!(|p, q| p.partial_cmp(&q).is_some_and(|o| o.is_ne())),
             ["lt"] => rule!(|p, q| p < q),
             ["le"] => rule!(|p, q| p <= q),
             ["gt"] => rule!(|p, q| p > q),
             ["ge"] => rule!(|p, q| p >= q),
-            ["equ"] => rule!(|p, q| !(p < q || p > q)),
+            ["equ"] => rule!(|p, q| p.partial_cmp(&q).is_none_or(|o| o.is_eq())),
             ["neu"] => rule!(|p, q| p != q),
             ["ltu"] => rule!(|p, q| !(p >= q)),
             ["leu"] => rule!(|p, q| !(p > q)),
@@ -375,9 +382,6 @@ macro_rules! floats {
                 ("mul", []) => alu!(|a, b, _c| to(of(a) * of(b))),
                 ("div", []) => alu!(|a, b, _c| to(of(a) / of(b))),
                 ("fma" | "mad", []) => alu!(|a, b, c| to(of(a).mul_add(of(b), of(c)))),
-                ("fma", ["sat"]) => {
-                    alu!(|a, b, c| to(of(a).mul_add(of(b), of(c)).max(0.0).min(1.0)))
-                }
                 ("min", []) => alu!(|a, b, _c| to(of(a).min(of(b)))),
                 ("max", []) => alu!(|a, b, _c| to(of(a).max(of(b)))),
                 ("neg", []) => alu!(|a, _b, _c| a ^ SIGN),

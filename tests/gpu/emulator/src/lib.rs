@@ -220,16 +220,16 @@ pub unsafe extern "C" fn cuDeviceGetAttribute(
     _device: c_int,
 ) -> Code {
     let found = match attribute {
-        1 | 2 | 3 => 1024, // threads of a block
-        4 => 64,           // its depth
-        5 => i32::MAX,     // blocks of a grid
-        6 | 7 => 65535,    // its height and depth
-        8 => 48 << 10,     // shared memory of a block
-        10 => 32,          // a warp
-        16 => 132,         // multiprocessors
-        75 => 9,           // compute capability
-        97 => 227 << 10,   // shared memory of a block that asks for it
-        115 => 1,          // memory pools
+        1..=3 => 1024,   // threads of a block
+        4 => 64,         // its depth
+        5 => i32::MAX,   // blocks of a grid
+        6 | 7 => 65535,  // its height and depth
+        8 => 48 << 10,   // shared memory of a block
+        10 => 32,        // a warp
+        16 => 132,       // multiprocessors
+        75 => 9,         // compute capability
+        97 => 227 << 10, // shared memory of a block that asks for it
+        115 => 1,        // memory pools
         _ => 0,
     };
     // SAFETY: the caller's promise.
@@ -349,7 +349,7 @@ pub unsafe extern "C" fn cuMemGetInfo_v2(free: *mut usize, total: *mut usize) ->
     with(|card| {
         // SAFETY: the caller's promise.
         unsafe {
-            give(free, (card.memory.size - card.memory.most) as usize);
+            give(free, (card.memory.size - card.memory.kept) as usize);
             give(total, card.memory.size as usize);
         }
         Ok(())
@@ -368,12 +368,22 @@ pub unsafe extern "C" fn cuMemPoolGetAttribute(
 ) -> Code {
     with(|card| {
         let found = match attribute {
-            5 | 6 | 8 => card.memory.most,
+            5 => card.memory.kept,
+            6 | 8 => card.memory.most,
             7 => card.memory.used,
             _ => return Err(INVALID_VALUE),
         };
         // SAFETY: the caller's promise.
         unsafe { give(value.cast(), found) };
+        Ok(())
+    })
+}
+
+/// Gives the system what is not in use.
+#[unsafe(no_mangle)]
+pub extern "C" fn cuMemPoolTrimTo(_pool: *mut c_void, least: usize) -> Code {
+    with(|card| {
+        card.memory.kept = card.memory.used.max(least as u64).min(card.memory.kept);
         Ok(())
     })
 }

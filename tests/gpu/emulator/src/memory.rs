@@ -56,6 +56,8 @@ pub(crate) struct Memory {
     /// Bytes that the card has.
     pub(crate) size: u64,
     pub(crate) used: u64,
+    /// What the process keeps for itself: the most that was in use since it last gave some back.
+    pub(crate) kept: u64,
     /// The most that was in use.
     pub(crate) most: u64,
     pub(crate) allocations: u64,
@@ -67,6 +69,7 @@ impl Memory {
             blocks: Blocks::default(),
             size,
             used: 0,
+            kept: 0,
             most: 0,
             allocations: 0,
         }
@@ -98,6 +101,7 @@ impl Memory {
         live.insert(at, (start, start + bytes.max(1) as u64));
         self.used += taken;
         self.most = self.most.max(self.used);
+        self.kept = self.kept.max(self.used);
         self.allocations += 1;
         Some(start)
     }

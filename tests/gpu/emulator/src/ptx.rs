@@ -59,6 +59,15 @@ pub(crate) enum Atomic {
     CompareAndSwap,
 }
 
+/// A change of a number in memory that no other thread comes between.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Change {
+    pub(crate) kind: Atomic,
+    pub(crate) f: Alu,
+    pub(crate) with: [usize; 2],
+}
+
+/// What an instruction does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Action {
     Alu {
@@ -75,11 +84,9 @@ pub(crate) enum Action {
         at: Address,
     },
     Atomic {
-        kind: Atomic,
-        f: Alu,
+        change: Change,
         value: Value,
         at: Address,
-        with: [usize; 2],
     },
     Shuffle {
         kind: Shuffle,
@@ -787,11 +794,13 @@ impl<'a> Reader<'a> {
         let f = alu(&name).ok_or_else(|| format!("unknown atomic {name}"))?;
         let first = *with.first().ok_or("an atomic operation wants an operand")?;
         self.push(Action::Atomic {
-            kind,
-            f,
+            change: Change {
+                kind,
+                f,
+                with: [first, with.get(1).copied().unwrap_or(first)],
+            },
             value,
             at,
-            with: [first, with.get(1).copied().unwrap_or(first)],
         });
         Ok(())
     }

@@ -7,7 +7,8 @@
 use crate::alu::Lanes;
 use crate::memory::Blocks;
 use crate::ptx::{
-    Action, Address, Atomic, Instruction, Kernel, LOCAL, SHARED, Shuffle, Space, Special, Value,
+    Action, Address, Atomic, Change, Instruction, Kernel, LOCAL, SHARED, Shuffle, Space, Special,
+    Value,
 };
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -81,6 +82,15 @@ struct Workspace<'a> {
     shared: Vec<u8>,
 }
 
+/// What a block's warps share.
+struct Block<'a> {
+    launch: &'a Launch<'a>,
+    /// Its number on each axis.
+    at: [usize; 3],
+    shared: &'a mut [u8],
+    blocks: &'a Blocks,
+}
+
 struct Warp {
     registers: Vec<Lanes>,
     /// Each thread's own memory, lane by lane.
@@ -116,27 +126,30 @@ impl<'a> Workspace<'a> {
         let threads: usize = launch.block.iter().map(|n| *n as usize).product();
         let count = threads.div_ceil(32);
         let [across, down, _] = launch.grid.map(|n| n as usize);
-        let block = [at % across, at / across % down, at / across / down];
         // What a block before left must not look like this one's.
         self.shared.fill(0xff);
+        let mut block = Block {
+            launch,
+            at: [at % across, at / across % down, at / across / down],
+            shared: &mut self.shared,
+            blocks,
+        };
         let order = |i: usize| if launch.reversed { count - 1 - i } else { i };
         if self.warps.len() < count {
+            let warp = &mut self.warps[0];
             for number in (0..count).map(order) {
-                let warp = &mut self.warps[0];
-                warp.begin(launch, block, number, threads);
-                warp.run(launch, &mut self.shared, blocks)
-                    .map_err(|fault| told(launch, block, fault))?;
+                warp.begin(&block, number, threads);
+                warp.run(&mut block).map_err(|fault| told(&block, fault))?;
             }
             return Ok(());
         }
         for (number, warp) in self.warps.iter_mut().enumerate() {
-            warp.begin(launch, block, number, threads);
+            warp.begin(&block, number, threads);
         }
         loop {
             for number in (0..count).map(order) {
-                self.warps[number]
-                    .run(launch, &mut self.shared, blocks)
-                    .map_err(|fault| told(launch, block, fault))?;
+                let done = self.warps[number].run(&mut block);
+                done.map_err(|fault| told(&block, fault))?;
             }
             // All that live have come to the barrier.
             if self.warps.iter().all(|warp| warp.alive == 0) {
@@ -147,11 +160,12 @@ impl<'a> Workspace<'a> {
     }
 }
 
-fn told(launch: &Launch, block: [usize; 3], fault: Fault) -> Fault {
+fn told(block: &Block, fault: Fault) -> Fault {
+    let launch = block.launch;
     Fault {
         text: format!(
-            "{} (kernel {}, block {block:?} of {:?}, {:?} threads each)",
-            fault.text, launch.kernel.name, launch.grid, launch.block
+            "{} (kernel {}, block {:?} of {:?}, {:?} threads each)",
+            fault.text, launch.kernel.name, block.at, launch.grid, launch.block
         ),
         ..fault
     }
@@ -174,7 +188,8 @@ impl Warp {
         }
     }
 
-    fn begin(&mut self, launch: &Launch, block: [usize; 3], number: usize, threads: usize) {
+    fn begin(&mut self, block: &Block, number: usize, threads: usize) {
+        let launch = block.launch;
         let first = number * 32;
         self.at = [0; 32];
         self.waiting = 0;
@@ -193,7 +208,7 @@ impl Warp {
                     Special::Thread(1) => thread / wide % high,
                     Special::Thread(_) => thread / wide / high,
                     Special::Threads(axis) => launch.block[axis] as usize,
-                    Special::Block(axis) => block[axis],
+                    Special::Block(axis) => block.at[axis],
                     Special::Blocks(axis) => launch.grid[axis] as usize,
                     Special::Lane => lane,
                     Special::LanesBelow => (1 << lane) - 1,
@@ -203,8 +218,8 @@ impl Warp {
     }
 
     /// Goes on until every lane has ended or stands at a barrier.
-    fn run(&mut self, launch: &Launch, shared: &mut [u8], blocks: &Blocks) -> Result<(), Fault> {
-        let code = launch.kernel.code.as_slice();
+    fn run(&mut self, block: &mut Block) -> Result<(), Fault> {
+        let code = block.launch.kernel.code.as_slice();
         let mut steps = 0;
         let mut none_comes = false;
         loop {
@@ -228,7 +243,7 @@ impl Warp {
                 .filter(|at| *at > here)
                 .min()
                 .unwrap_or(usize::MAX);
-            self.together(launch, code, here, mask, next, shared, blocks, &mut steps)?;
+            self.together(block, here, mask, next, &mut steps)?;
             if none_comes && self.early != 0 {
                 return Err(Fault {
                     kind: FaultKind::Launch,
@@ -251,15 +266,13 @@ impl Warp {
     /// The lanes of `mask`, all at `here`, until they part, meet others at `next`, wait or end.
     fn together(
         &mut self,
-        launch: &Launch,
-        code: &[Instruction],
+        block: &mut Block,
         mut here: usize,
         mask: u32,
         next: usize,
-        shared: &mut [u8],
-        blocks: &Blocks,
         steps: &mut u64,
     ) -> Result<(), Fault> {
+        let code = block.launch.kernel.code.as_slice();
         loop {
             *steps += 1;
             let instruction = &code[here];
@@ -295,19 +308,13 @@ impl Warp {
                     }
                 }
                 Action::Load { value, at } => self
-                    .load(launch, chosen, value, at, shared, blocks)
+                    .load(block, chosen, value, at)
                     .map_err(|fault| lined(fault, instruction))?,
                 Action::Store { value, at } => self
-                    .store(chosen, value, at, shared, blocks)
+                    .store(block, chosen, value, at)
                     .map_err(|fault| lined(fault, instruction))?,
-                Action::Atomic {
-                    kind,
-                    f,
-                    value,
-                    at,
-                    with,
-                } => self
-                    .atomic(chosen, kind, f, value, at, with, shared, blocks)
+                Action::Atomic { change, value, at } => self
+                    .atomic(block, chosen, change, value, at)
                     .map_err(|fault| lined(fault, instruction))?,
                 Action::Shuffle {
                     kind,
@@ -426,13 +433,7 @@ impl Warp {
     /// The addresses of all lanes, where all want the allocation that the access before was in, as
     /// is the rule; else each is to be looked up.
     #[inline(always)]
-    fn reach_all(
-        &mut self,
-        mask: u32,
-        at: Address,
-        bytes: usize,
-        blocks: &Blocks,
-    ) -> Option<Lanes> {
+    fn reach_all(&mut self, block: &Block, mask: u32, at: Address, bytes: usize) -> Option<Lanes> {
         if mask != u32::MAX || !matches!(at.space, Space::Global | Space::Generic) {
             return None;
         }
@@ -448,7 +449,7 @@ impl Warp {
         }
         let within = |block: (u64, u64)| least >= block.0 && most + bytes as u64 <= block.1;
         if !within(self.last) {
-            self.last = blocks.holding(least)?;
+            self.last = block.blocks.holding(least)?;
         }
         within(self.last).then_some(addresses)
     }
@@ -457,15 +458,14 @@ impl Warp {
     #[inline(always)]
     fn reach(
         &mut self,
+        block: &mut Block,
         lane: usize,
         at: Address,
         bytes: usize,
         wants: &'static str,
-        shared: &mut [u8],
-        blocks: &Blocks,
     ) -> Result<*mut u8, Fault> {
         let address = self.registers[at.base][lane].wrapping_add(at.offset as u64);
-        if address % bytes as u64 != 0 {
+        if !address.is_multiple_of(bytes as u64) {
             return Err(Fault {
                 kind: FaultKind::Misaligned,
                 text: format!("{wants} {bytes} bytes at {address:#x}, which they do not divide"),
@@ -490,8 +490,8 @@ impl Warp {
         };
         match space {
             Space::Shared => {
-                let size = shared.len();
-                within(shared, 0, size)
+                let size = block.shared.len();
+                within(block.shared, 0, size)
             }
             Space::Local => {
                 let size = self.local.len() / 32;
@@ -500,19 +500,19 @@ impl Warp {
             _ => {
                 let end = address.saturating_add(bytes as u64);
                 if address < self.last.0 || end > self.last.1 {
-                    match blocks.holding(address) {
-                        Some(block) if end <= block.1 => self.last = block,
+                    match block.blocks.holding(address) {
+                        Some(found) if end <= found.1 => self.last = found,
                         near => {
                             return Err(Fault {
                                 kind: FaultKind::IllegalAddress,
                                 text: format!(
                                     "lane {lane} {wants} {bytes} bytes at {address:#x}, {}",
                                     match near {
-                                        Some(block) => format!(
+                                        Some(found) => format!(
                                             "past the end of an allocation of {} bytes",
-                                            block.1 - block.0
+                                            found.1 - found.0
                                         ),
-                                        None => blocks.around(address),
+                                        None => block.blocks.around(address),
                                     }
                                 ),
                             });
@@ -526,19 +526,17 @@ impl Warp {
 
     fn load(
         &mut self,
-        launch: &Launch,
+        block: &mut Block,
         mask: u32,
         value: Value,
         at: Address,
-        shared: &mut [u8],
-        blocks: &Blocks,
     ) -> Result<(), Fault> {
         if at.space == Space::Param {
             for part in 0..value.count {
                 let from = self.registers[at.base][0] as usize + at.offset as usize;
                 let from = from + part * value.size;
                 let mut bytes = [0u8; 8];
-                let given = launch.parameters.get(from..from + value.size);
+                let given = block.launch.parameters.get(from..from + value.size);
                 let given = given.ok_or_else(|| Fault {
                     kind: FaultKind::Launch,
                     text: format!("no parameter at byte {from}"),
@@ -550,7 +548,7 @@ impl Warp {
             return Ok(());
         }
         let bytes = value.size * value.count;
-        if let Some(addresses) = self.reach_all(mask, at, bytes, blocks) {
+        if let Some(addresses) = self.reach_all(block, mask, at, bytes) {
             for part in 0..value.count {
                 let by = (part * value.size) as u64;
                 let into = &mut self.registers[value.slots[part]];
@@ -563,7 +561,7 @@ impl Warp {
             return Ok(());
         }
         for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let from = self.reach(lane, at, bytes, "reads", shared, blocks)?;
+            let from = self.reach(block, lane, at, bytes, "reads")?;
             for part in 0..value.count {
                 // SAFETY: `reach` has found all of the bytes in memory that is live while the
                 // kernel runs, at an address that their count divides. Another thread may write
@@ -577,14 +575,13 @@ impl Warp {
 
     fn store(
         &mut self,
+        block: &mut Block,
         mask: u32,
         value: Value,
         at: Address,
-        shared: &mut [u8],
-        blocks: &Blocks,
     ) -> Result<(), Fault> {
         let bytes = value.size * value.count;
-        if let Some(addresses) = self.reach_all(mask, at, bytes, blocks) {
+        if let Some(addresses) = self.reach_all(block, mask, at, bytes) {
             for part in 0..value.count {
                 let by = (part * value.size) as u64;
                 let from = &self.registers[value.slots[part]];
@@ -596,7 +593,7 @@ impl Warp {
             return Ok(());
         }
         for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let to = self.reach(lane, at, bytes, "writes", shared, blocks)?;
+            let to = self.reach(block, lane, at, bytes, "writes")?;
             for part in 0..value.count {
                 let bits = self.registers[value.slots[part]][lane];
                 // SAFETY: as in `load`.
@@ -608,28 +605,25 @@ impl Warp {
 
     fn atomic(
         &mut self,
+        block: &mut Block,
         mask: u32,
-        kind: Atomic,
-        f: crate::alu::Alu,
+        change: Change,
         value: Value,
         at: Address,
-        with: [usize; 2],
-        shared: &mut [u8],
-        blocks: &Blocks,
     ) -> Result<(), Fault> {
         let _one_at_a_time = ATOMIC.lock().unwrap_or_else(|e| e.into_inner());
         for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let place = self.reach(lane, at, value.size, "changes", shared, blocks)?;
+            let place = self.reach(block, lane, at, value.size, "changes")?;
             // SAFETY: as in `load`.
             let old = unsafe { read(place, value.size) };
-            let [first, second] = with.map(|slot| self.registers[slot][lane]);
-            let new = match kind {
+            let [first, second] = change.with.map(|slot| self.registers[slot][lane]);
+            let new = match change.kind {
                 Atomic::CompareAndSwap if old == first => second,
                 Atomic::CompareAndSwap => old,
                 Atomic::Exchange => first,
                 Atomic::With => {
                     let mut out = [0; 32];
-                    f(1, &[old; 32], &[first; 32], &[0; 32], &mut out);
+                    (change.f)(1, &[old; 32], &[first; 32], &[0; 32], &mut out);
                     out[0]
                 }
             };

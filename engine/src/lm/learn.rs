@@ -219,10 +219,9 @@ pub struct Plain {
 impl Plain {
     /// `None` where the decoder is not f32 on the CPU.
     pub(super) fn of(decoder: &Decoder, products: Products) -> Result<Option<Self>> {
-        let f32s = |x: &Tensor| match x.dtype() == DType::F32 && x.device().is_cpu() {
-            true => Some(values(x)),
-            false => None,
-        };
+        if decoder.dtype() != DType::F32 || !decoder.device().is_cpu() {
+            return Ok(None);
+        }
         let dense = |m: &Matrix| match m {
             Matrix::Dense(w) if w.is_contiguous() && !w.track_op() => Some(w.clone()),
             _ => None,
@@ -250,16 +249,12 @@ impl Plain {
                 };
                 maps.push(map);
             }
-            let (Some(attention_norm), Some(mlp_norm), Ok(maps)) = (
-                f32s(&layer.attention_norm),
-                f32s(&layer.mlp_norm),
-                <[Frozen; 4]>::try_from(maps),
-            ) else {
+            let Ok(maps) = <[Frozen; 4]>::try_from(maps) else {
                 return Ok(None);
             };
             layers.push(PlainLayer {
-                attention_norm: attention_norm?,
-                mlp_norm: mlp_norm?,
+                attention_norm: values(&layer.attention_norm)?,
+                mlp_norm: values(&layer.mlp_norm)?,
                 maps,
             });
         }
@@ -267,13 +262,13 @@ impl Plain {
             Some(head) => Frozen::new(vec![head], None, products)?,
             None => None,
         };
-        let (Some(head), Some(norm)) = (head, f32s(&decoder.norm)) else {
+        let Some(head) = head else {
             return Ok(None);
         };
         let c = &decoder.config;
         Ok(Some(Self {
             layers,
-            norm: norm?,
+            norm: values(&decoder.norm)?,
             head,
             heads: c.heads,
             kv_heads: c.kv_heads,

@@ -48,6 +48,16 @@ fn logits(model: &Decoder, adapter: Option<&Adapter>) -> Tensor {
 }
 
 #[test]
+fn half_precision_has_no_plain_form_and_says_so_without_an_error() {
+    for name in ["qwen2", "llama"] {
+        let model = tiny(name, Precision::Dense(DType::BF16));
+        assert!(model.plain().unwrap().is_none(), "{name}");
+        let model = tiny(name, Precision::Dense(DType::F32));
+        assert!(model.plain().unwrap().is_some(), "{name}");
+    }
+}
+
+#[test]
 fn logits_equal_those_of_transformers() {
     for name in ["qwen2", "llama"] {
         let model = tiny(name, Precision::Dense(DType::F32));

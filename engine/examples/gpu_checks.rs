@@ -556,7 +556,12 @@ fn gradients(bundle: &str, device: &Device, count: usize, folder: &Path) -> Resu
         .flatten()
         .collect();
     let ids = Tensor::from_vec(ids, (2 * count, prompt + answer), &Device::Cpu)?;
-    let mut named = vec![("ids".to_string(), ids)];
+    let loss = loss.detach().to_device(&Device::Cpu)?;
+    let mut named = vec![
+        ("answers".to_string(), ids.narrow(1, prompt, answer)?),
+        ("ids".to_string(), ids),
+        ("loss".to_string(), loss.clone()),
+    ];
     for (name, var) in adapter.vars() {
         let slope = slopes
             .get(var)
@@ -565,7 +570,7 @@ fn gradients(bundle: &str, device: &Device, count: usize, folder: &Path) -> Resu
         named.push((name.clone(), slope));
     }
     save_tensors(&folder.join("slopes.safetensors"), &named, &[])?;
-    Ok(json!({"pairs": count, "answer": answer, "loss": loss.to_scalar::<f32>()?}))
+    Ok(json!({"pairs": count, "loss": loss.to_scalar::<f32>()?}))
 }
 
 fn train(device: &Device, network: &str, steps: usize, batch: usize) -> Result<Value> {

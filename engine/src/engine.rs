@@ -211,7 +211,8 @@ impl Engine {
     /// [`Error::MissingModel`] where a model of the policy is not there; [`Error::BadRequest`]
     /// for words beyond the limits.
     pub fn instruct(&self, snapshot: &Snapshot, request: &InstructRequest) -> Result<Instruction> {
-        self.policy()?.instruct(snapshot, request)
+        let one = self.policy()?.instruct(snapshot, request);
+        one.map_err(|e| self.recovered(e))
     }
 
     /// Many instructions at once, each the one that [`Engine::instruct`] gives; see
@@ -224,7 +225,15 @@ impl Engine {
         snapshot: &Snapshot,
         requests: &[InstructRequest],
     ) -> Result<Vec<Instruction>> {
-        let go_on = || ControlFlow::Continue(());
+        self.write(snapshot, requests, || ControlFlow::Continue(()))
+    }
+
+    fn write(
+        &self,
+        snapshot: &Snapshot,
+        requests: &[InstructRequest],
+        go_on: impl FnMut() -> ControlFlow<()>,
+    ) -> Result<Vec<Instruction>> {
         let all = self.policy()?.instruct_batch(snapshot, requests, go_on);
         all.map_err(|e| self.recovered(e))
     }
@@ -492,7 +501,7 @@ impl Engine {
                 Ok(()) => ControlFlow::Continue(()),
                 Err(_) => ControlFlow::Break(()),
             };
-            let words = self.policy()?.instruct_batch(snapshot, some, go_on)?;
+            let words = self.write(snapshot, some, go_on)?;
             let seconds = begin.elapsed().as_secs_f64() / some.len() as f64;
             written.extend(words.into_iter().map(|words| (words, seconds)));
         }

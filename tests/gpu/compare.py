@@ -131,10 +131,10 @@ def decode():
 
 def gradients():
     from peft import PeftModel
-    folder, answer, loss = rest[0], int(rest[1]), float(rest[2])
-    saved = load_file(pathlib.Path(folder) / "slopes.safetensors")
-    ids = saved.pop("ids").long().to(device)
-    model = PeftModel.from_pretrained(language_model(), folder, is_trainable=True)
+    saved = load_file(pathlib.Path(rest[0]) / "slopes.safetensors")
+    ids, answer = saved.pop("ids").long().to(device), saved.pop("answers").shape[1]
+    loss = saved.pop("loss").item()
+    model = PeftModel.from_pretrained(language_model(), rest[0], is_trainable=True)
 
     def logps():
         out = model(ids, logits_to_keep=answer + 1).logits[:, :-1].float().log_softmax(-1)

@@ -388,14 +388,8 @@ pub extern "C" fn cuMemPoolTrimTo(_pool: *mut c_void, least: usize) -> Code {
     })
 }
 
-/// Copies bytes where everything on the card that is touched is allocated.
-fn copied(
-    card: &mut Card,
-    what: &str,
-    on_card: &[u64],
-    bytes: usize,
-    copy: impl FnOnce(),
-) -> Result<(), Code> {
+/// Whether all that is touched on the card is allocated.
+fn reached(card: &Card, what: &str, on_card: &[u64], bytes: usize) -> Result<(), Code> {
     for at in on_card {
         if !card.memory.blocks.hold(*at, bytes) {
             let around = card.memory.blocks.around(*at);
@@ -403,8 +397,29 @@ fn copied(
             return Err(INVALID_VALUE);
         }
     }
-    copy();
     Ok(())
+}
+
+/// Copies and counts.
+///
+/// # Safety
+/// As many bytes can be read at `from` and written at `to`, where these are not on the card.
+unsafe fn copied(
+    way: &str,
+    counted: fn(&mut Counts) -> &mut (u64, u64),
+    (to, from): (u64, u64),
+    on_card: &[u64],
+    bytes: usize,
+) -> Code {
+    with(|card| {
+        let (times, all) = counted(&mut card.counts);
+        *times += 1;
+        *all += bytes as u64;
+        reached(card, way, on_card, bytes)?;
+        // SAFETY: what is on the card was looked up, the rest is the caller's promise.
+        unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) };
+        Ok(())
+    })
 }
 
 /// From the host.
@@ -418,14 +433,9 @@ pub unsafe extern "C" fn cuMemcpyHtoDAsync_v2(
     bytes: usize,
     _stream: *mut c_void,
 ) -> Code {
-    with(|card| {
-        card.counts.up.0 += 1;
-        card.counts.up.1 += bytes as u64;
-        copied(card, "a copy to the card", &[to], bytes, || {
-            // SAFETY: the one from the caller's promise, the other was looked up.
-            unsafe { std::ptr::copy(from.cast::<u8>(), to as *mut u8, bytes) }
-        })
-    })
+    let both = (to, from as u64);
+    // SAFETY: the caller's promise.
+    unsafe { copied("a copy to the card", |c| &mut c.up, both, &[to], bytes) }
 }
 
 /// To the host.
@@ -439,14 +449,17 @@ pub unsafe extern "C" fn cuMemcpyDtoHAsync_v2(
     bytes: usize,
     _stream: *mut c_void,
 ) -> Code {
-    with(|card| {
-        card.counts.down.0 += 1;
-        card.counts.down.1 += bytes as u64;
-        copied(card, "a copy from the card", &[from], bytes, || {
-            // SAFETY: the one from the caller's promise, the other was looked up.
-            unsafe { std::ptr::copy(from as *const u8, to.cast::<u8>(), bytes) }
-        })
-    })
+    let both = (to as u64, from);
+    // SAFETY: the caller's promise.
+    unsafe {
+        copied(
+            "a copy from the card",
+            |c| &mut c.down,
+            both,
+            &[from],
+            bytes,
+        )
+    }
 }
 
 /// On the card.
@@ -457,14 +470,17 @@ pub extern "C" fn cuMemcpyDtoDAsync_v2(
     bytes: usize,
     _stream: *mut c_void,
 ) -> Code {
-    with(|card| {
-        card.counts.across.0 += 1;
-        card.counts.across.1 += bytes as u64;
-        copied(card, "a copy on the card", &[to, from], bytes, || {
-            // SAFETY: both were looked up.
-            unsafe { std::ptr::copy(from as *const u8, to as *mut u8, bytes) }
-        })
-    })
+    let both = (to, from);
+    // SAFETY: both are on the card.
+    unsafe {
+        copied(
+            "a copy on the card",
+            |c| &mut c.across,
+            both,
+            &[to, from],
+            bytes,
+        )
+    }
 }
 
 /// Sets each byte.
@@ -476,10 +492,10 @@ pub extern "C" fn cuMemsetD8Async(
     _stream: *mut c_void,
 ) -> Code {
     with(|card| {
-        copied(card, "setting", &[to], bytes, || {
-            // SAFETY: it was looked up.
-            unsafe { (to as *mut u8).write_bytes(value, bytes) }
-        })
+        reached(card, "setting", &[to], bytes)?;
+        // SAFETY: it was looked up.
+        unsafe { (to as *mut u8).write_bytes(value, bytes) };
+        Ok(())
     })
 }
 

@@ -48,25 +48,6 @@ pub(crate) enum Shuffle {
     Index,
 }
 
-/// What an atomic operation does with the number in memory.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) enum Atomic {
-    /// Computed from the old number and the operand.
-    With,
-    /// The operand.
-    Exchange,
-    /// The second operand, taken if the old number is the first operand.
-    CompareAndSwap,
-}
-
-/// A change of a number in memory that no other thread comes between.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Change {
-    pub(crate) kind: Atomic,
-    pub(crate) f: Alu,
-    pub(crate) with: [usize; 2],
-}
-
 /// What an instruction does.
 #[derive(Clone, Copy, Debug)]
 pub(crate) enum Action {
@@ -83,25 +64,18 @@ pub(crate) enum Action {
         value: Value,
         at: Address,
     },
+    /// The number in memory becomes f of it and a register's.
     Atomic {
-        change: Change,
+        f: Alu,
         value: Value,
         at: Address,
+        with: usize,
     },
     Shuffle {
         kind: Shuffle,
         into: usize,
         valid: Option<usize>,
         from: [usize; 4],
-    },
-    /// Whose predicate holds: 0 all of them?, 1 any?, 2 one bit a lane.
-    Vote {
-        kind: u8,
-        into: usize,
-        of: usize,
-    },
-    ActiveMask {
-        into: usize,
     },
     Branch {
         to: usize,
@@ -129,7 +103,6 @@ pub(crate) enum Special {
     Block(usize),
     Blocks(usize),
     Lane,
-    LanesBelow,
 }
 
 /// A kernel, ready to be run.
@@ -170,7 +143,7 @@ impl Module {
     /// Cuts a module's text.
     pub(crate) fn read(text: &str) -> Result<Self> {
         let mut module = Self::default();
-        let mut lines = text.lines().zip(1u32..).peekable();
+        let mut lines = text.lines().zip(1u32..);
         while let Some((line, number)) = lines.next() {
             let line = line.trim();
             let words: Vec<&str> = line.split_whitespace().collect();
@@ -471,7 +444,6 @@ impl<'a> Reader<'a> {
             Some(("%nctaid", a)) => axis(a).map(Special::Blocks),
             _ => match text {
                 "%laneid" => Some(Special::Lane),
-                "%lanemask_lt" => Some(Special::LanesBelow),
                 _ => None,
             },
         };
@@ -664,20 +636,6 @@ impl<'a> Reader<'a> {
                     from,
                 });
             }
-            ["vote", "sync", how, _] => {
-                let kind = match *how {
-                    "all" => 0,
-                    "any" => 1,
-                    "ballot" => 2,
-                    other => return Err(format!("unknown vote {other}")),
-                };
-                let (into, of) = (self.operand(operand(0)?)?, self.operand(operand(1)?)?);
-                self.push(Action::Vote { kind, into, of });
-            }
-            ["activemask", ..] => {
-                let into = self.operand(operand(0)?)?;
-                self.push(Action::ActiveMask { into });
-            }
             ["cvta", rest @ ..] => {
                 // Global addresses are generic ones.
                 let window = match *rest {
@@ -772,36 +730,18 @@ impl<'a> Reader<'a> {
         if silent {
             operands.insert(0, "_");
         }
-        let [into, at, with @ ..] = operands.as_slice() else {
-            return Err("an atomic operation wants more operands".into());
+        let [into, at, with] = operands.as_slice() else {
+            return Err("an atomic operation wants an address and an operand".into());
         };
-        let op = kind.iter().find(|k| {
-            matches!(
-                **k,
-                "add" | "min" | "max" | "and" | "or" | "xor" | "exch" | "cas"
-            )
-        });
-        let op = *op.ok_or_else(|| format!("unknown atomic {}", kind.join(".")))?;
+        let known = |k: &&&str| matches!(**k, "add" | "min" | "max" | "and" | "or" | "xor");
+        let op = kind.iter().find(known);
+        let op = op.ok_or_else(|| format!("unknown atomic {}", kind.join(".")))?;
+        let name = format!("{op}.{}", kind.last().copied().unwrap_or_default());
         let (value, space) = self.value(kind, into)?;
         let at = self.address(space, at)?;
-        let with = self.all(&with.iter().map(|w| w.to_string()).collect::<Vec<_>>())?;
-        let of = kind.last().copied().unwrap_or_default();
-        let (kind, name) = match op {
-            "cas" => (Atomic::CompareAndSwap, "mov.b64".into()),
-            "exch" => (Atomic::Exchange, "mov.b64".into()),
-            op => (Atomic::With, format!("{op}.{of}")),
-        };
+        let with = self.operand(with)?;
         let f = alu(&name).ok_or_else(|| format!("unknown atomic {name}"))?;
-        let first = *with.first().ok_or("an atomic operation wants an operand")?;
-        self.push(Action::Atomic {
-            change: Change {
-                kind,
-                f,
-                with: [first, with.get(1).copied().unwrap_or(first)],
-            },
-            value,
-            at,
-        });
+        self.push(Action::Atomic { f, value, at, with });
         Ok(())
     }
 

@@ -4,11 +4,10 @@
 //! Where lanes part, those furthest behind go on until they meet the others. Every access is
 //! checked as a sanitizer would: to the byte, and for alignment.
 
-use crate::alu::Lanes;
+use crate::alu::{Alu, Lanes};
 use crate::memory::Blocks;
 use crate::ptx::{
-    Action, Address, Atomic, Change, Instruction, Kernel, LOCAL, SHARED, Shuffle, Space, Special,
-    Value,
+    Action, Address, Instruction, Kernel, LOCAL, SHARED, Shuffle, Space, Special, Value,
 };
 use rayon::prelude::*;
 use std::sync::Mutex;
@@ -211,7 +210,6 @@ impl Warp {
                     Special::Block(axis) => block.at[axis],
                     Special::Blocks(axis) => launch.grid[axis] as usize,
                     Special::Lane => lane,
-                    Special::LanesBelow => (1 << lane) - 1,
                 } as u64;
             }
         }
@@ -233,7 +231,7 @@ impl Warp {
                 return Ok(());
             }
             // Those furthest behind, and where the next ones stand.
-            let lanes = || (0..32).filter(|i| able >> i & 1 == 1);
+            let lanes = || lanes_of(able);
             let here = lanes().map(|i| self.at[i]).min().unwrap_or_default();
             let mask = lanes()
                 .filter(|i| self.at[*i] == here)
@@ -313,8 +311,8 @@ impl Warp {
                 Action::Store { value, at } => self
                     .store(block, chosen, value, at)
                     .map_err(|fault| lined(fault, instruction))?,
-                Action::Atomic { change, value, at } => self
-                    .atomic(block, chosen, change, value, at)
+                Action::Atomic { f, value, at, with } => self
+                    .atomic(block, chosen, f, value, at, with)
                     .map_err(|fault| lined(fault, instruction))?,
                 Action::Shuffle {
                     kind,
@@ -328,19 +326,6 @@ impl Warp {
                         return Ok(());
                     }
                 }
-                Action::Vote { kind, into, of } => {
-                    let truth = &self.registers[of];
-                    let ballot = (0..32)
-                        .filter(|i| chosen >> i & 1 == 1 && truth[*i] & 1 == 1)
-                        .fold(0u32, |m, i| m | 1 << i);
-                    let value = match kind {
-                        0 => u64::from(ballot == chosen),
-                        1 => u64::from(ballot != 0),
-                        _ => u64::from(ballot),
-                    };
-                    self.set(chosen, into, value);
-                }
-                Action::ActiveMask { into } => self.set(chosen, into, u64::from(chosen)),
                 Action::Branch { to: target } if chosen == mask => to = target,
                 Action::Branch { to: target } => {
                     self.place(mask & !chosen, here + 1);
@@ -376,19 +361,12 @@ impl Warp {
     }
 
     fn place(&mut self, mask: u32, at: usize) {
-        for (lane, place) in self.at.iter_mut().enumerate() {
-            if mask >> lane & 1 == 1 {
-                *place = at;
-            }
-        }
+        lanes_of(mask).for_each(|lane| self.at[lane] = at);
     }
 
     fn set(&mut self, mask: u32, into: usize, value: u64) {
-        for (lane, register) in self.registers[into].iter_mut().enumerate() {
-            if mask >> lane & 1 == 1 {
-                *register = value;
-            }
-        }
+        let register = &mut self.registers[into];
+        lanes_of(mask).for_each(|lane| register[lane] = value);
     }
 
     /// Whether all came that were to.
@@ -401,7 +379,7 @@ impl Warp {
         from: [usize; 4],
     ) -> bool {
         let [values, by, clamp, members] = from.map(|slot| self.registers[slot]);
-        let lanes = || (0..32usize).filter(|i| mask >> i & 1 == 1);
+        let lanes = || lanes_of(mask);
         if lanes().any(|lane| members[lane] as u32 & self.alive & !mask != 0) {
             return false;
         }
@@ -430,10 +408,15 @@ impl Warp {
         true
     }
 
-    /// The addresses of all lanes, where all want the allocation that the access before was in, as
-    /// is the rule; else each is to be looked up.
+    /// Where an access of all lanes goes, if all want one allocation, as is the rule.
     #[inline(always)]
-    fn reach_all(&mut self, block: &Block, mask: u32, at: Address, bytes: usize) -> Option<Lanes> {
+    fn places_at_once(
+        &mut self,
+        block: &Block,
+        mask: u32,
+        at: Address,
+        bytes: usize,
+    ) -> Option<Places> {
         if mask != u32::MAX || !matches!(at.space, Space::Global | Space::Generic) {
             return None;
         }
@@ -451,7 +434,28 @@ impl Warp {
         if !within(self.last) {
             self.last = block.blocks.holding(least)?;
         }
-        within(self.last).then_some(addresses)
+        within(self.last).then(|| addresses.map(|address| address as *mut u8))
+    }
+
+    /// Where an access goes for each lane of the mask: as many bytes, in memory that is live while
+    /// the kernel runs, at an address that their count divides.
+    #[inline(always)]
+    fn places(
+        &mut self,
+        block: &mut Block,
+        mask: u32,
+        at: Address,
+        bytes: usize,
+        wants: &'static str,
+    ) -> Result<Places, Fault> {
+        if let Some(places) = self.places_at_once(block, mask, at, bytes) {
+            return Ok(places);
+        }
+        let mut places = [std::ptr::null_mut(); 32];
+        for lane in lanes_of(mask) {
+            places[lane] = self.reach(block, lane, at, bytes, wants)?;
+        }
+        Ok(places)
     }
 
     /// Where an access of a lane goes, checked.
@@ -547,27 +551,14 @@ impl Warp {
             }
             return Ok(());
         }
-        let bytes = value.size * value.count;
-        if let Some(addresses) = self.reach_all(block, mask, at, bytes) {
-            for part in 0..value.count {
-                let by = (part * value.size) as u64;
-                let into = &mut self.registers[value.slots[part]];
-                for (into, address) in into.iter_mut().zip(addresses) {
-                    // SAFETY: as below.
-                    let bits = unsafe { read((address + by) as *const u8, value.size) };
-                    *into = widened(bits, value);
-                }
-            }
-            return Ok(());
-        }
-        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let from = self.reach(block, lane, at, bytes, "reads")?;
-            for part in 0..value.count {
-                // SAFETY: `reach` has found all of the bytes in memory that is live while the
-                // kernel runs, at an address that their count divides. Another thread may write
-                // them meanwhile, as on a card: a whole number of these sizes is read at once.
-                let bits = unsafe { read(from.add(part * value.size), value.size) };
-                self.registers[value.slots[part]][lane] = widened(bits, value);
+        let places = self.places(block, mask, at, value.size * value.count, "reads")?;
+        for part in 0..value.count {
+            let into = &mut self.registers[value.slots[part]];
+            for lane in lanes_of(mask) {
+                // SAFETY: `places` has looked them up. Another thread may write them meanwhile, as
+                // on a card: a whole number of these sizes is read at once.
+                let bits = unsafe { read(places[lane].add(part * value.size), value.size) };
+                into[lane] = widened(bits, value);
             }
         }
         Ok(())
@@ -580,24 +571,12 @@ impl Warp {
         value: Value,
         at: Address,
     ) -> Result<(), Fault> {
-        let bytes = value.size * value.count;
-        if let Some(addresses) = self.reach_all(block, mask, at, bytes) {
-            for part in 0..value.count {
-                let by = (part * value.size) as u64;
-                let from = &self.registers[value.slots[part]];
-                for (bits, address) in from.iter().zip(addresses) {
-                    // SAFETY: as in `load`.
-                    unsafe { write((address + by) as *mut u8, value.size, *bits) };
-                }
-            }
-            return Ok(());
-        }
-        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let to = self.reach(block, lane, at, bytes, "writes")?;
-            for part in 0..value.count {
-                let bits = self.registers[value.slots[part]][lane];
+        let places = self.places(block, mask, at, value.size * value.count, "writes")?;
+        for part in 0..value.count {
+            let from = &self.registers[value.slots[part]];
+            for lane in lanes_of(mask) {
                 // SAFETY: as in `load`.
-                unsafe { write(to.add(part * value.size), value.size, bits) };
+                unsafe { write(places[lane].add(part * value.size), value.size, from[lane]) };
             }
         }
         Ok(())
@@ -607,32 +586,33 @@ impl Warp {
         &mut self,
         block: &mut Block,
         mask: u32,
-        change: Change,
+        f: Alu,
         value: Value,
         at: Address,
+        with: usize,
     ) -> Result<(), Fault> {
+        let places = self.places(block, mask, at, value.size, "changes")?;
         let _one_at_a_time = ATOMIC.lock().unwrap_or_else(|e| e.into_inner());
-        for lane in (0..32).filter(|i| mask >> i & 1 == 1) {
-            let place = self.reach(block, lane, at, value.size, "changes")?;
+        for lane in lanes_of(mask) {
+            let operand = self.registers[with][lane];
+            let mut new = [0; 32];
             // SAFETY: as in `load`.
-            let old = unsafe { read(place, value.size) };
-            let [first, second] = change.with.map(|slot| self.registers[slot][lane]);
-            let new = match change.kind {
-                Atomic::CompareAndSwap if old == first => second,
-                Atomic::CompareAndSwap => old,
-                Atomic::Exchange => first,
-                Atomic::With => {
-                    let mut out = [0; 32];
-                    (change.f)(1, &[old; 32], &[first; 32], &[0; 32], &mut out);
-                    out[0]
-                }
-            };
-            // SAFETY: as in `load`.
-            unsafe { write(place, value.size, new) };
-            self.registers[value.slots[0]][lane] = old;
+            unsafe {
+                let old = read(places[lane], value.size);
+                f(1, &[old; 32], &[operand; 32], &[0; 32], &mut new);
+                write(places[lane], value.size, new[0]);
+                self.registers[value.slots[0]][lane] = old;
+            }
         }
         Ok(())
     }
+}
+
+/// Where each lane's access goes; nowhere for lanes that make none.
+type Places = [*mut u8; 32];
+
+fn lanes_of(mask: u32) -> impl Iterator<Item = usize> {
+    (0..32).filter(move |lane| mask >> lane & 1 == 1)
 }
 
 fn lined(fault: Fault, instruction: &Instruction) -> Fault {

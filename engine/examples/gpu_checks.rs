@@ -8,6 +8,8 @@
 //!   picture of who said it.
 //! - `velocity DEVICE BUNDLE SIDE OUT`: one step's inputs and velocity, for another program to
 //!   compare with.
+//! - `attention DEVICE BUNDLE`: attention in bf16 against the CPU's in f32, in the shapes that the
+//!   models have; the bundle is not looked at.
 //! - `decode DEVICE BUNDLE PROMPT NEW BATCH`: tokens a second of prefill and decoding.
 //! - `logits DEVICE BUNDLE LENGTH OUT`: a prompt's tokens and the logits after each.
 //! - `dpo DEVICE BUNDLE GROUPS STEPS`: collaborative DPO, tokens a second.
@@ -38,6 +40,7 @@ use simpatico_engine::generate::{self, generate_batch};
 use simpatico_engine::lm::{LanguageModel, Precision};
 use simpatico_engine::lora::LoraConfig;
 use simpatico_engine::lpips::{Lpips, Net};
+use simpatico_engine::nn;
 use simpatico_engine::params::save_tensors;
 use simpatico_engine::picture::{Mask, Picture};
 use simpatico_engine::soft_prompt::{SoftPrompt, SoftPromptConfig};
@@ -84,6 +87,7 @@ fn main() -> Result<()> {
         }
         "personal" => personal(bundle, &device, number(0)? as u32, number(1)?)?,
         "velocity" => velocity(bundle, &device, number(0)?, file(1)?)?,
+        "attention" => attention(&device)?,
         "decode" => decode(bundle, &device, number(0)?, number(1)?, number(2)?)?,
         "logits" => logits(bundle, &device, number(0)?, file(1)?)?,
         "dpo" => dpo(bundle, &device, number(0)?, number(1)?)?,
@@ -340,6 +344,41 @@ fn velocity(bundle: &str, device: &Device, side: usize, out: &Path) -> Result<Va
     let named = named.into_iter().collect::<Result<Vec<_>>>()?;
     save_tensors(out, &named, &[])?;
     Ok(json!({"side": side, "out": out}))
+}
+
+/// How far attention in bf16 is from the CPU's in f32, of the same numbers: the most of any element,
+/// as a share of the largest. Heads of both widths that models have, fewer keys' heads than queries',
+/// lengths that fill no block, and a causal mask over keys from before.
+fn attention(device: &Device) -> Result<Value> {
+    let mut worst = 0f64;
+    let mut found = serde_json::Map::new();
+    for d in [64, 128] {
+        for (mask, name) in [(nn::Mask::None, "all"), (nn::Mask::Causal, "causal")] {
+            for (t, s) in [(1, 1), (33, 33), (7, 150), (130, 200), (192, 192)] {
+                let normals = |stream, heads, count| -> Result<Tensor> {
+                    let x = Philox::new(3, stream).normals(2 * heads * count * d);
+                    let x = Tensor::from_vec(x, (2, heads, count, d), &Device::Cpu)?;
+                    Ok(x.to_dtype(DType::BF16)?)
+                };
+                let [q, k, v] = [normals(1, 4, t)?, normals(2, 2, s)?, normals(3, 2, s)?];
+                let on = |device: &Device, dtype: DType| -> Result<Vec<f32>> {
+                    let there = |x: &Tensor| x.to_device(device)?.to_dtype(dtype);
+                    let scale = (d as f64).powf(-0.5);
+                    let y = nn::attention(&there(&q)?, &there(&k)?, &there(&v)?, scale, &mask)?;
+                    Ok(y.to_dtype(DType::F32)?.flatten_all()?.to_vec1()?)
+                };
+                let (ours, wanted) = (on(device, DType::BF16)?, on(&Device::Cpu, DType::F32)?);
+                let most = wanted.iter().fold(0f32, |most, v| most.max(v.abs()));
+                // A number that is none must not pass for a small one.
+                let off = ours.iter().zip(&wanted).map(|(a, b)| (a - b).abs());
+                let off = off.fold(0f32, |most, v| if v <= most { most } else { v });
+                let off = f64::from(off / most);
+                worst = if off <= worst { worst } else { off };
+                found.insert(format!("{name}, {t} to {s} of {d}"), json!(off));
+            }
+        }
+    }
+    Ok(json!({"off_by": worst, "each": found}))
 }
 
 fn language_model(bundle: &str, device: &Device) -> Result<LanguageModel> {

@@ -131,15 +131,20 @@ pub fn device_word(device: &Device) -> String {
     }
 }
 
-/// A request with the instruction found, its frame planned and every setting filled in.
+/// A request with every setting filled in and checked, and its frame planned.
+struct Planned {
+    settings: EditSettings,
+    frame: Frame,
+    plan: Plan,
+}
+
+/// A planned request with its words.
 struct Ready {
+    planned: Planned,
     instruction: Instruction,
     /// What the picture model is told, an instruction each.
     texts: Vec<String>,
     caption: String,
-    settings: EditSettings,
-    frame: Frame,
-    plan: Plan,
     instruct_seconds: f64,
 }
 
@@ -307,26 +312,34 @@ impl Engine {
     ) -> Result<Vec<Edit>> {
         let pictures = self.pictures()?;
         requests.iter().try_for_each(check_words)?;
-        let written = self.instructions(snapshot, requests, hooks)?;
-        let ready = requests
+        // All that can be wrong with a request is said before the words, which take longer.
+        let planned = requests
             .iter()
-            .zip(written)
-            .map(|(request, (words, seconds))| self.fill(request, words, &pictures, seconds))
+            .map(|request| self.plan(request, &pictures))
             .collect::<Result<Vec<_>>>()?;
-        let total: usize = ready.iter().map(|r| r.settings.count).sum();
+        let total: usize = planned.iter().map(|p| p.settings.count).sum();
         if total > MAX_PICTURES {
             return Err(Error::BadRequest(format!(
                 "expected at most {MAX_PICTURES} pictures in one call, got {total}"
             )));
         }
+        let written = self.instructions(snapshot, requests, hooks)?;
+        let ready: Vec<Ready> = requests
+            .iter()
+            .zip(planned)
+            .zip(written)
+            .map(|((request, planned), (words, seconds))| {
+                self.ready(request, planned, words, seconds)
+            })
+            .collect();
         let mut edits: Vec<Option<Edit>> = requests.iter().map(|_| None).collect();
         for first in 0..requests.len() {
             if edits[first].is_some() {
                 continue;
             }
-            let plan = &ready[first].plan;
+            let plan = &ready[first].planned.plan;
             let group: Vec<usize> = (first..requests.len())
-                .filter(|i| ready[*i].plan == *plan)
+                .filter(|i| ready[*i].planned.plan == *plan)
                 .collect();
             let jobs: Vec<Job> = group
                 .iter()
@@ -334,7 +347,7 @@ impl Engine {
                 .collect();
             let (mut images, seconds) = self.run(&pictures, plan, &jobs, hooks)?;
             for i in group {
-                let rest = images.split_off(ready[i].settings.count.min(images.len()));
+                let rest = images.split_off(ready[i].planned.settings.count.min(images.len()));
                 let own = std::mem::replace(&mut images, rest);
                 let mut seconds = seconds;
                 seconds.instruct = ready[i].instruct_seconds;
@@ -450,11 +463,12 @@ impl Engine {
             why: Why::default(),
             fallback: None,
         };
-        let ready = self.fill(&request, instruction, &pictures, 0.0)?;
+        let planned = self.plan(&request, &pictures)?;
+        let ready = self.ready(&request, planned, instruction, 0.0);
         // The whole call again: a picture must not depend on what else is in its batch, but
         // additions in another order may round another way.
         let jobs = jobs_of(&request, &ready);
-        let (mut images, _) = self.run(&pictures, &ready.plan, &jobs, hooks)?;
+        let (mut images, _) = self.run(&pictures, &ready.planned.plan, &jobs, hooks)?;
         if record.index >= images.len() {
             let (index, count) = (record.index, images.len());
             let message = format!("replay: picture {index} of a call for {count}");
@@ -521,13 +535,7 @@ impl Engine {
         request.caption.as_ref().unwrap_or(neutral).clone()
     }
 
-    fn fill(
-        &self,
-        request: &EditRequest,
-        instruction: Instruction,
-        pictures: &Pictures,
-        instruct_seconds: f64,
-    ) -> Result<Ready> {
+    fn plan(&self, request: &EditRequest, pictures: &Pictures) -> Result<Planned> {
         let source = request.source.as_ref().map(|s| &s.picture);
         let settings = self.settings(request, pictures)?;
         let output = settings.size.unwrap_or((1, 1));
@@ -547,22 +555,8 @@ impl Engine {
         let defaults = &self.bundle.manifest.settings;
         let multiple = defaults.multiple.next_multiple_of(pictures.token_pixels());
         let frame = Frame::plan(output, defaults.side_for(output), multiple, defaults.fit());
-        let caption = self.caption(request);
-        let backend = settings.backend.unwrap_or_default();
-        let text = |told: &String| match (source, backend, told.trim()) {
-            // What is made from nothing, and FlowEdit's target, are described whole.
-            (None, _, told) | (_, Backend::Flowedit, told) if told != caption => {
-                format!("{caption}. {told}")
-            }
-            (_, _, told) => told.to_string(),
-        };
-        // One that was written is the only one.
-        let texts: Vec<String> = match request.instructions.as_slice() {
-            [] => [&instruction.instruction].into_iter().map(text).collect(),
-            own => own.iter().map(text).collect(),
-        };
         let plan = Plan {
-            backend,
+            backend: settings.backend.unwrap_or_default(),
             steps: settings.steps.unwrap_or(defaults.steps),
             guidance: settings.guidance.unwrap_or(defaults.guidance),
             true_cfg: settings.true_cfg.unwrap_or(1.0),
@@ -575,20 +569,48 @@ impl Engine {
                 (None, strength) => Start::Strength(strength.unwrap_or(1.0)),
             },
             cache_threshold: settings.cache_threshold.unwrap_or(0.0),
-            prompts: texts.len(),
+            // One that is written is the only one.
+            prompts: request.instructions.len().max(1),
             model: frame.model,
             has_source: source.is_some(),
             has_mask: request.mask.is_some(),
         };
-        Ok(Ready {
-            instruction,
-            texts,
-            caption,
+        Ok(Planned {
             settings,
             frame,
             plan,
-            instruct_seconds,
         })
+    }
+
+    fn ready(
+        &self,
+        request: &EditRequest,
+        planned: Planned,
+        instruction: Instruction,
+        instruct_seconds: f64,
+    ) -> Ready {
+        let caption = self.caption(request);
+        let source = request.source.as_ref();
+        let backend = planned.settings.backend.unwrap_or_default();
+        let text = |told: &String| match (source, backend, told.trim()) {
+            // What is made from nothing, and FlowEdit's target, are described whole.
+            (None, _, told) | (_, Backend::Flowedit, told) if told != caption => {
+                format!("{caption}. {told}")
+            }
+            (_, _, told) => told.to_string(),
+        };
+        // One that was written is the only one.
+        let texts: Vec<String> = match request.instructions.as_slice() {
+            [] => [&instruction.instruction].into_iter().map(text).collect(),
+            own => own.iter().map(text).collect(),
+        };
+        Ready {
+            planned,
+            instruction,
+            texts,
+            caption,
+            instruct_seconds,
+        }
     }
 
     /// The request's settings with the bundle's in every gap, checked.
@@ -773,7 +795,7 @@ impl Engine {
         count: usize,
     ) -> Result<Vec<Provenance>> {
         let key = self.pseudonym_key.as_ref();
-        let mut models = self.digests(&ready.settings)?;
+        let mut models = self.digests(&ready.planned.settings)?;
         if request.instructions.is_empty() {
             models.extend(self.policy_digests()?);
             models.sort_by(|a, b| a.file.cmp(&b.file));
@@ -798,7 +820,7 @@ impl Engine {
                 cue: request.cue.clone(),
                 why: Some(without_names(&ready.instruction.why, key)),
                 fallback: ready.instruction.fallback,
-                settings: ready.settings.clone(),
+                settings: ready.planned.settings.clone(),
                 index,
                 source_sha256: request.source.as_ref().map(|s| s.sha256.clone()),
                 mask_sha256: request.mask.as_ref().map(|m| m.sha256.clone()),
@@ -840,14 +862,14 @@ fn jobs_of<'a>(request: &'a EditRequest, ready: &'a Ready) -> Vec<Job<'a>> {
     let job = |index| Job {
         source: request.source.as_ref().map(|s| &s.picture),
         mask: request.mask.as_ref().map(|m| &m.mask),
-        frame: ready.frame,
+        frame: ready.planned.frame,
         caption: &ready.caption,
         texts: &ready.texts,
-        fine_detail: ready.settings.fine_detail.unwrap_or(0.0),
-        seed: ready.settings.seed,
+        fine_detail: ready.planned.settings.fine_detail.unwrap_or(0.0),
+        seed: ready.planned.settings.seed,
         index,
     };
-    (0..ready.settings.count as u32).map(job).collect()
+    (0..ready.planned.settings.count as u32).map(job).collect()
 }
 
 #[cfg(test)]

@@ -23,7 +23,7 @@ out.mkdir(parents=True, exist_ok=True)
 
 def write(folder, build):
     """Random weights of PyTorch's usual sizes, made where they are fastest to make."""
-    if (out / folder / "config.json").exists():
+    if (out / folder).exists():
         return
     torch.manual_seed(len(folder))
     before = torch.get_default_dtype()
@@ -31,7 +31,10 @@ def write(folder, build):
     with torch.device(device):
         model = build()
     torch.set_default_dtype(before)
-    model.to(dtype).save_pretrained(out / folder, max_shard_size="8GB", safe_serialization=True)
+    # Whole or not at all: a run that is cut off goes on with what is there.
+    part = out / f"{folder}.part"
+    model.to(dtype).save_pretrained(part, max_shard_size="8GB", safe_serialization=True)
+    part.rename(out / folder)
     del model
     if device == "cuda":
         torch.cuda.empty_cache()
@@ -62,14 +65,14 @@ qwen = dict(vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hi
             rope_theta=1e6, rms_norm_eps=1e-6, tie_word_embeddings=False,
             bos_token_id=256, eos_token_id=257)
 if tiny:
-    small = dict(attention_head_dim=32, num_attention_heads=2, joint_attention_dim=48,
-                 pooled_projection_dim=32, axes_dims_rope=[8, 12, 12])
+    # Heads as wide as the true ones: other kernels serve other widths.
+    small = dict(num_attention_heads=2, joint_attention_dim=48, pooled_projection_dim=32)
     flux.update(small, num_layers=2, num_single_layers=2)
     control.update(small, num_layers=1, num_single_layers=1)
     t5.update(d_model=48, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     clip.update(hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
     vae.update(block_out_channels=[16, 16, 32, 32], layers_per_block=1, norm_num_groups=8)
-    qwen.update(vocab_size=512, hidden_size=64, intermediate_size=128, num_hidden_layers=2,
+    qwen.update(vocab_size=512, hidden_size=512, intermediate_size=128, num_hidden_layers=2,
                 num_attention_heads=4, num_key_value_heads=2)
 write("transformer", lambda: FluxTransformer2DModel(**flux))
 write("controlnet", lambda: FluxControlNetModel(**control))

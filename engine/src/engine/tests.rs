@@ -647,7 +647,11 @@ fn requests_that_make_no_sense_are_refused_by_name() {
     let change = |change: &dyn Fn(&mut EditRequest)| {
         let mut r = request("make it red", 1);
         change(&mut r);
-        b.edit(&r).unwrap_err().to_string()
+        let said = b.edit(&r).unwrap_err().to_string();
+        // The same before any word is written: this bundle has no policy to write one.
+        r.instructions.clear();
+        assert_eq!(b.edit(&r).unwrap_err().to_string(), said);
+        said
     };
     let said = [
         ("steps", change(&|r| r.settings.steps = Some(0))),

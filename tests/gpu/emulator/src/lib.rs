@@ -9,10 +9,11 @@
 //! * `CARD_MIB`: the card's memory (8192).
 //! * `CARD_REPORT`: a file that gets counts as JSON when the process ends.
 //! * `CARD_REVERSED=1`: a block's later warps go first.
+//! * `CARD_PTX`: a folder with the PTX of kernels that are launched by the runtime library, as those
+//!   of flash attention are: the program itself has them as a card's machine code.
 //!
 //! Everything is done at once and in order, so that what only goes wrong between streams does not
-//! show; products are summed in f32 whatever they are asked for in; and functions of the runtime
-//! library, which flash attention and candle's quantised products are launched by, find no card.
+//! show; and products are summed in f32 whatever they are asked for in.
 
 #![allow(unsafe_code)] // The driver's interface is pointers; each use says what makes it sound.
 
@@ -21,6 +22,7 @@ pub mod blas;
 mod memory;
 mod ptx;
 mod run;
+pub mod runtime;
 #[cfg(test)]
 mod tests;
 
@@ -37,6 +39,7 @@ pub type Code = c_int;
 const SUCCESS: Code = 0;
 const INVALID_VALUE: Code = 1;
 const OUT_OF_MEMORY: Code = 2;
+const INVALID_FUNCTION: Code = 98;
 const INVALID_DEVICE: Code = 101;
 const INVALID_PTX: Code = 218;
 const NOT_FOUND: Code = 500;
@@ -67,12 +70,54 @@ struct Loaded {
     kernels: HashMap<String, &'static Kernel>,
 }
 
+impl Loaded {
+    /// Reads a module's text and gives its variables their place.
+    fn new(text: &str, memory: &mut Memory) -> Result<Self, Code> {
+        let text = Module::read(text).map_err(|e| {
+            eprintln!("emulated card: a module was refused: {e}");
+            INVALID_PTX
+        })?;
+        let mut variables = HashMap::new();
+        for variable in &text.variables {
+            let bytes = &variable.bytes;
+            let at = memory.allocate(bytes.len()).ok_or(OUT_OF_MEMORY)?;
+            // SAFETY: as many bytes were allocated there.
+            unsafe { std::ptr::copy(bytes.as_ptr(), at as *mut u8, bytes.len()) };
+            variables.insert(variable.name.clone(), at);
+        }
+        Ok(Self {
+            text,
+            variables,
+            kernels: HashMap::new(),
+        })
+    }
+
+    /// The kernel of this name, if the module has it.
+    fn kernel(&mut self, name: &str) -> Result<Option<&'static Kernel>, Code> {
+        if let Some(kernel) = self.kernels.get(name) {
+            return Ok(Some(kernel));
+        }
+        let read = self.text.kernel(name, &self.variables);
+        let read = read.map_err(|e| {
+            eprintln!("emulated card: {e}");
+            INVALID_PTX
+        })?;
+        // Functions are never given back.
+        Ok(read.map(|kernel| {
+            let kernel: &'static Kernel = Box::leak(Box::new(kernel));
+            self.kernels.insert(name.to_string(), kernel);
+            kernel
+        }))
+    }
+}
+
 struct Card {
     memory: Memory,
     modules: Vec<Loaded>,
     counts: Counts,
     /// Every call after a fault ends with its code, as on a card.
     failed: Option<Code>,
+    runtime: runtime::Runtime,
 }
 
 static CARD: LazyLock<Mutex<Card>> = LazyLock::new(|| {
@@ -82,6 +127,7 @@ static CARD: LazyLock<Mutex<Card>> = LazyLock::new(|| {
         modules: Vec::new(),
         counts: Counts::default(),
         failed: None,
+        runtime: runtime::Runtime::default(),
     })
 });
 static REVERSED: LazyLock<bool> =
@@ -266,6 +312,7 @@ fn words(code: Code) -> &'static CStr {
         SUCCESS => c"no error",
         INVALID_VALUE => c"invalid argument",
         OUT_OF_MEMORY => c"out of memory",
+        INVALID_FUNCTION => c"invalid device function",
         INVALID_DEVICE => c"invalid device ordinal",
         INVALID_PTX => c"a PTX JIT compilation failed",
         NOT_FOUND => c"named symbol not found",
@@ -508,25 +555,8 @@ pub unsafe extern "C" fn cuModuleLoadData(module: *mut *mut c_void, image: *cons
     // SAFETY: the caller's promise.
     let text = unsafe { CStr::from_ptr(image.cast()) };
     with(|card| {
-        let refused = |e: &dyn std::fmt::Display| {
-            eprintln!("emulated card: a module was refused: {e}");
-            INVALID_PTX
-        };
-        let text = text.to_str().map_err(|e| refused(&e))?;
-        let text = Module::read(text).map_err(|e| refused(&e))?;
-        let mut variables = HashMap::new();
-        for variable in &text.variables {
-            let bytes = &variable.bytes;
-            let at = card.memory.allocate(bytes.len()).ok_or(OUT_OF_MEMORY)?;
-            // SAFETY: as many bytes were allocated there.
-            unsafe { std::ptr::copy(bytes.as_ptr(), at as *mut u8, bytes.len()) };
-            variables.insert(variable.name.clone(), at);
-        }
-        card.modules.push(Loaded {
-            text,
-            variables,
-            kernels: HashMap::new(),
-        });
+        let text = text.to_str().map_err(|_| INVALID_PTX)?;
+        card.modules.push(Loaded::new(text, &mut card.memory)?);
         let number = std::ptr::without_provenance_mut(card.modules.len());
         // SAFETY: the caller's promise.
         unsafe { give(module, number) };
@@ -549,20 +579,7 @@ pub unsafe extern "C" fn cuModuleGetFunction(
     with(|card| {
         let loaded = card.modules.get_mut((module as usize).wrapping_sub(1));
         let loaded = loaded.ok_or(INVALID_VALUE)?;
-        let kernel = match loaded.kernels.get(name.as_ref()) {
-            Some(kernel) => *kernel,
-            None => {
-                let read = loaded.text.kernel(&name, &loaded.variables);
-                let kernel = read.map_err(|e| {
-                    eprintln!("emulated card: {e}");
-                    INVALID_PTX
-                })?;
-                // Functions are never given back.
-                let kernel: &'static Kernel = Box::leak(Box::new(kernel.ok_or(NOT_FOUND)?));
-                loaded.kernels.insert(name.to_string(), kernel);
-                kernel
-            }
-        };
+        let kernel = loaded.kernel(&name)?.ok_or(NOT_FOUND)?;
         let handle: *const Kernel = kernel;
         // SAFETY: the caller's promise.
         unsafe { give(function, handle.cast_mut().cast()) };
@@ -592,6 +609,21 @@ pub unsafe extern "C" fn cuLaunchKernel(
     // SAFETY: the caller's promise; kernels live as long as the process.
     let kernel = unsafe { &*function.cast::<Kernel>() };
     let (grid, block) = ([grid_x, grid_y, grid_z], [block_x, block_y, block_z]);
+    with(|card| {
+        // SAFETY: the caller's promise.
+        let given = unsafe { given(kernel, parameters) };
+        card.launch(kernel, grid, block, shared as usize, &given, USUAL_SHARED)
+    })
+}
+
+/// Bytes of shared memory that a block may have if nothing else was said of its kernel.
+const USUAL_SHARED: usize = 48 << 10;
+
+/// A kernel's parameters as they lie.
+///
+/// # Safety
+/// `parameters` points to as many pointers as it has parameters, each to one.
+unsafe fn given(kernel: &Kernel, parameters: *mut *mut c_void) -> Vec<u8> {
     let size = kernel.parameters.last().map_or(0, |(at, bytes)| at + bytes);
     let mut given = vec![0u8; size];
     for (i, (at, bytes)) in kernel.parameters.iter().enumerate() {
@@ -601,9 +633,21 @@ pub unsafe extern "C" fn cuLaunchKernel(
             std::ptr::copy(from, given[*at..].as_mut_ptr(), *bytes);
         }
     }
-    let threads: u64 = block.iter().map(|n| u64::from(*n)).product();
-    let blocks: u64 = grid.iter().map(|n| u64::from(*n)).product();
-    with(|card| {
+    given
+}
+
+impl Card {
+    fn launch(
+        &mut self,
+        kernel: &Kernel,
+        grid: [u32; 3],
+        block: [u32; 3],
+        shared: usize,
+        parameters: &[u8],
+        most_shared: usize,
+    ) -> Result<(), Code> {
+        let threads: u64 = block.iter().map(|n| u64::from(*n)).product();
+        let blocks: u64 = grid.iter().map(|n| u64::from(*n)).product();
         let most = kernel.most_threads.unwrap_or(1024) as u64;
         let refused = blocks == 0
             || threads == 0
@@ -612,28 +656,28 @@ pub unsafe extern "C" fn cuLaunchKernel(
             || grid[0] > i32::MAX as u32
             || grid[1] > 65535
             || grid[2] > 65535
-            || kernel.shared + shared as usize > 48 << 10;
+            || kernel.shared + shared > most_shared;
         if refused {
             eprintln!(
                 "emulated card: a launch of {} is refused: grid {grid:?}, {block:?} threads of at most {most}, \
-                 {} bytes of shared memory",
+                 {} bytes of shared memory of at most {most_shared}",
                 kernel.name,
-                kernel.shared + shared as usize
+                kernel.shared + shared
             );
             return Err(INVALID_VALUE);
         }
-        let counted = card.counts.launches.entry(kernel.name.clone()).or_default();
+        let counted = self.counts.launches.entry(kernel.name.clone()).or_default();
         counted.0 += 1;
         counted.1 += threads * blocks;
         let launch = Launch {
             kernel,
             grid,
             block,
-            shared: shared as usize,
-            parameters: &given,
+            shared,
+            parameters,
             reversed: *REVERSED,
         };
-        run::run(&launch, &card.memory.blocks).map_err(|fault| {
+        run::run(&launch, &self.memory.blocks).map_err(|fault| {
             eprintln!("emulated card: {}", fault.text);
             let code = match fault.kind {
                 FaultKind::IllegalAddress => ILLEGAL_ADDRESS,
@@ -641,8 +685,8 @@ pub unsafe extern "C" fn cuLaunchKernel(
                 FaultKind::Assertion => ASSERT,
                 FaultKind::Launch => LAUNCH_FAILED,
             };
-            card.failed = Some(code);
+            self.failed = Some(code);
             code
         })
-    })
+    }
 }

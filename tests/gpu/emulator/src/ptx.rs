@@ -5,7 +5,7 @@
 //! asks for more is refused by name when it is looked up, the others of its module work.
 
 use crate::alu::{Alu, alu};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 
 /// Where an address is looked up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -77,6 +77,32 @@ pub(crate) enum Action {
         valid: Option<usize>,
         from: [usize; 4],
     },
+    /// Four matrices of 8 by 8 halves out of shared memory: lane i has the address of row i, and
+    /// gets a row's part of each, or a column's.
+    Matrices {
+        into: [usize; 4],
+        at: Address,
+        turned: bool,
+    },
+    /// d = a · b + c for 16 by 16 and 16 by 8 numbers in bf16, summed in f32, spread over the lanes.
+    Product {
+        d: [usize; 4],
+        a: [usize; 4],
+        b: [usize; 2],
+        c: [usize; 4],
+    },
+    /// A copy into shared memory that comes about when it is waited for, and not before.
+    Copy {
+        to: Address,
+        from: Address,
+        bytes: usize,
+    },
+    /// The copies since the last one are a group.
+    Commit,
+    /// Waits for all but the latest so many groups.
+    Await {
+        but: usize,
+    },
     Branch {
         to: usize,
     },
@@ -135,6 +161,8 @@ pub(crate) struct Variable {
 pub(crate) struct Module {
     kernels: HashMap<String, (u32, String)>,
     pub(crate) variables: Vec<Variable>,
+    /// Names for the shared memory that a launch asks for.
+    behind: HashSet<String>,
 }
 
 type Result<T> = std::result::Result<T, String>;
@@ -169,6 +197,10 @@ impl Module {
                     let name = name.split('(').next().unwrap_or_default();
                     module.kernels.insert(name.to_string(), (number, body));
                 }
+            } else if words.contains(&".extern") && words.contains(&".shared") {
+                let of = words.last().copied().unwrap_or_default();
+                let (name, _) = array(of.trim_end_matches(';'))?;
+                module.behind.insert(name.to_string());
             } else if words.contains(&".global") || words.contains(&".const") {
                 let mut whole = line.to_string();
                 while !whole.contains(';') {
@@ -186,7 +218,7 @@ impl Module {
         let Some((line, text)) = self.kernels.get(name) else {
             return Ok(None);
         };
-        let kernel = Reader::new(name, at).read(text, *line);
+        let kernel = Reader::new(name, at, &self.behind).read(text, *line);
         kernel.map(Some).map_err(|e| format!("kernel {name}: {e}"))
     }
 }
@@ -275,6 +307,9 @@ fn literal(text: &str) -> Option<u64> {
 struct Reader<'a> {
     kernel: Kernel,
     globals: &'a HashMap<String, u64>,
+    behind: &'a HashSet<String>,
+    /// The register with the address of what a launch asks for in shared memory.
+    behind_at: Option<usize>,
     /// Registers by scope, the innermost last: inline assembly has its own in braces.
     scopes: Vec<HashMap<String, usize>>,
     constants: HashMap<u64, usize>,
@@ -291,7 +326,7 @@ struct Reader<'a> {
 }
 
 impl<'a> Reader<'a> {
-    fn new(name: &str, globals: &'a HashMap<String, u64>) -> Self {
+    fn new(name: &str, globals: &'a HashMap<String, u64>, behind: &'a HashSet<String>) -> Self {
         Self {
             kernel: Kernel {
                 name: name.to_string(),
@@ -306,6 +341,8 @@ impl<'a> Reader<'a> {
                 most_threads: None,
             },
             globals,
+            behind,
+            behind_at: None,
             scopes: vec![HashMap::new()],
             constants: HashMap::new(),
             specials: HashMap::new(),
@@ -370,6 +407,9 @@ impl<'a> Reader<'a> {
             self.kernel.code[at].action = Action::Branch { to };
         }
         self.kernel.constants = self.constants.iter().map(|(v, slot)| (*slot, *v)).collect();
+        let behind = self.kernel.shared.next_multiple_of(16) as u64;
+        let behind = self.behind_at.map(|slot| (slot, behind));
+        self.kernel.constants.extend(behind);
         self.kernel.specials = self.specials.iter().map(|(s, slot)| (*slot, *s)).collect();
         Ok(self.kernel)
     }
@@ -459,6 +499,11 @@ impl<'a> Reader<'a> {
             "WARP_SZ" => return Ok(self.constant(32)),
             "_" => return Ok(self.slot()),
             _ => {}
+        }
+        if self.behind.contains(text) {
+            let slot = self.behind_at.unwrap_or_else(|| self.slot());
+            self.behind_at = Some(slot);
+            return Ok(slot);
         }
         let address = self
             .shared
@@ -636,6 +681,56 @@ impl<'a> Reader<'a> {
                     from,
                 });
             }
+            [
+                "ldmatrix",
+                "sync",
+                "aligned",
+                "x4",
+                turned @ ..,
+                "m8n8",
+                "shared",
+                "b16",
+            ] if matches!(turned, [] | ["trans"]) => {
+                let into = self.parts(operand(0)?)?;
+                let at = self.address(Space::Shared, operand(1)?)?;
+                self.push(Action::Matrices {
+                    into,
+                    at,
+                    turned: !turned.is_empty(),
+                });
+            }
+            [
+                "mma",
+                "sync",
+                "aligned",
+                "m16n8k16",
+                "row",
+                "col",
+                "f32",
+                "bf16",
+                "bf16",
+                "f32",
+            ] => {
+                let d = self.parts(operand(0)?)?;
+                let a = self.parts(operand(1)?)?;
+                let b = self.parts(operand(2)?)?;
+                let c = self.parts(operand(3)?)?;
+                self.push(Action::Product { d, a, b, c });
+            }
+            ["cp", "async", "commit_group"] => self.push(Action::Commit),
+            ["cp", "async", "wait_group"] => {
+                let but = operand(0)?.parse();
+                let but = but.map_err(|_| format!("{opcode} wants a number"))?;
+                self.push(Action::Await { but });
+            }
+            // The rest of the name says what a cache may read ahead.
+            ["cp", "async", "ca" | "cg", "shared", "global", ..] if operands.len() == 3 => {
+                let bytes = operand(2)?.parse();
+                let bytes = bytes.map_err(|_| format!("{opcode} wants a number of bytes"))?;
+                let to = self.address(Space::Shared, operand(0)?)?;
+                let from = self.address(Space::Global, operand(1)?)?;
+                self.push(Action::Copy { to, from, bytes });
+            }
             ["cvta", rest @ ..] => {
                 // Global addresses are generic ones.
                 let window = match *rest {
@@ -686,6 +781,16 @@ impl<'a> Reader<'a> {
 
     fn all(&mut self, operands: &[String]) -> Result<Vec<usize>> {
         operands.iter().map(|o| self.operand(o)).collect()
+    }
+
+    /// `{%a, %b}`: as many registers as are wanted.
+    fn parts<const N: usize>(&mut self, text: &str) -> Result<[usize; N]> {
+        let inner = text.trim().trim_start_matches('{').trim_end_matches('}');
+        let slots = inner.split(',').map(|name| self.operand(name));
+        let slots = slots.collect::<Result<Vec<_>>>()?;
+        let count = slots.len();
+        let slots = slots.try_into();
+        slots.map_err(|_| format!("expected {N} registers, got {count}"))
     }
 
     /// A load or store, its parts after the first.

@@ -90,6 +90,16 @@ struct Block<'a> {
     blocks: &'a Blocks,
 }
 
+/// Bytes on their way into shared memory.
+struct Piece {
+    /// Where in shared memory.
+    to: usize,
+    from: *const u8,
+    bytes: usize,
+}
+// SAFETY: what it points to may be read by any thread while the kernel runs.
+unsafe impl Send for Piece {}
+
 struct Warp {
     registers: Vec<Lanes>,
     /// Each thread's own memory, lane by lane.
@@ -100,6 +110,9 @@ struct Warp {
     waiting: u32,
     /// Lanes that want to exchange with some that have not come yet.
     early: u32,
+    /// Copies that have been asked for, with their lane and its number of groups before.
+    copies: Vec<(usize, usize, Piece)>,
+    groups: [usize; 32],
     /// The block of memory that the last access was in.
     last: (u64, u64),
 }
@@ -183,6 +196,8 @@ impl Warp {
             alive: 0,
             waiting: 0,
             early: 0,
+            copies: Vec::new(),
+            groups: [0; 32],
             last: (0, 0),
         }
     }
@@ -193,6 +208,8 @@ impl Warp {
         self.at = [0; 32];
         self.waiting = 0;
         self.early = 0;
+        self.copies.clear();
+        self.groups = [0; 32];
         self.alive = match threads - first {
             n if n >= 32 => u32::MAX,
             n => (1 << n) - 1,
@@ -326,6 +343,21 @@ impl Warp {
                         return Ok(());
                     }
                 }
+                // All lanes take part in these two.
+                Action::Matrices { .. } | Action::Product { .. } if chosen != self.alive => {
+                    self.place(mask, here);
+                    self.early |= chosen;
+                    return Ok(());
+                }
+                Action::Matrices { into, at, turned } => self
+                    .matrices(block, into, at, turned)
+                    .map_err(|fault| lined(fault, instruction))?,
+                Action::Product { d, a, b, c } => self.product(d, a, b, c),
+                Action::Copy { to, from, bytes } => self
+                    .copy(block, chosen, to, from, bytes)
+                    .map_err(|fault| lined(fault, instruction))?,
+                Action::Commit => lanes_of(chosen).for_each(|lane| self.groups[lane] += 1),
+                Action::Await { but } => self.arrive(block, chosen, but),
                 Action::Branch { to: target } if chosen == mask => to = target,
                 Action::Branch { to: target } => {
                     self.place(mask & !chosen, here + 1);
@@ -406,6 +438,102 @@ impl Warp {
             }
         }
         true
+    }
+
+    /// PTX ISA 9.0, section 9.7.14.5.15.
+    fn matrices(
+        &mut self,
+        block: &mut Block,
+        into: [usize; 4],
+        at: Address,
+        turned: bool,
+    ) -> Result<(), Fault> {
+        let rows = self.places(block, u32::MAX, at, 16, "reads")?;
+        let half = |matrix: usize, row: usize, column: usize| {
+            // SAFETY: `places` has looked up 16 bytes for each row.
+            unsafe { read(rows[8 * matrix + row].add(2 * column), 2) }
+        };
+        for (matrix, slot) in into.into_iter().enumerate() {
+            self.registers[slot] = std::array::from_fn(|lane| {
+                let (row, column) = (lane / 4, 2 * (lane % 4));
+                match turned {
+                    false => half(matrix, row, column) | half(matrix, row, column + 1) << 16,
+                    true => half(matrix, column, row) | half(matrix, column + 1, row) << 16,
+                }
+            });
+        }
+        Ok(())
+    }
+
+    /// PTX ISA 9.0, section 9.7.14.5.8: rows and columns of a lane's numbers. The order of a sum is
+    /// a card's own; here it is that of the columns.
+    fn product(&mut self, d: [usize; 4], a: [usize; 4], b: [usize; 2], c: [usize; 4]) {
+        let half = |bits: u64, at: usize| f32::from_bits((bits as u32 >> (16 * at)) << 16);
+        let (mut left, mut right) = ([[0f32; 16]; 16], [[0f32; 16]; 8]);
+        let mut sums = [[0f32; 8]; 16];
+        for lane in 0..32 {
+            let (group, two) = (lane / 4, 2 * (lane % 4));
+            for (i, slot) in a.into_iter().enumerate() {
+                let (row, column) = (group + 8 * (i % 2), two + 8 * (i / 2));
+                let bits = self.registers[slot][lane];
+                (left[row][column], left[row][column + 1]) = (half(bits, 0), half(bits, 1));
+            }
+            for (i, slot) in b.into_iter().enumerate() {
+                let bits = self.registers[slot][lane];
+                let row = two + 8 * i;
+                (right[group][row], right[group][row + 1]) = (half(bits, 0), half(bits, 1));
+            }
+            for (i, slot) in c.into_iter().enumerate() {
+                let bits = self.registers[slot][lane] as u32;
+                sums[group + 8 * (i / 2)][two + i % 2] = f32::from_bits(bits);
+            }
+        }
+        for (sums, row) in sums.iter_mut().zip(&left) {
+            for (sum, column) in sums.iter_mut().zip(&right) {
+                let products = row.iter().zip(column).map(|(x, y)| x * y);
+                *sum = products.fold(*sum, |sum, product| sum + product);
+            }
+        }
+        for (i, slot) in d.into_iter().enumerate() {
+            self.registers[slot] = std::array::from_fn(|lane| {
+                let (group, two) = (lane / 4, 2 * (lane % 4));
+                u64::from(sums[group + 8 * (i / 2)][two + i % 2].to_bits())
+            });
+        }
+    }
+
+    fn copy(
+        &mut self,
+        block: &mut Block,
+        mask: u32,
+        to: Address,
+        from: Address,
+        bytes: usize,
+    ) -> Result<(), Fault> {
+        let from = self.places(block, mask, from, bytes, "copies")?;
+        self.places(block, mask, to, bytes, "copies to")?;
+        let pieces = lanes_of(mask).map(|lane| {
+            let to = self.registers[to.base][lane].wrapping_add(to.offset as u64) as usize;
+            let from = from[lane].cast_const();
+            (lane, self.groups[lane], Piece { to, from, bytes })
+        });
+        self.copies.extend(pieces);
+        Ok(())
+    }
+
+    /// Makes these lanes' copies, all but those of the latest so many groups.
+    fn arrive(&mut self, block: &mut Block, mask: u32, but: usize) {
+        let groups = self.groups;
+        self.copies.retain(|(lane, group, piece)| {
+            let stays = mask >> lane & 1 == 0 || group + but >= groups[*lane];
+            if !stays {
+                let to = &mut block.shared[piece.to..][..piece.bytes];
+                // SAFETY: it was looked up when the copy was asked for, and lives while the kernel
+                // runs.
+                unsafe { std::ptr::copy(piece.from, to.as_mut_ptr(), piece.bytes) };
+            }
+            stays
+        });
     }
 
     /// Where an access of all lanes goes, if all want one allocation, as is the rule.

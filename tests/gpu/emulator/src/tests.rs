@@ -188,6 +188,100 @@ fn numbers_are_packed_rounded_and_carried() {
     assert_eq!(found, floats(&[12_582_913.0, 12_582_912.0]));
 }
 
+/// A product of 16 by 16 and 16 by 8 halves, both copied to shared memory first; the second as
+/// columns, or as rows that are turned.
+fn multiplying(turned: bool, wait: &str) -> Kernel {
+    let (row, trans) = match turned {
+        false => (
+            "and.b32 u, %r2, 7;\nshl.b32 u, u, 5;\nshr.u32 v, %r2, 3;\nand.b32 v, v, 1;",
+            "",
+        ),
+        true => ("mov.u32 u, 0;\nand.b32 v, %r2, 15;", ".trans"),
+    };
+    kernel(&format!(
+        ".shared .align 16 .b8 both[768];\n{{\n.reg .b32 s, t, u, v, a<4>, b<4>;\n.reg .f32 d<4>;\n\
+         .reg .pred q;\n.reg .b64 g;\nmov.u32 s, both;\nshl.b32 t, %r2, 4;\ncvt.u64.u32 g, t;\n\
+         add.s64 g, %rd1, g;\nadd.s32 t, s, t;\ncp.async.cg.shared.global.L2::128B [t], [g], 16;\n\
+         setp.lt.u32 q, %r2, 16;\n@q cp.async.cg.shared.global [t+512], [g+512], 16;\n\
+         cp.async.commit_group;\ncp.async.commit_group;\n{wait}\nbar.sync 0;\n\
+         and.b32 u, %r2, 15;\nshl.b32 u, u, 5;\nshr.u32 v, %r2, 4;\nshl.b32 v, v, 4;\n\
+         add.s32 u, u, v;\nadd.s32 u, u, s;\n\
+         ldmatrix.sync.aligned.x4.m8n8.shared.b16 {{a0, a1, a2, a3}}, [u];\n\
+         {row}\nshl.b32 v, v, 4;\nadd.s32 u, u, v;\nadd.s32 u, u, s;\n\
+         ldmatrix.sync.aligned.x4{trans}.m8n8.shared.b16 {{b0, b1, b2, b3}}, [u+512];\n\
+         mov.f32 d0, 0f3F800000;\nmma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {{d0, d1, d2, d3}},\n\
+         {{a0, a1, a2, a3}}, {{b0, b1}}, {{d0, d0, d0, d0}};\nshr.u32 u, %r2, 2;\nshl.b32 u, u, 5;\n\
+         and.b32 v, %r2, 3;\nshl.b32 v, v, 3;\nadd.s32 u, u, v;\ncvt.u64.u32 g, u;\n\
+         add.s64 g, %rd2, g;\nst.global.v2.f32 [g], {{d0, d1}};\nst.global.v2.f32 [g+256], {{d2, d3}};\n}}\n"
+    ))
+}
+
+#[test]
+fn matrices_are_spread_over_the_lanes_and_multiplied() {
+    let left: Vec<f32> = (0..256).map(|i| (i * 37 % 19) as f32 - 9.0).collect();
+    let right: Vec<f32> = (0..128).map(|i| (i * 29 % 23) as f32 - 11.0).collect();
+    let wanted: Vec<f32> = (0..16 * 8)
+        .map(|at| {
+            let (row, column) = (at / 8, at % 8);
+            // One is what each sum begins with.
+            (0..16).fold(1.0, |sum, i| {
+                sum + left[16 * row + i] * right[8 * i + column]
+            })
+        })
+        .collect();
+    let columns: Vec<f32> = (0..128).map(|at| right[8 * (at % 16) + at / 16]).collect();
+    for (right, turned) in [(&columns, false), (&right, true)] {
+        let halves: Vec<u32> = left
+            .iter()
+            .chain(right)
+            .map(|v| v.to_bits() >> 16)
+            .collect();
+        let given: Vec<u32> = halves.chunks(2).map(|two| two[0] | two[1] << 16).collect();
+        // The copies are one group, and an empty one comes after it.
+        let whole = multiplying(turned, "cp.async.wait_group 0;");
+        assert_eq!(
+            on(&whole, 1, 32, &given, 0).unwrap()[..128],
+            floats(&wanted)
+        );
+        let early = multiplying(turned, "cp.async.wait_group 1;");
+        assert_eq!(
+            on(&early, 1, 32, &given, 0).unwrap()[..128],
+            floats(&wanted)
+        );
+        // What nobody waited for is not there.
+        let early = multiplying(turned, "cp.async.wait_group 2;");
+        let found = on(&early, 1, 32, &given, 0).unwrap();
+        assert!(found[..128].iter().all(|v| f32::from_bits(*v).is_nan()));
+    }
+}
+
+#[test]
+fn what_a_launch_asks_for_lies_behind_what_a_kernel_has() {
+    let text = ".extern .shared .align 16 .b8 asked[];\n.visible .entry k(\n.param .u64 k_param_0\n)\n{\n\
+                .shared .align 4 .b8 own[20];\n.reg .b32 %r<4>;\n.reg .b64 %rd<2>;\n\
+                ld.param.u64 %rd1, [k_param_0];\nmov.u32 %r1, own;\nmov.u32 %r2, asked;\n\
+                sub.s32 %r3, %r2, %r1;\nst.shared.u32 [asked+12], %r3;\n\
+                ld.shared.u32 %r3, [%r2+12];\nst.global.u32 [%rd1], %r3;\nret;\n}\n";
+    let module = Module::read(text).unwrap();
+    let kernel = module.kernel("k", &HashMap::new()).unwrap().unwrap();
+    let mut memory = Memory::new(4096);
+    let at = memory.allocate(4).unwrap();
+    let mut launch = Launch {
+        kernel: &kernel,
+        grid: [1; 3],
+        block: [1; 3],
+        shared: 16,
+        parameters: &at.to_le_bytes(),
+        reversed: false,
+    };
+    run(&launch, &memory.blocks).unwrap();
+    // SAFETY: allocated above.
+    assert_eq!(unsafe { (at as *const u32).read() }, 32);
+    launch.shared = 12;
+    let fault = run(&launch, &memory.blocks).unwrap_err();
+    assert_eq!(fault.kind, FaultKind::IllegalAddress);
+}
+
 #[test]
 fn what_is_not_known_is_refused_by_name() {
     let text = ".visible .entry k()\n{\n.reg .b32 %r<2>;\nwarp.drive.b32 %r1, %r1;\nret;\n}\n\

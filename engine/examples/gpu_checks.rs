@@ -28,7 +28,7 @@ use candle_core::{DType, Device, Tensor};
 use candle_nn::VarBuilder;
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
-use simpatico_engine::bundle::{Bundle, Location, models_folder};
+use simpatico_engine::bundle::{Bundle, FluxText, Location, models_folder};
 use simpatico_engine::edit::{EditRequest, Hooks, Source};
 use simpatico_engine::engine::Engine;
 use simpatico_engine::error::Error;
@@ -185,12 +185,56 @@ fn edit(
     let edits = engine.edit_batch(&store.snapshot(), &all(steps), &mut Hooks::default())?;
     let whole = begun.elapsed().as_secs_f64();
     let seconds = edits.first().map(|e| e.seconds).ok_or("no edit")?;
+    let tflop = velocity_tflop(&Bundle::find(bundle)?, side)?;
+    let done = tflop * (steps * batch) as f64 / seconds.sample;
     Ok(json!({
         "side": side, "steps": steps, "batch": batch, "cache": cache,
         "seconds": whole, "load_and_one_step": first, "stages": seconds,
         "a_step": seconds.sample / steps as f64,
+        // The cache leaves out what it can, and nobody counts what.
+        "tflop_a_velocity": tflop, "tflop_per_s": cache.is_none().then_some(done),
     }))
 }
+
+/// Multiplications and additions of one velocity of a square picture with its ControlNet, in
+/// 10¹²: of the blocks' linear layers and attention, which leaves out less than a hundredth.
+fn velocity_tflop(bundle: &Bundle, side: u32) -> Result<f64> {
+    let flux = bundle.manifest.roles.flux.as_ref();
+    let flux = flux.ok_or("the bundle makes no pictures")?;
+    let text = match &flux.text {
+        FluxText::Minilm { tokens, .. } | FluxText::T5Clip { tokens, .. } => *tokens as f64,
+    };
+    let image = f64::from(side / 16 * (side / 16));
+    let mut flop = 0.0;
+    for location in [Some(&flux.transformer), flux.controlnet.as_ref()] {
+        let Some(location) = location else { continue };
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(bundle.path(location)?.join("config.json"))?)?;
+        let number = |key: &str| config[key].as_f64().ok_or(format!("no {key}"));
+        let width = number("num_attention_heads")? * number("attention_head_dim")?;
+        let blocks = number("num_layers")? + number("num_single_layers")?;
+        let all = text + image;
+        // Either kind of block has twelve matrices of width x width for a token.
+        flop += blocks * (2.0 * 12.0 * width * width * all + 4.0 * all * all * width);
+        if Some(location) == flux.controlnet.as_ref() {
+            // What each of its blocks hands over goes through one more.
+            flop += blocks * 2.0 * width * width * image;
+        }
+    }
+    Ok(flop / 1e12)
+}
+
+/// Weights of a language model's matrices: of its layers, which every token goes through, and of
+/// the head, which only those do that are to be guessed.
+fn weights_of(model: &LanguageModel) -> (f64, f64) {
+    let c = &model.decoder.config;
+    let attention = 2 * (c.heads + c.kv_heads) * c.head_dim * c.hidden;
+    let layers = c.layers * (attention + 3 * c.hidden * c.intermediate);
+    (layers as f64, (c.vocab * c.hidden) as f64)
+}
+
+/// bf16 products of an H200 without sparsity, as its maker states them, in 10¹² a second.
+const PEAK_TFLOP: f64 = 989.0;
 
 fn cached(bundle: &str, device: &Device, side: u32, steps: usize, threshold: f32) -> Result<Value> {
     let (_folder, store) = no_users()?;
@@ -421,10 +465,14 @@ fn decode(bundle: &str, device: &Device, prompt: usize, new: usize, batch: usize
     run(2)?;
     let prefill = run(1)?;
     let whole = run(new)?;
+    let (layers, head) = weights_of(&model);
     Ok(json!({
         "prompt": prompt, "new": new, "batch": batch,
         "prefill_tokens_per_s": (batch * prompt) as f64 / prefill,
+        "prefill_tflop_per_s": 2e-12 * layers * (batch * prompt) as f64 / prefill,
         "decode_tokens_per_s": (batch * (new - 1)) as f64 / (whole - prefill),
+        // Of weights alone, which a step reads once for the whole batch.
+        "decode_gb_per_s": 2e-9 * (layers + head) * (new - 1) as f64 / (whole - prefill),
         "steps_off_by": steps_off_by(&model)?,
     }))
 }
@@ -540,10 +588,14 @@ fn dpo(bundle: &str, device: &Device, count: usize, steps: usize) -> Result<Valu
     // The first step also compiles and allocates.
     let seconds = each[1..].iter().sum::<f64>() / steps.max(1) as f64;
     // As work counts: the prompt once and both answers, for the user and three neighbours.
-    let worked = count * 4 * (8 + 160 + 64);
+    let worked = (count * 4 * (8 + 160 + 64)) as f64;
+    let guessed = (count * 4 * 64) as f64;
+    // Forwards, and backwards to the inputs: the weights themselves are not learned.
+    let (layers, head) = weights_of(&model);
+    let tflop = 4e-12 * (layers * worked + head * guessed) / seconds;
     Ok(json!({
         "groups": count, "k": 3, "steps": steps, "seconds_a_step": seconds,
-        "tokens_per_s": worked as f64 / seconds,
+        "tokens_per_s": worked / seconds, "tflop_per_s": tflop, "mfu": tflop / PEAK_TFLOP,
     }))
 }
 

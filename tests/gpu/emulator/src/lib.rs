@@ -32,6 +32,7 @@ use run::{FaultKind, Launch};
 use std::collections::{BTreeMap, HashMap};
 use std::ffi::{CStr, c_char, c_int, c_uchar, c_uint, c_void};
 use std::sync::{LazyLock, Mutex};
+use std::time::Instant;
 
 /// `CUresult`, `cublasStatus_t`, `curandStatus_t`.
 pub type Code = c_int;
@@ -217,7 +218,6 @@ gives! {
     cuDeviceGetDefaultMemPool(pool: *mut c_void, _device: c_int) = TOKEN;
     cuDevicePrimaryCtxRetain(context: *mut c_void, _device: c_int) = TOKEN;
     cuCtxGetCurrent(context: *mut c_void) = TOKEN;
-    cuEventCreate(event: *mut c_void, _flags: c_uint) = TOKEN;
     cuStreamCreate(stream: *mut c_void, _flags: c_uint) = TOKEN;
 }
 
@@ -234,12 +234,68 @@ agree! {
     cuDevicePrimaryCtxRelease_v2(_device: c_int);
     cuCtxSetCurrent(_context: *mut c_void);
     cuCtxDestroy_v2(_context: *mut c_void);
-    cuEventDestroy_v2(_event: *mut c_void);
-    cuEventRecord(_event: *mut c_void, _stream: *mut c_void);
     cuStreamDestroy_v2(_stream: *mut c_void);
     cuStreamWaitEvent(_stream: *mut c_void, _event: *mut c_void, _flags: c_uint);
     cuModuleUnload(_module: *mut c_void);
     cuMemPoolSetAttribute(_pool: *mut c_void, _attribute: c_int, _value: *mut c_void);
+}
+
+/// When an event was recorded.
+type Event = Mutex<Option<Instant>>;
+
+/// An event.
+///
+/// # Safety
+/// `event` can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventCreate(event: *mut *mut c_void, _flags: c_uint) -> Code {
+    let new = Box::into_raw(Box::new(Event::default()));
+    // SAFETY: the caller's promise.
+    unsafe { give(event, new.cast()) }
+}
+
+/// Its end.
+///
+/// # Safety
+/// It was made, and is not used any more.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventDestroy_v2(event: *mut c_void) -> Code {
+    // SAFETY: the caller's promise: it came from a box.
+    drop(unsafe { Box::from_raw(event.cast::<Event>()) });
+    SUCCESS
+}
+
+/// Everything is done at once: now.
+///
+/// # Safety
+/// It was made.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventRecord(event: *mut c_void, _stream: *mut c_void) -> Code {
+    // SAFETY: the caller's promise.
+    let event = unsafe { &*event.cast::<Event>() };
+    *event.lock().unwrap_or_else(|e| e.into_inner()) = Some(Instant::now());
+    SUCCESS
+}
+
+/// Milliseconds of this machine from one to the other.
+///
+/// # Safety
+/// Both were made, and a number can be written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn cuEventElapsedTime(
+    milliseconds: *mut f32,
+    from: *mut c_void,
+    to: *mut c_void,
+) -> Code {
+    // SAFETY: the caller's promise.
+    let [from, to] = [from, to].map(|event| unsafe { &*event.cast::<Event>() });
+    let [from, to] = [from, to].map(|event| *event.lock().unwrap_or_else(|e| e.into_inner()));
+    let (Some(from), Some(to)) = (from, to) else {
+        return INVALID_VALUE;
+    };
+    let apart = to.saturating_duration_since(from).as_secs_f32();
+    // SAFETY: the caller's promise.
+    unsafe { give(milliseconds, 1e3 * apart) }
 }
 
 /// Device 0.

@@ -20,6 +20,7 @@ mod config;
 mod cuda_step;
 mod language;
 pub mod learn;
+mod node;
 pub mod packed;
 mod session;
 
@@ -496,6 +497,11 @@ impl Decoder {
         run: &Run,
         cache: Option<&mut Cache>,
     ) -> Result<Tensor> {
+        if cache.is_none()
+            && let Some(x) = node::layer(self, index, x, run)?
+        {
+            return Ok(x);
+        }
         let layer = &self.layers[index];
         let normed = nn::rms_norm(x, &layer.attention_norm, self.config.eps)?;
         let x = (x + self.attention(index, &normed, run, cache)?)?;

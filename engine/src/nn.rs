@@ -505,23 +505,34 @@ pub fn rms_norm(x: &Tensor, w: &Tensor, eps: f64) -> Result<Tensor> {
         return Ok(value);
     }
     Ok(attach2(x, w, &value, move |x, w, _, g| {
-        let dtype = wide(x.dtype());
-        let (xw, gw) = (x.detach().to_dtype(dtype)?, g.to_dtype(dtype)?);
-        let scale = (xw.sqr()?.mean_keepdim(D::Minus1)? + eps)?
-            .sqrt()?
-            .recip()?;
-        let unit = xw.broadcast_mul(&scale)?;
-        let dw = match w.track_op() {
-            true => Some(sum_to_last(&(&gw * &unit)?)?.to_dtype(w.dtype())?),
-            false => None,
-        };
-        let gw = gw.broadcast_mul(&w.detach().to_dtype(dtype)?)?;
-        let along = (&gw * &unit)?.mean_keepdim(D::Minus1)?;
-        let dx = (gw - unit.broadcast_mul(&along)?)?
-            .broadcast_mul(&scale)?
-            .to_dtype(x.dtype())?;
+        let (dx, dw) = rms_norm_back(x, w, eps, g)?;
         Ok((Some(dx), dw))
     })?)
+}
+
+/// From the gradient of [`rms_norm`]'s value to those of x and, where it asks for one, w.
+pub(crate) fn rms_norm_back(
+    x: &Tensor,
+    w: &Tensor,
+    eps: f64,
+    g: &Tensor,
+) -> CandleResult<(Tensor, Option<Tensor>)> {
+    let dtype = wide(x.dtype());
+    let (xw, gw) = (x.detach().to_dtype(dtype)?, g.to_dtype(dtype)?);
+    let scale = (xw.sqr()?.mean_keepdim(D::Minus1)? + eps)?
+        .sqrt()?
+        .recip()?;
+    let unit = xw.broadcast_mul(&scale)?;
+    let dw = match w.track_op() {
+        true => Some(sum_to_last(&(&gw * &unit)?)?.to_dtype(w.dtype())?),
+        false => None,
+    };
+    let gw = gw.broadcast_mul(&w.detach().to_dtype(dtype)?)?;
+    let along = (&gw * &unit)?.mean_keepdim(D::Minus1)?;
+    let dx = (gw - unit.broadcast_mul(&along)?)?
+        .broadcast_mul(&scale)?
+        .to_dtype(x.dtype())?;
+    Ok((dx, dw))
 }
 
 fn rms_norm_composed(x: &Tensor, w: &Tensor, eps: f64) -> CandleResult<Tensor> {
@@ -627,14 +638,24 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
         return Ok(value);
     }
     Ok(attach2(gate, up, &value, |gate, up, _, g| {
-        let (gate, up) = (gate.detach(), up.detach());
-        let sigma = candle_nn::ops::sigmoid(&gate)?;
-        let silu = (&gate * &sigma)?;
-        let dup = (g * &silu)?;
-        // d silu / dx = σ + silu·(1 - σ)
-        let slope = (&sigma + (&silu - (&silu * &sigma)?)?)?;
-        Ok((Some(((g * up)? * slope)?), Some(dup)))
+        let (dgate, dup) = swiglu_back(gate, up, g)?;
+        Ok((Some(dgate), Some(dup)))
     })?)
+}
+
+/// From the gradient of [`swiglu`]'s value to those of gate and up.
+pub(crate) fn swiglu_back(
+    gate: &Tensor,
+    up: &Tensor,
+    g: &Tensor,
+) -> CandleResult<(Tensor, Tensor)> {
+    let (gate, up) = (gate.detach(), up.detach());
+    let sigma = candle_nn::ops::sigmoid(&gate)?;
+    let silu = (&gate * &sigma)?;
+    let dup = (g * &silu)?;
+    // d silu / dx = σ + silu·(1 - σ)
+    let slope = (&sigma + (&silu - (&silu * &sigma)?)?)?;
+    Ok((((g * up)? * slope)?, dup))
 }
 
 /// GELU by the tanh approximation (Flux, GPT-2).
@@ -802,7 +823,8 @@ pub fn attention(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) ->
     }
     let mask = mask.clone();
     Ok(attach3(q, k, v, &value, move |q, k, v, y, g| {
-        attend_backward(q, k, v, y, g, scale, &mask)
+        let (dq, dk, dv) = attention_back(q, k, v, y, g, scale, &mask)?;
+        Ok((Some(dq), Some(dk), Some(dv)))
     })?)
 }
 
@@ -933,7 +955,8 @@ fn attend(q: &Tensor, k: &Tensor, v: &Tensor, scale: f64, mask: &Mask) -> Candle
     }
 }
 
-fn attend_backward(
+/// From the gradient of [`attention`]'s value y to those of q, k and v.
+pub(crate) fn attention_back(
     q: &Tensor,
     k: &Tensor,
     v: &Tensor,
@@ -941,7 +964,7 @@ fn attend_backward(
     g: &Tensor,
     scale: f64,
     mask: &Mask,
-) -> CandleResult<Grads3> {
+) -> CandleResult<(Tensor, Tensor, Tensor)> {
     let (b, heads, t, d) = q.dims4()?;
     let (_, kv_heads, s, _) = k.dims4()?;
     let (q, k, v, y) = (q.detach(), k.detach(), v.detach(), y.detach());
@@ -970,7 +993,7 @@ fn attend_backward(
         1 => dq.remove(0),
         _ => Tensor::cat(&dq, 2)?,
     };
-    Ok((Some(dq), Some(dk), Some(dv)))
+    Ok((dq, dk, dv))
 }
 
 /// total + part, where part may cover only the first keys.

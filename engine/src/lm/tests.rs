@@ -245,6 +245,62 @@ fn every_trainable_tensor_and_the_soft_prompt_get_a_gradient() {
 }
 
 #[test]
+fn a_layer_as_one_node_has_the_gradients_of_its_operations() {
+    for name in ["qwen2", "llama"] {
+        let model = tiny(name, Precision::Dense(DType::F32));
+        let adapter = Adapter::fresh(LoraConfig::paper(), &model.config, 1, &Device::Cpu).unwrap();
+        for (i, var) in adapter.vars().values().enumerate() {
+            let values = Philox::new(2, i as u64).normals(var.elem_count());
+            let values = Tensor::from_vec(values, var.shape(), &Device::Cpu).unwrap();
+            var.set(&(values * 0.2).unwrap()).unwrap();
+        }
+        // Who learns the norms too gets operations.
+        let mut operations = model.clone();
+        for layer in &mut operations.layers {
+            let norm = Var::from_tensor(&layer.attention_norm).unwrap();
+            layer.attention_norm = norm.as_tensor().clone();
+        }
+        let (b, t) = (2, 20);
+        let x = Philox::new(3, 0).normals(b * t * 32);
+        let x = Var::from_tensor(&Tensor::from_vec(x, (b, t, 32), &Device::Cpu).unwrap()).unwrap();
+        // The second half of each row sees the first quarter and itself.
+        let hidden = |i: usize, j: usize| j > i || (i >= t / 2 && (t / 4..t / 2).contains(&j));
+        let mask = (0..b * t * t).map(|at| match hidden(at / t % t, at % t) {
+            true => -1e30f32,
+            false => 0.0,
+        });
+        let mask = Tensor::from_vec(mask.collect::<Vec<_>>(), (b, 1, t, t), &Device::Cpu).unwrap();
+        let positions = vec![(0..t as u32).map(|i| i % 15).collect(); b];
+        let placement = Placement::Custom { positions, mask };
+        let weights = Tensor::from_vec(Philox::new(4, 0).normals(64), 64, &Device::Cpu).unwrap();
+        for p in [0.0, 0.2] {
+            let (seed, step) = (7, 1);
+            let dropout = Some(Dropout { p, seed, step });
+            let pass = |decoder: &Decoder| {
+                let h = decoder.hidden(&x, &placement, Some(&adapter), dropout, None);
+                let logits = decoder.logits(&h.unwrap()).unwrap();
+                let loss = logits.tanh().unwrap().broadcast_mul(&weights).unwrap();
+                (logits, loss.sum_all().unwrap().backward().unwrap())
+            };
+            let ((ours, to), (theirs, wanted)) = (pass(&model), pass(&operations));
+            let near = |a: &Tensor, b: &Tensor, key: &str| {
+                let most = b.abs().unwrap().max_all().unwrap();
+                let most = most.to_scalar::<f32>().unwrap();
+                assert!(
+                    most > 0.0 && largest_gap(a, b) <= 2e-5 * most,
+                    "{name}: {key}"
+                );
+            };
+            near(&ours, &theirs, "logits");
+            let all = adapter.vars().iter().map(|(k, v)| (k.as_str(), v));
+            for (key, var) in all.chain([("input", &x)]) {
+                near(to.get(var).unwrap(), wanted.get(var).unwrap(), key);
+            }
+        }
+    }
+}
+
+#[test]
 fn recomputing_layer_by_layer_gives_the_gradients_of_the_whole() {
     let model = tiny("qwen2", Precision::Dense(DType::F32));
     let adapter = Adapter::load(&golden("sft_adapter"), &model.config, &Device::Cpu)

@@ -10,9 +10,14 @@ fn main() {
 #[cfg(feature = "cuda")]
 fn compile() {
     let folder = std::env::var_os("OUT_DIR").expect("cargo names a folder for what is built");
+    // Each file by itself: a folder does not change with what its files say.
+    let files: Vec<_> = std::fs::read_dir("src/kernels")
+        .expect("the kernels' sources")
+        .map(|entry| entry.expect("one of the kernels' sources").path())
+        .collect();
     let built = cudaforge::KernelBuilder::new()
         .source_files(["src/kernels/kernels.cu"])
-        .watch(["src/kernels"])
+        .watch(files)
         .arg("-O3")
         .build_ptx()
         .and_then(|kernels| kernels.write(std::path::Path::new(&folder).join("kernels.rs")));

@@ -1,7 +1,7 @@
 //! Our CUDA kernels (`kernels/kernels.cu`), and what launching one takes.
 //!
-//! Who uses them: Flux's blocks (`flux/cuda_blocks.rs`) and a language model's decoder
-//! (`lm/cuda_step.rs`).
+//! Who uses them: Flux's blocks (`flux/cuda_blocks.rs`), a language model's decoder
+//! (`lm/cuda_step.rs`) and layers that learn (`cuda_learn.rs`).
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;

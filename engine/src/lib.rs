@@ -8,6 +8,8 @@ mod card;
 pub mod chat;
 pub mod clip;
 pub mod conv;
+#[cfg(feature = "cuda")]
+mod cuda_learn;
 pub mod dino;
 pub mod edit;
 pub mod engine;

@@ -36,7 +36,6 @@ use candle_core::quantized::{GgmlDType, QMatMul, QTensor};
 use candle_core::{D, DType, Device, Module, Tensor};
 use learn::{Plain, Products};
 use packed::{Activations, Packed};
-use simpatico_schema::random::Philox;
 use std::sync::{Arc, OnceLock};
 
 /// The linear maps of a layer that an adapter can change, as the checkpoint names them.
@@ -157,7 +156,7 @@ impl Projection {
         let mut y = self.matrix.forward(x)?;
         if let Some(pair) = run.adapter.and_then(|a| a.pair(layer, module)) {
             let x = match run.dropout {
-                Some(d) => nn::dropout(x, d.p, &mut d.rng(layer * MODULES.len() + module))?,
+                Some(d) => d.of(x, layer, module)?,
                 None => x.clone(),
             };
             y = (y + pair.forward(&x)?)?;
@@ -237,12 +236,12 @@ pub struct Dropout {
 }
 
 impl Dropout {
-    fn rng(&self, place: usize) -> Philox {
+    /// x, a module's input, with numbers dropped.
+    fn of(&self, x: &Tensor, layer: usize, module: usize) -> Result<Tensor> {
         // Seeds are small numbers; a constant keeps these streams apart from other uses.
-        Philox::new(
-            self.seed ^ 0x6c6f_7261_6472_6f70,
-            self.step << 16 | place as u64,
-        )
+        let seed = self.seed ^ 0x6c6f_7261_6472_6f70;
+        let place = (layer * MODULES.len() + module) as u64;
+        nn::dropout(x, self.p, seed, self.step << 16 | place)
     }
 }
 

@@ -535,6 +535,21 @@ pub(crate) fn rms_norm_back(
     Ok((dx, dw))
 }
 
+/// more + [`rms_norm_back`]'s gradient of x.
+pub(crate) fn rms_norm_back_onto(
+    x: &Tensor,
+    w: &Tensor,
+    eps: f64,
+    g: &Tensor,
+    more: &Tensor,
+) -> CandleResult<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(sum) = crate::cuda_learn::norm_back(x, w, eps, g, more)? {
+        return Ok(sum);
+    }
+    more + rms_norm_back(x, w, eps, g)?.0
+}
+
 fn rms_norm_composed(x: &Tensor, w: &Tensor, eps: f64) -> CandleResult<Tensor> {
     let scale = (x.sqr()?.mean_keepdim(D::Minus1)? + eps)?.sqrt()?;
     x.broadcast_div(&scale)?.broadcast_mul(w)
@@ -633,7 +648,7 @@ pub fn silu(x: &Tensor) -> Result<Tensor> {
 
 /// silu(gate)·up, the inside of a gated MLP.
 pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
-    let value = (gate.detach().silu()? * up.detach())?;
+    let value = gated(&gate.detach(), &up.detach())?;
     if !gate.track_op() && !up.track_op() {
         return Ok(value);
     }
@@ -643,6 +658,14 @@ pub fn swiglu(gate: &Tensor, up: &Tensor) -> Result<Tensor> {
     })?)
 }
 
+fn gated(gate: &Tensor, up: &Tensor) -> CandleResult<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(value) = crate::cuda_learn::gated(gate, up)? {
+        return Ok(value);
+    }
+    gate.silu()? * up
+}
+
 /// From the gradient of [`swiglu`]'s value to those of gate and up.
 pub(crate) fn swiglu_back(
     gate: &Tensor,
@@ -650,6 +673,10 @@ pub(crate) fn swiglu_back(
     g: &Tensor,
 ) -> CandleResult<(Tensor, Tensor)> {
     let (gate, up) = (gate.detach(), up.detach());
+    #[cfg(feature = "cuda")]
+    if let Some(both) = crate::cuda_learn::gate_back(&gate, &up, g)? {
+        return Ok(both);
+    }
     let sigma = candle_nn::ops::sigmoid(&gate)?;
     let silu = (&gate * &sigma)?;
     let dup = (g * &silu)?;
@@ -686,20 +713,34 @@ pub fn log_sigmoid(x: &Tensor) -> Result<Tensor> {
     })?)
 }
 
-/// Zeroes each number with probability `p` and scales the rest by 1/(1-p); the mask comes
-/// from `rng`, so a run can be repeated.
-pub fn dropout(x: &Tensor, p: f32, rng: &mut Philox) -> Result<Tensor> {
+/// Zeroes each number with probability `p` and scales the rest by 1/(1-p), as stream `stream` of
+/// the random numbers of `seed` says: a run can be repeated, on any device.
+pub fn dropout(x: &Tensor, p: f32, seed: u64, stream: u64) -> Result<Tensor> {
     if p <= 0.0 {
         return Ok(x.clone());
     }
-    let keep = 1.0 / (1.0 - p);
+    let value = dropped(&x.detach(), p, seed, stream)?;
+    if !x.track_op() {
+        return Ok(value);
+    }
+    Ok(attach1(x, &value, move |_, _, g| {
+        Ok(Some(dropped(g, p, seed, stream)?))
+    })?)
+}
+
+fn dropped(x: &Tensor, p: f32, seed: u64, stream: u64) -> CandleResult<Tensor> {
+    #[cfg(feature = "cuda")]
+    if let Some(x) = crate::cuda_learn::dropped(x, p, seed, stream)? {
+        return Ok(x);
+    }
+    let (keep, mut rng) = (1.0 / (1.0 - p), Philox::new(seed, stream));
     let mask: Vec<f32> = (0..x.elem_count())
         .map(|_| if rng.uniform() < p { 0.0 } else { keep })
         .collect();
     let mask = Tensor::from_vec(mask, x.shape(), &Device::Cpu)?
         .to_device(x.device())?
         .to_dtype(x.dtype())?;
-    Ok((x * mask)?)
+    x * mask
 }
 
 // ------------------------------------------------------------------------------ rotary
@@ -1100,7 +1141,7 @@ mod tests {
             swiglu(&t[0], &t[1])
         });
         check("dropout", std::slice::from_ref(&x), |t| {
-            dropout(&t[0], 0.3, &mut Philox::new(5, 5))
+            dropout(&t[0], 0.3, 5, 5)
         });
     }
 

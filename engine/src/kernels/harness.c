@@ -63,6 +63,23 @@ static long n[12];
   static void call_widen_##T(void *with) {                                                    \
     (void)with;                                                                               \
     widen_##T(in[0], out, n[0] / 8, ldexpf(1.0f, (int)n[1] - 64));                            \
+  }                                                                                           \
+  static void call_drop_##T(void *with) {                                                     \
+    (void)with;                                                                               \
+    drop_##T(in[0], out, n[0] / 8, n[1], n[2], n[3], n[4], n[5] / 64.0f,                      \
+             64.0f / (64 - n[5]));                                                            \
+  }                                                                                           \
+  static void call_norm_back_##T(void *with) {                                                \
+    (void)with;                                                                               \
+    norm_back_##T(in[0], in[1], in[2], in[3], out, n[1], eps);                                \
+  }                                                                                           \
+  static void call_gated_##T(void *with) {                                                    \
+    (void)with;                                                                               \
+    gated_##T(in[0], in[1], out, n[0] / 8);                                                   \
+  }                                                                                           \
+  static void call_gate_back_##T(void *with) {                                                \
+    (void)with;                                                                               \
+    gate_back_##T(in[0], in[1], in[2], out, n[0] / 8);                                        \
   }
 
 CALLS(f32)
@@ -113,6 +130,22 @@ int main(void) {
   } else if (strcmp(kernel, "widen") == 0) {
     call = half ? call_widen_bf16 : call_widen_f32;
     written = n[0] * size;
+    blocks = (n[0] / 8 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "drop") == 0) {
+    call = half ? call_drop_bf16 : call_drop_f32;
+    written = n[0] * size;
+    blocks = (n[0] / 8 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "norm_back") == 0) {
+    call = half ? call_norm_back_bf16 : call_norm_back_f32;
+    written = n[0] * n[1] * size;
+    blocks = n[0];
+  } else if (strcmp(kernel, "gated") == 0) {
+    call = half ? call_gated_bf16 : call_gated_f32;
+    written = n[0] * size;
+    blocks = (n[0] / 8 + THREADS - 1) / THREADS;
+  } else if (strcmp(kernel, "gate_back") == 0) {
+    call = half ? call_gate_back_bf16 : call_gate_back_f32;
+    written = 2 * n[0] * size;
     blocks = (n[0] / 8 + THREADS - 1) / THREADS;
   } else {
     call = half ? call_gelu_bf16 : call_gelu_f32;

@@ -1,5 +1,6 @@
-// Our CUDA kernels: what lies between the products of a Flux block (flux.inc) and of a step of a
-// language model (decoder.inc), each in one pass over memory. All of it is computed in f32,
+// Our CUDA kernels: what lies between the products of a Flux block (flux.inc), of a step of a
+// language model (decoder.inc) and of a layer of one that learns (learn.inc), each in one pass over
+// memory. All of it is computed in f32,
 // whatever the storage.
 //
 // Widths are multiples of 8, so that a thread reads and writes 16 bytes of half precision at a
@@ -82,11 +83,13 @@ INLINE float value_of(unsigned char code) {
 #define MOST INFINITY
 #include "flux.inc"
 #include "decoder.inc"
+#include "learn.inc"
 #undef T
 
 #define T bf16
 #include "flux.inc"
 #include "decoder.inc"
+#include "learn.inc"
 #undef T
 #undef MOST
 
@@ -95,4 +98,5 @@ INLINE float value_of(unsigned char code) {
 #define MOST 65504.0f
 #include "flux.inc"
 #include "decoder.inc"
+#include "learn.inc"
 #endif

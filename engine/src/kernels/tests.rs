@@ -1,5 +1,6 @@
-//! The CUDA kernels of Flux's blocks and of a decoder's step, compiled as C for this processor (`on_host.h` plays a
-//! device's threads), against the tensor operations that they stand for. What a device adds, its
+//! The CUDA kernels of Flux's blocks, of a decoder's step and of a layer that learns, compiled as C
+//! for this processor (`on_host.h` plays a device's threads), against the tensor operations that
+//! they stand for. What a device adds, its
 //! memory's speed and its own rounding, is for tests/gpu/run to see.
 
 use crate::nn::{self, RopeLayout};
@@ -407,4 +408,48 @@ fn what_is_not_a_number_stays_so() {
         &[&x, &zeros, &x, &bias],
     );
     assert!(out.iter().all(|x| x.is_nan()));
+}
+
+#[test]
+fn dropout_drops_what_the_host_would_and_scales_the_rest() {
+    for dtype in TYPES {
+        // Seed and stream of more than 32 bits; a quarter is dropped.
+        let (seed, stream) = (0x1234_5678_9abc_def0u64, 0x0fed_cba9_8765_4321u64);
+        let halves = |n: u64| [(n & 0xffff_ffff) as usize, (n >> 32) as usize];
+        let (key, place) = (halves(seed), halves(stream));
+        let x = random(&[40, 56], 1, dtype);
+        let numbers = [x.elem_count(), key[0], key[1], place[0], place[1], 16];
+        let kernel = run("drop", dtype, &numbers, &[&x]);
+        let truth = nn::dropout(&f32_of(&x), 0.25, seed, stream).expect("dropout");
+        same("drop", dtype, &kernel, &truth);
+        let dropped = kernel.iter().filter(|v| **v == 0.0).count();
+        assert!(
+            (450..670).contains(&dropped),
+            "{dropped} of {}",
+            kernel.len()
+        );
+    }
+}
+
+#[test]
+fn gates_and_the_slopes_of_gates_and_norms_are_what_operations_say() {
+    for (d, dtype) in [(48, TYPES[0]), (1040, TYPES[0]), (48, TYPES[1])] {
+        let [x, g, more] = [1, 2, 3].map(|seed| random(&[5, d], seed, dtype));
+        let weight = random(&[d], 4, dtype);
+        let kernel = run("norm_back", dtype, &[5, d], &[&x, &weight, &g, &more]);
+        let [x, weight, g, more] = [&x, &weight, &g, &more].map(f32_of);
+        let truth = nn::rms_norm_back_onto(&x, &weight, 1e-6, &g, &more).expect("a slope");
+        same("norm_back", dtype, &kernel, &truth);
+    }
+    for dtype in TYPES {
+        let [gate, up, g] = [1, 2, 3].map(|seed| random(&[7, 40], seed, dtype));
+        let truth = nn::swiglu(&f32_of(&gate), &f32_of(&up)).expect("gated");
+        let kernel = run("gated", dtype, &[gate.elem_count()], &[&gate, &up]);
+        same("gated", dtype, &kernel, &truth);
+        let kernel = run("gate_back", dtype, &[gate.elem_count()], &[&gate, &up, &g]);
+        let (gate, up) =
+            nn::swiglu_back(&f32_of(&gate), &f32_of(&up), &f32_of(&g)).expect("slopes");
+        let truth = Tensor::cat(&[gate, up], 0).expect("both");
+        same("gate_back", dtype, &kernel, &truth);
+    }
 }

@@ -129,7 +129,7 @@ impl Node {
     /// x (n, inputs) with a module's numbers dropped.
     fn dropped(&self, module: usize, x: &Tensor) -> Result<Tensor> {
         match self.dropout {
-            Some(d) => nn::dropout(x, d.p, &mut d.rng(self.index * MODULES.len() + module)),
+            Some(d) => d.of(x, self.index, module),
             None => Ok(x.clone()),
         }
     }
@@ -239,8 +239,7 @@ impl Node {
         let normed = nn::rms_norm(&kept.middle, &self.layer.mlp_norm, self.eps)?;
         let to_normed = (through(4, &normed, &to_gate)? + through(5, &normed, &to_up)?)?;
         let norm = &self.layer.mlp_norm;
-        let (to_middle, _) = nn::rms_norm_back(&kept.middle, norm, self.eps, &to_normed)?;
-        let g = (g + to_middle)?;
+        let g = nn::rms_norm_back_onto(&kept.middle, norm, self.eps, &to_normed, g)?;
 
         let to_mixed = through(3, &self.rows(&kept.mixed)?, &g)?;
         let to_mixed = self.heads(&to_mixed, self.heads)?;
@@ -255,8 +254,7 @@ impl Node {
         let to_normed = (to_normed + through(1, &normed, &self.rows(&turn(&to_k)?)?)?)?;
         let to_normed = (to_normed + through(2, &normed, &self.rows(&to_v)?)?)?;
         let norm = &self.layer.attention_norm;
-        let (to_x, _) = nn::rms_norm_back(x, norm, self.eps, &to_normed)?;
-        let factors = factors.into_iter().flatten().flatten().collect();
-        Ok(((g + to_x)?, factors))
+        let to_x = nn::rms_norm_back_onto(x, norm, self.eps, &to_normed, &g)?;
+        Ok((to_x, factors.into_iter().flatten().flatten().collect()))
     }
 }

@@ -3,6 +3,7 @@
 use super::*;
 use crate::lora::{Adapter, LoraConfig};
 use candle_core::Var;
+use simpatico_schema::random::Philox;
 use std::path::PathBuf;
 
 /// The folder of the tiny checkpoints; its `make_tiny.py` tells how they were made.

@@ -85,6 +85,11 @@ static long n[12];
 CALLS(f32)
 CALLS(bf16)
 
+static void call_first_of_most(void *with) {
+  (void)with;
+  first_of_most_f32(in[0], out, n[1]);
+}
+
 int main(void) {
   char kernel[16], type[16];
   if (scanf("%15s %15s", kernel, type) != 2) return 2;
@@ -138,6 +143,10 @@ int main(void) {
   } else if (strcmp(kernel, "norm_back") == 0) {
     call = half ? call_norm_back_bf16 : call_norm_back_f32;
     written = n[0] * n[1] * size;
+    blocks = n[0];
+  } else if (strcmp(kernel, "first_of_most") == 0) {
+    call = call_first_of_most;
+    written = n[0] * 4;
     blocks = n[0];
   } else if (strcmp(kernel, "gated") == 0) {
     call = half ? call_gated_bf16 : call_gated_f32;

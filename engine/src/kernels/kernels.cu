@@ -72,6 +72,40 @@ INLINE float value_of(unsigned char code) {
   return code & 0x80u ? -small : small;
 }
 
+// The place of the greatest of each row's n numbers, the first of equals; what is no number where
+// one of them is none. One block a row.
+KERNEL first_of_most_f32(const float *x, float *out, int n) {
+  __shared__ float most[THREADS];
+  __shared__ int at[THREADS];
+  const float *row = x + (wide_int)blockIdx.x * n;
+  float best = -INFINITY;
+  int place = 0, numbers = 1;
+  for (int i = threadIdx.x; i < n; i += THREADS) {
+    float value = row[i];
+    numbers &= value == value;
+    if (value > best || i == (int)threadIdx.x) {
+      best = value;
+      place = i;
+    }
+  }
+  most[threadIdx.x] = best;
+  at[threadIdx.x] = !numbers ? -1 : (int)threadIdx.x < n ? place : n;
+  for (int half = THREADS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    int mine = threadIdx.x, other = mine + half;
+    if (mine < half) {
+      int better = most[other] > most[mine] || (most[other] == most[mine] && at[other] < at[mine]);
+      if (at[mine] < 0 || at[other] < 0)
+        at[mine] = -1;
+      else if (at[other] < n && (better || at[mine] >= n)) {
+        most[mine] = most[other];
+        at[mine] = at[other];
+      }
+    }
+  }
+  if (threadIdx.x == 0) out[blockIdx.x] = at[0] < 0 ? NAN : (float)at[0];
+}
+
 // The kernels for each type, with its name at the end of theirs: norm_bf16.
 #define JOINED(name, type) name##_##type
 #define NAMED(name, type) JOINED(name, type)

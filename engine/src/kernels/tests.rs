@@ -453,3 +453,29 @@ fn gates_and_the_slopes_of_gates_and_norms_are_what_operations_say() {
         same("gate_back", dtype, &kernel, &truth);
     }
 }
+
+#[test]
+fn the_first_of_the_greatest_is_found_and_what_is_no_number() {
+    for n in [1, 100, 128, 1003] {
+        let values = random(&[6, n], 7, DType::F32).to_vec2::<f32>();
+        let mut rows = values.expect("rows");
+        // The greatest twice, far apart and side by side; all alike; negative; one that is none.
+        let (first, last) = (n / 3, n - 1);
+        (rows[0][first], rows[0][last]) = (9.0, 9.0);
+        (rows[1][first], rows[1][(first + 1).min(last)]) = (9.0, 9.0);
+        rows[2].fill(-3.0);
+        rows[3].fill(f32::NEG_INFINITY);
+        rows[4][last] = f32::NAN;
+        let x = Tensor::new(rows.clone(), &Device::Cpu).expect("a tensor");
+        let kernel = run("first_of_most", DType::F32, &[6, n], &[&x]);
+        for (i, row) in rows.iter().enumerate() {
+            if i == 4 {
+                assert!(kernel[i].is_nan(), "of {n}");
+                continue;
+            }
+            let most = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+            let place = row.iter().position(|v| *v == most).expect("the greatest");
+            assert_eq!(kernel[i], place as f32, "row {i} of {n}");
+        }
+    }
+}

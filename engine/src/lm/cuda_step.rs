@@ -39,6 +39,8 @@ enum Pass<'a> {
     },
     /// silu(gate)·up.
     Swiglu,
+    /// The place of each row's greatest number.
+    FirstOfMost,
 }
 
 impl kernels::Pass for Pass<'_> {
@@ -48,12 +50,14 @@ impl kernels::Pass for Pass<'_> {
             Self::Place { .. } => "place",
             Self::Attend { .. } => "attend",
             Self::Swiglu => "swiglu",
+            Self::FirstOfMost => "first_of_most",
         }
     }
 
     fn shape(&self, x: &Shape) -> CandleResult<Shape> {
         let (b, _, width) = x.dims3()?;
         Ok(match self {
+            Self::FirstOfMost => b.into(),
             Self::SumNorm { .. } => (2, b, 1, width).into(),
             Self::Place { cache, heads, .. } => (b, 1, heads * cache.0.dim(3)?).into(),
             Self::Attend { .. } => (b, 1, width).into(),
@@ -164,9 +168,30 @@ impl kernels::Pass for Pass<'_> {
                 #[allow(unsafe_code)]
                 unsafe { call.launch(launch_of(count)) }.w()?;
             }
+            Self::FirstOfMost => {
+                call.arg(x).arg(out).arg(&wide);
+                // SAFETY: as above, for `first_of_most`; `likeliest` gives rows of f32, of which
+                // each gets a number of out.
+                #[allow(unsafe_code)]
+                unsafe { call.launch(launch_of(b * kernels::THREADS)) }.w()?;
+            }
         }
         Ok(())
     }
+}
+
+/// Of each row of logits (rows, vocab) the place of the greatest, the first of equals, which is
+/// what a host would look for if it had them all; NaN where one of a row is none. `None` where this
+/// is not the way.
+pub(super) fn likeliest(logits: &Tensor) -> Result<Option<Vec<f32>>> {
+    let (_, vocab) = logits.dims2()?;
+    // A place is a whole number that f32 has.
+    let fits = logits.dtype() == DType::F32 && vocab <= 1 << 24;
+    if !fits || !logits.device().is_cuda() || !*kernels::WANTED {
+        return Ok(None);
+    }
+    let rows = logits.contiguous()?.unsqueeze(1)?;
+    Ok(Some(through(&rows, &Pass::FirstOfMost)?.to_vec1()?))
 }
 
 /// x + more and its norm.

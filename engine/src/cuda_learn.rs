@@ -20,6 +20,12 @@ enum Pass<'a> {
         more: &'a Tensor,
         eps: f32,
     },
+    /// A step of AdamW for a weight (x): it and its two means afterwards.
+    AdamW {
+        means: (&'a Tensor, &'a Tensor),
+        g: &'a Tensor,
+        numbers: [f32; 9],
+    },
     /// silu(x)·up.
     Gated { up: &'a Tensor },
     /// The gradient g of silu(gate)·up to those of gate (x) and up, one after the other.
@@ -31,6 +37,7 @@ impl kernels::Pass for Pass<'_> {
         match self {
             Self::Drop { .. } => "drop",
             Self::NormBack { .. } => "norm_back",
+            Self::AdamW { .. } => "adamw",
             Self::Gated { .. } => "gated",
             Self::GateBack { .. } => "gate_back",
         }
@@ -39,6 +46,7 @@ impl kernels::Pass for Pass<'_> {
     fn shape(&self, x: &Shape) -> Result<Shape> {
         Ok(match self {
             Self::Drop { .. } | Self::NormBack { .. } | Self::Gated { .. } => x.clone(),
+            Self::AdamW { .. } => [&[3], x.dims()].concat().into(),
             Self::GateBack { .. } => [&[2], x.dims()].concat().into(),
         })
     }
@@ -79,6 +87,25 @@ impl kernels::Pass for Pass<'_> {
                 // compared their shapes.
                 #[allow(unsafe_code)]
                 unsafe { call.launch(launch_of(rows * kernels::THREADS)) }.w()?;
+            }
+            Self::AdamW { means, g, numbers } => {
+                let held = (Held::of(means.0)?, Held::of(means.1)?, Held::of(g)?);
+                let (first, second) = (held.0.numbers::<T>()?, held.1.numbers::<T>()?);
+                let (g, count) = (held.2.numbers::<T>()?, shape.elem_count());
+                let all = count as i64;
+                call.arg(x)
+                    .arg(&first)
+                    .arg(&second)
+                    .arg(&g)
+                    .arg(out)
+                    .arg(&all);
+                for number in numbers {
+                    call.arg(number);
+                }
+                // SAFETY: the arguments are adamw's, which writes three times what x has; `adamw`
+                // has compared shapes and types.
+                #[allow(unsafe_code)]
+                unsafe { call.launch(launch_of(count)) }.w()?;
             }
             Self::Gated { up } => {
                 let held = Held::of(up)?;
@@ -143,6 +170,24 @@ pub(crate) fn norm_back(
         eps,
     };
     through(x, &pass).map(Some)
+}
+
+/// A weight and its two means after a step of AdamW, in one tensor (3, ..). `numbers`: clip, β₁, β₂,
+/// 1 - β₁, 1 - β₂, what stays of the weight, the rate over the first mean's correction, one over
+/// the second's, ε.
+pub(crate) fn adamw(
+    weight: &Tensor,
+    means: (&Tensor, &Tensor),
+    g: &Tensor,
+    numbers: [f32; 9],
+) -> Result<Option<Tensor>> {
+    let fits =
+        |t: &&Tensor| t.dtype() == DType::F32 && t.shape() == weight.shape() && t.is_contiguous();
+    let all = [weight, means.0, means.1, g];
+    if !weight.device().is_cuda() || !*kernels::WANTED || !all.iter().all(fits) {
+        return Ok(None);
+    }
+    through(weight, &Pass::AdamW { means, g, numbers }).map(Some)
 }
 
 /// As [`crate::nn::swiglu`], without a gradient.

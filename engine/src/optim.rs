@@ -150,6 +150,27 @@ impl Step {
     /// One operation of the tensor library after the other, on any device.
     fn by_tensors(&self, slot: &mut Slot, g: &Tensor) -> Result<()> {
         let (beta1, beta2) = self.betas;
+        #[cfg(feature = "cuda")]
+        if let Some(all) = crate::cuda_learn::adamw(
+            &slot.var.as_detached_tensor(),
+            (&slot.first, &slot.second),
+            g,
+            [
+                self.clip,
+                beta1,
+                beta2,
+                1.0 - beta1,
+                1.0 - beta2,
+                1.0 - self.lr * self.decay,
+                self.lr / self.corrections.0,
+                1.0 / self.corrections.1,
+                self.eps,
+            ]
+            .map(|x| x as f32),
+        )? {
+            (slot.first, slot.second) = (all.get(1)?, all.get(2)?);
+            return self.settle(slot, &all.get(0)?);
+        }
         let g = g.affine(self.clip, 0.0)?;
         slot.first = (slot.first.affine(beta1, 0.0)? + g.affine(1.0 - beta1, 0.0)?)?;
         slot.second = (slot.second.affine(beta2, 0.0)? + g.sqr()?.affine(1.0 - beta2, 0.0)?)?;
@@ -169,7 +190,11 @@ impl Step {
             .as_detached_tensor()
             .to_dtype(DType::F32)?
             .affine(1.0 - self.lr * self.decay, 0.0)?;
-        let weight = (weight - update)?;
+        self.settle(slot, &(weight - update)?)
+    }
+
+    /// Gives the variable its new weight, and the average its share.
+    fn settle(&self, slot: &mut Slot, weight: &Tensor) -> Result<()> {
         slot.var.set(&weight.to_dtype(slot.var.dtype())?)?;
         if let (Some(keep), Some(average)) = (self.ema, slot.average.as_mut()) {
             *average = (average.affine(keep, 0.0)? + weight.affine(1.0 - keep, 0.0)?)?;

@@ -90,6 +90,12 @@ static void call_first_of_most(void *with) {
   first_of_most_f32(in[0], out, n[1]);
 }
 
+static void call_adamw(void *with) {
+  (void)with;
+  adamw_f32(in[0], in[1], in[2], in[3], out, n[0], 0.5f, 0.9f, 0.99f, 0.1f, 0.01f, 0.999f, 0.02f,
+            4.0f, 1e-6f);
+}
+
 int main(void) {
   char kernel[16], type[16];
   if (scanf("%15s %15s", kernel, type) != 2) return 2;
@@ -148,6 +154,10 @@ int main(void) {
     call = call_first_of_most;
     written = n[0] * 4;
     blocks = n[0];
+  } else if (strcmp(kernel, "adamw") == 0) {
+    call = call_adamw;
+    written = 3 * n[0] * 4;
+    blocks = (n[0] + THREADS - 1) / THREADS;
   } else if (strcmp(kernel, "gated") == 0) {
     call = half ? call_gated_bf16 : call_gated_f32;
     written = n[0] * size;

@@ -106,6 +106,20 @@ KERNEL first_of_most_f32(const float *x, float *out, int n) {
   if (threadIdx.x == 0) out[blockIdx.x] = at[0] < 0 ? NAN : (float)at[0];
 }
 
+// A step of AdamW (optim.rs) for a weight, its two means and its gradient: what all three become,
+// one after the other. A thread a number.
+KERNEL adamw_f32(const float *weight, const float *first, const float *second, const float *slope,
+                 float *out, wide_int count, float clip, float beta1, float beta2, float rest1,
+                 float rest2, float keep, float size, float correct, float eps) {
+  wide_int i = (wide_int)blockIdx.x * THREADS + threadIdx.x;
+  if (i >= count) return;
+  float g = slope[i] * clip;
+  float m = first[i] * beta1 + g * rest1, v = second[i] * beta2 + g * g * rest2;
+  out[i] = weight[i] * keep - m * size / (sqrtf(v * correct) + eps);
+  out[count + i] = m;
+  out[2 * count + i] = v;
+}
+
 // The kernels for each type, with its name at the end of theirs: norm_bf16.
 #define JOINED(name, type) name##_##type
 #define NAMED(name, type) JOINED(name, type)

@@ -479,3 +479,26 @@ fn the_first_of_the_greatest_is_found_and_what_is_no_number() {
         }
     }
 }
+
+#[test]
+fn a_step_of_adamw_is_what_operations_say() {
+    let [weight, first, slope] = [1, 2, 4].map(|seed| random(&[301], seed, DType::F32));
+    let second = random(&[301], 3, DType::F32).abs().expect("squares");
+    let kernel = run(
+        "adamw",
+        DType::F32,
+        &[301],
+        &[&weight, &first, &second, &slope],
+    );
+    // The harness's numbers, in the order of `Step::by_tensors`.
+    let operations = || -> candle_core::Result<Tensor> {
+        let g = slope.affine(0.5, 0.0)?;
+        let first = (first.affine(0.9, 0.0)? + g.affine(0.1, 0.0)?)?;
+        let second = (second.affine(0.99, 0.0)? + g.sqr()?.affine(0.01, 0.0)?)?;
+        let below = second.affine(4.0, 0.0)?.sqrt()?.affine(1.0, 1e-6)?;
+        let update = first.affine(0.02, 0.0)?.div(&below)?;
+        let weight = (weight.affine(0.999, 0.0)? - update)?;
+        Tensor::cat(&[weight, first, second], 0)
+    };
+    same("adamw", DType::F32, &kernel, &operations().expect("a step"));
+}

@@ -467,3 +467,20 @@ fn plain(mangled: &str) -> &str {
     };
     bare().unwrap_or(mangled)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::plain;
+
+    #[test]
+    fn names_of_templates_are_told_without_their_arguments() {
+        assert_eq!(
+            plain("_Z16flash_fwd_kernelI23Flash_fwd_kernel_traitsILi64"),
+            "flash_fwd_kernel"
+        );
+        assert_eq!(plain("norm_bf16"), "norm_bf16");
+        for odd in ["_Z", "_Z9", "_Z99short", "_Zx", ""] {
+            assert_eq!(plain(odd), odd);
+        }
+    }
+}

@@ -5,7 +5,7 @@
 //! the caller's seed and the prompt's stream, so a prompt gets the same answer in a batch as
 //! alone.
 
-use crate::lm::{Cache, Decoder, LanguageModel, Placement, Session};
+use crate::lm::{self, Cache, LanguageModel, Placement, Session};
 use crate::lora::Adapter;
 use crate::{Error, Result};
 use candle_core::{D, Tensor};
@@ -411,10 +411,10 @@ impl Answers<'_> {
 
     /// The same, by a look at the logits where they are, where the likeliest are wanted and nothing
     /// else is: of 150,000 numbers a sequence one comes to the host.
-    fn choose_from(&mut self, decoder: &Decoder, logits: &Tensor) -> Result<Vec<Option<u32>>> {
+    fn choose_from(&mut self, logits: &Tensor) -> Result<Vec<Option<u32>>> {
         let plain = self.options.sampling.is_greedy() && self.without.iter().all(Option::is_none);
         let likeliest = match plain {
-            true => decoder.likeliest(logits)?,
+            true => lm::likeliest(logits)?,
             false => None,
         };
         let Some(likeliest) = likeliest else {
@@ -494,7 +494,7 @@ impl Answers<'_> {
             unless_cancelled(go_on)?;
             let h = decoder.hidden(&x, &placement, adapter, None, Some(&mut cache))?;
             let last = h.narrow(1, h.dim(1)? - 1, 1)?.squeeze(1)?;
-            let chosen = self.choose_from(decoder, &decoder.logits(&last)?)?;
+            let chosen = self.choose_from(&decoder.logits(&last)?)?;
             if self.writers.iter().all(|w| w.ended.is_some()) {
                 return self.finish();
             }

@@ -579,18 +579,6 @@ impl Decoder {
         self.finish(&x)
     }
 
-    /// The place of the greatest of each row of logits (rows, vocab), the first of equals, found
-    /// where the logits are; NaN where one of a row is none. `None` where that is on the host.
-    pub(crate) fn likeliest(&self, logits: &Tensor) -> Result<Option<Vec<f32>>> {
-        #[cfg(feature = "cuda")]
-        return cuda_step::likeliest(logits);
-        #[cfg(not(feature = "cuda"))]
-        {
-            let _ = logits;
-            Ok(None)
-        }
-    }
-
     /// Hidden states [.., hidden] to logits [.., vocab] in f32. Select the positions first:
     /// this is the widest matrix of all.
     pub fn logits(&self, hidden: &Tensor) -> Result<Tensor> {
@@ -668,6 +656,18 @@ impl Decoder {
             p.matrix.dense(DType::F32, &self.device)?,
             p.bias.clone(),
         ))
+    }
+}
+
+/// The place of the greatest of each row of logits (rows, vocab), the first of equals, found where
+/// the logits are; NaN where one of a row is none. `None` where that is on the host.
+pub(crate) fn likeliest(logits: &Tensor) -> Result<Option<Vec<f32>>> {
+    #[cfg(feature = "cuda")]
+    return cuda_step::likeliest(logits);
+    #[cfg(not(feature = "cuda"))]
+    {
+        let _ = logits;
+        Ok(None)
     }
 }
 

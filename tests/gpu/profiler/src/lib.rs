@@ -1,6 +1,6 @@
 //! How long each kernel and product of a CUDA program takes: preloaded (`LD_PRELOAD`) in front of the
 //! driver and cuBLAS, it puts an event before and behind each and adds up what lies between.
-//! `tests/gpu/profile.py` makes a table of it.
+//! `tests/gpu/kernel_times.py` makes a table of it.
 //!
 //! * `CARD_PROFILE`: the file that gets the sums as JSON when the process ends: by name how often,
 //!   milliseconds, and of products the multiplications and additions in billions.

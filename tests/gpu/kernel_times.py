@@ -1,6 +1,6 @@
 """What a unit of work (a step, a token) is made of on a GPU, kernel by kernel:
 
-    profile.py TABLE FEW MANY CHECKS STAGE DEVICE BUNDLE ARGUMENTS...
+    kernel_times.py TABLE FEW MANY CHECKS STAGE DEVICE BUNDLE ARGUMENTS...
 
 Runs a stage of gpu_checks twice with the profiler before it (libsimpatico_cuda_profiler.so beside
 CHECKS, or PROFILER), {} among its arguments being FEW units and then MANY, and takes the difference

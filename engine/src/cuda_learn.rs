@@ -172,9 +172,8 @@ pub(crate) fn norm_back(
     through(x, &pass).map(Some)
 }
 
-/// A weight and its two means after a step of AdamW, in one tensor (3, ..). `numbers`: clip, β₁, β₂,
-/// 1 - β₁, 1 - β₂, what stays of the weight, the rate over the first mean's correction, one over
-/// the second's, ε.
+/// A weight and its two means after a step of AdamW, in one tensor (3, ..); `numbers` are those of
+/// `optim.rs`'s `Step::numbers`.
 pub(crate) fn adamw(
     weight: &Tensor,
     means: (&Tensor, &Tensor),

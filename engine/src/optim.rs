@@ -155,18 +155,7 @@ impl Step {
             &slot.var.as_detached_tensor(),
             (&slot.first, &slot.second),
             g,
-            [
-                self.clip,
-                beta1,
-                beta2,
-                1.0 - beta1,
-                1.0 - beta2,
-                1.0 - self.lr * self.decay,
-                self.lr / self.corrections.0,
-                1.0 / self.corrections.1,
-                self.eps,
-            ]
-            .map(|x| x as f32),
+            self.numbers(),
         )? {
             (slot.first, slot.second) = (all.get(1)?, all.get(2)?);
             return self.settle(slot, &all.get(0)?);
@@ -193,6 +182,24 @@ impl Step {
         self.settle(slot, &(weight - update)?)
     }
 
+    /// What one pass over a weight takes: the clip, β₁, β₂, 1 - β₁, 1 - β₂, what stays of the
+    /// weight, the rate over the first mean's correction, one over the second's, ε.
+    fn numbers(&self) -> [f32; 9] {
+        let (beta1, beta2) = self.betas;
+        [
+            self.clip,
+            beta1,
+            beta2,
+            1.0 - beta1,
+            1.0 - beta2,
+            1.0 - self.lr * self.decay,
+            self.lr / self.corrections.0,
+            1.0 / self.corrections.1,
+            self.eps,
+        ]
+        .map(|x| x as f32)
+    }
+
     /// Gives the variable its new weight, and the average its share.
     fn settle(&self, slot: &mut Slot, weight: &Tensor) -> Result<()> {
         slot.var.set(&weight.to_dtype(slot.var.dtype())?)?;
@@ -206,14 +213,7 @@ impl Step {
     /// the small Flux takes 8 % less.
     fn in_place(&self, slot: &Slot, g: &Tensor) -> Result<()> {
         let g = g.contiguous()?;
-        let [clip, beta1, beta2, rest1, rest2] = [
-            self.clip,
-            self.betas.0,
-            self.betas.1,
-            1.0 - self.betas.0,
-            1.0 - self.betas.1,
-        ]
-        .map(|x| x as f32);
+        let [clip, beta1, beta2, rest1, rest2, keep, size, correct, eps] = self.numbers();
         let first = Each(|m: &mut f32, [g]: [f32; 1]| *m = *m * beta1 + g * clip * rest1);
         slot.first.inplace_op2(&g, &first)?;
         let second = Each(|v: &mut f32, [g]: [f32; 1]| {
@@ -221,13 +221,6 @@ impl Step {
             *v = *v * beta2 + g * g * rest2;
         });
         slot.second.inplace_op2(&g, &second)?;
-        let [keep, size, correct, eps] = [
-            1.0 - self.lr * self.decay,
-            self.lr / self.corrections.0,
-            1.0 / self.corrections.1,
-            self.eps,
-        ]
-        .map(|x| x as f32);
         let weight = Each(|w: &mut f32, [m, v]: [f32; 2]| {
             *w = *w * keep - m * size / ((v * correct).sqrt() + eps);
         });
